@@ -1,0 +1,299 @@
+"""Options of the scripts: one table each; the command line beats the YAML file, which beats the default.
+
+Every mistake becomes a `UserError`: one line on standard error and exit status 2. This module does not import torch, so that
+`--help` and a wrong option answer at once.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import sys
+from collections import namedtuple
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one line: what, where, and what would be right."""
+
+
+# parse: text -> value, raising UserError; `nargs` as in argparse for options that take several values.
+Option = namedtuple("Option", "name default parse help nargs", defaults=[None])
+
+
+# ---- kinds of values ----------------------------------------------------------------------------------------------------
+
+
+def number(low=-math.inf, high=math.inf, *, whole=False, above=None):
+    """A parser of finite numbers in [low, high], greater than `above` where that is given; `whole` for integers."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise UserError(f"needs a number, not {text!r}") from None
+        if whole and value.is_integer():  # 1e5 is a whole number too
+            value = int(text) if text.lstrip("+-").isdigit() else int(value)
+        elif whole:
+            raise UserError(f"needs a whole number, not {text}")
+        if not math.isfinite(value) or not low <= value <= high or (above is not None and value <= above):
+            lower = f"above {above}" if above is not None else f"at least {low}" if low > -math.inf else ""
+            upper = f"at most {high}" if high < math.inf else ""
+            bounds = " and ".join(filter(None, [lower, upper])) or "finite"
+            raise UserError(f"must be {bounds}, not {text}")
+        return value
+
+    return parse
+
+
+def choice(*allowed):
+    def parse(text):
+        if text not in allowed:
+            raise UserError(f"must be one of {', '.join(allowed)}, not {text!r}{did_you_mean(text, allowed)}")
+        return text
+
+    return parse
+
+
+def text(value):
+    if not value:
+        raise UserError("must not be empty")
+    return value
+
+
+def flag(value):
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"must be true or false, not {value!r}")
+    return value.lower() == "true"
+
+
+def device_name(value):
+    if value not in ("auto", "cpu", "cuda") and not (value.startswith("cuda:") and value[5:].isdigit()):
+        raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
+    return value
+
+
+count, positive = number(1, whole=True), number(above=0)
+share, nonnegative = number(0, 1), number(0)
+
+
+# ---- the tables ---------------------------------------------------------------------------------------------------------
+
+DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
+
+MACHINE = [
+    Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
+    Option("device", "auto", device_name, "auto (CUDA where there is one), cpu, cuda or cuda:N"),
+]
+DATA = [
+    Option("dataset", "cifar10", choice(*DATASETS), f"one of {', '.join(DATASETS)}"),
+    Option("data_dir", "./data", text, "where data sets are kept and downloaded to; for `folder`: the folder or ZIP itself"),
+]
+TRAINING = [
+    Option("batch_size", 128, count, "images a step"),
+    Option("step_number", 100_000, count, "steps to train, in all"),
+    Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its value"),
+    Option("lr_decay", 0.0, share, "share of the steps, at the end, over which the learning rate falls to zero"),
+    Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient"),
+    Option("save_every", 5000, count, "steps between checkpoints"),
+    Option("resume_from_checkpoint", None, text, "checkpoint to go on from, or `latest`: the newest in output_dir"),
+    Option("log_every", 50, count, "steps between lines of metrics.jsonl"),
+    Option("sample_every", 1000, count, "steps between sample grids in output_dir/samples"),
+    Option("wandb", False, flag, "log to Weights & Biases"),
+    Option("wandb_project", "minimal-dmd", text, "W&B project"),
+    Option("wandb_run_name", None, text, "W&B run name"),
+    Option("wandb_mode", "online", choice("online", "offline", "disabled"), "W&B mode"),
+    Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files"),
+    Option("wandb_key", None, text, "W&B API key; never stored (else `wandb login`, or WANDB_API_KEY)"),
+    Option("wandb_log_every", 50, count, "steps between scalars sent to W&B"),
+    Option("wandb_log_images", False, flag, "send what the losses see: images, noised, denoised"),
+    Option("wandb_log_samples", False, flag, "send sample grids"),
+    Option("wandb_sample_every", 1000, count, "steps between images and sample grids sent to W&B"),
+    Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
+]
+SAMPLING = [
+    Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
+    Option("batch_size", 250, count, "images generated at once"),
+]
+
+TEACHER = [
+    *DATA,
+    Option("output_dir", "./log/checkpoints/teacher", text, "where checkpoints, metrics and samples go"),
+    *TRAINING,
+    Option("lr", 1e-4, positive, "learning rate (AdamW)"),
+    Option("ema_decay", 0.9999, share, "decay of the averaged weights, which are sampled and distilled; reached gradually"),
+    Option("hflip", None, flag, "flip half of the images left to right (default: for cifar10 and folder)"),
+    Option("P_mean", -1.2, number(), "mean of ln(sigma) in training (EDM)"),
+    Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
+    Option("img_resolution", 32, number(8, 64, whole=True), "side of the images, which are resized to it"),
+    Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own"),
+    Option("label_dim", None, count, "number of classes; default: the data set's own"),
+    Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
+    Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
+    Option("num_blocks", 2, count, "residual blocks at each resolution"),
+    Option("attn_resolutions", [16], count, "resolutions with self-attention", "*"),
+    Option("dropout", 0.1, number(0, 0.99), "dropout probability"),
+    Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
+    *MACHINE,
+]
+DMD2 = [
+    *DATA,
+    Option("output_dir", "./log/checkpoints/dmd2", text, "where checkpoints, metrics and samples go"),
+    Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", text, "the teacher to distil"),
+    *TRAINING,
+    Option("generator_lr", 2e-6, positive, "learning rate of the generator (AdamW)"),
+    Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model (AdamW)"),
+    Option("dfake_gen_update_ratio", 10, count, "guidance updates for each generator update"),
+    Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called"),
+    Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
+    Option("sigma_min", 0.002, positive, "least noise of the schedule"),
+    Option("sigma_max", 80.0, positive, "most noise of the schedule"),
+    Option("rho", 7.0, positive, "shape of the schedule (EDM eq. 5)"),
+    Option("min_step_percent", 0.02, share, "the distribution-matching loss sees noise levels from this share of the schedule"),
+    Option("max_step_percent", 0.98, share, "... up to this share"),
+    Option("ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then what is sampled; 0: no average"),
+    *MACHINE,
+]
+GENERATE = [
+    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher"),
+    Option("output_dir", "./generated", text, "where images go"),
+    Option("num_samples", 16, count, "images of each class"),
+    Option("classes", None, text, "names of the classes wanted, separated by commas; default: all"),
+    Option("format", "grid", choice("grid", "png", "npz"), "grid: one a class and an overview; png: a file an image; npz: arrays"),
+    *SAMPLING,
+    *MACHINE,
+]
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word, known):
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_args(table, description, argv=None):
+    """The options of `table` as a namespace, from the command line, `--config` and the defaults, each checked.
+
+    Raises UserError for the first value, key or flag that is wrong.
+    """
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags beat it")
+    for option in table:
+        help = option.help.replace("%", "%%") + ("" if option.default is None else f" [{option.default}]")
+        if option.parse is flag:
+            parser.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, help=help)
+        else:
+            metavar = option.parse.__name__.upper() if option.parse is text else "X"
+            parser.add_argument(f"--{option.name}", nargs=option.nargs, metavar=metavar, help=help)
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    if unknown:
+        known = [f"--{option.name}" for option in table]
+        raise UserError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
+
+    path = given.pop("config", None)
+    from_file = read_yaml(path) if path else {}
+    names = [option.name for option in table]
+    for key in from_file:
+        if key not in names:
+            raise UserError(f"{path}: unknown key {key}{did_you_mean(key, names)}")
+
+    values = argparse.Namespace()
+    for option in table:
+        value = option.default
+        for source, raw in ((f"--{option.name}", given), (f"{path}: {option.name}", from_file)):
+            if option.name in raw:
+                value = convert(option, raw[option.name], source)
+                break
+        setattr(values, option.name, value)
+    check(values)
+    return values
+
+
+def convert(option, raw, source):
+    """What the command line or YAML gave for `option`, as its value."""
+    if raw is None and option.default is None:
+        return None
+    if (option.nargs is not None) != isinstance(raw, list) or (option.nargs == "+" and not raw):
+        raise UserError(f"{source} needs {'a list' if option.nargs else 'a single value'}, not {raw}")
+    if isinstance(raw, dict) or raw is None:
+        raise UserError(f"{source} needs a value")
+    try:
+        return [option.parse(str(item)) for item in raw] if option.nargs else option.parse(str(raw))
+    except UserError as error:
+        raise UserError(f"{source} {error}") from None
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which the plain loader silently keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"key {key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The options in a YAML file; keys of its `wandb` block come back with the prefix that their flags have."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'not text'}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: needs lines of the form `key: value`")
+    block = content.get("wandb")
+    if isinstance(block, dict):
+        del content["wandb"]
+        for key, value in block.items():
+            name = "wandb" if key == "enabled" else f"wandb_{key}"
+            if name in content:
+                raise UserError(f"{path}: {name} is given twice")
+            content[name] = value
+    return content
+
+
+def check(args):
+    """What no single option can tell."""
+    low_high = [("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")]
+    for low, high in low_high:
+        if hasattr(args, low) and getattr(args, low) >= getattr(args, high):
+            raise UserError(f"--{low} ({getattr(args, low)}) must be below --{high} ({getattr(args, high)})")
+    if hasattr(args, "model_channels"):
+        if args.model_channels % 8:
+            raise UserError(f"--model_channels must be a multiple of 8, not {args.model_channels}")
+        if args.img_channels == 2:
+            raise UserError("--img_channels must be 1 or 3, not 2")
+        divisor = 2 ** (len(args.channel_mult) - 1)
+        if args.img_resolution % divisor:
+            raise UserError(
+                f"--img_resolution {args.img_resolution} must be divisible by {divisor}: channel_mult has "
+                f"{len(args.channel_mult)} resolutions, each half of the one before"
+            )
+    if getattr(args, "dataset", None) == "folder" and not os.path.exists(args.data_dir):
+        raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
+
+
+def run(main):
+    """Calls `main()`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)

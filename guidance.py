@@ -1,0 +1,93 @@
+"""GuidanceModel: the two denoisers whose difference tells the generator where to move (DMD, arXiv 2311.18828; DMD2, 2405.14867)."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import denoising_loss, get_sigmas_karras
+
+
+class GuidanceModel(nn.Module):
+    """The frozen teacher `real_unet` and the trainable `fake_unet`, and the losses that they give.
+
+    real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, always in eval mode
+    num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
+    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5)
+    sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
+    min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
+    """
+
+    def __init__(
+        self,
+        real_unet,
+        *,
+        num_train_timesteps=1000,
+        sigma_min=0.002,
+        sigma_max=80.0,
+        sigma_data=0.5,
+        rho=7.0,
+        min_step_percent=0.02,
+        max_step_percent=0.98,
+    ):
+        super().__init__()
+        self.real_unet = real_unet.requires_grad_(False).eval()
+        self.fake_unet = copy.deepcopy(real_unet).requires_grad_(True)
+        self.sigma_data = sigma_data
+        self.num_train_timesteps = num_train_timesteps
+        self.min_step = round(min_step_percent * num_train_timesteps)
+        self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
+        karras_sigmas = get_sigmas_karras(num_train_timesteps, sigma_min, sigma_max, rho).flip(0)
+        self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.real_unet.eval()
+        return self
+
+    def draw_sigma(self, batch_size, first=0, last=None):
+        """`[batch_size]` noise levels, uniform over `karras_sigmas[first : last + 1]`."""
+        end = self.num_train_timesteps if last is None else last + 1
+        return self.karras_sigmas[torch.randint(first, end, (batch_size,), device=self.karras_sigmas.device)]
+
+    def compute_distribution_matching_loss(self, images, labels, sigma=None, noise=None):
+        """The loss whose gradient with respect to `images` is the difference of the two scores (DMD2 eq. 1).
+
+        images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` `[B, C, H, W]` are drawn
+        unless given. Returns (`loss_dm` in a dict, what was computed on the way, detached, in a dict).
+        """
+        with torch.no_grad():
+            sigma = self.draw_sigma(len(images), self.min_step, self.max_step) if sigma is None else sigma
+            noise = torch.randn_like(images) if noise is None else noise
+            noisy = images + sigma.reshape(-1, 1, 1, 1) * noise
+            pred_real = self.real_unet(noisy, sigma, labels)
+            pred_fake = self.fake_unet(noisy, sigma, labels)
+
+            # DMD2 eq. 1, the DMD2 gradient: the score difference in terms of denoised images, s = (D(x_t) - x_t) / sigma^2,
+            # with the weight of DMD eq. 8, which makes its size alike at every noise level.
+            weight = (images - pred_real).abs().mean(dim=(1, 2, 3), keepdim=True)
+            grad = (pred_fake - pred_real) / weight
+            grad = torch.where(grad.isfinite(), grad, 0.0)
+
+        # A squared error whose gradient with respect to `images` is `grad` / (number of elements).
+        loss_dm = 0.5 * F.mse_loss(images, (images - grad).detach())
+        log_dict = {
+            "dmtrain_noisy": noisy,
+            "dmtrain_pred_real": pred_real,
+            "dmtrain_pred_fake": pred_fake,
+            "dmtrain_gradient_norm": grad.flatten(1).norm(dim=1).mean(),
+        }
+        return {"loss_dm": loss_dm}, log_dict
+
+    def compute_loss_fake(self, images, labels, sigma=None, noise=None):
+        """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.
+
+        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns (`loss_fake_mean` in a
+        dict, what was computed on the way in a dict).
+        """
+        images = images.detach()
+        sigma = self.draw_sigma(len(images)) if sigma is None else sigma
+        noise = torch.randn_like(images) if noise is None else noise
+        pred_fake = self.fake_unet(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)
+        return {"loss_fake_mean": denoising_loss(pred_fake, images, sigma, self.sigma_data)}, {}

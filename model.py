@@ -1,0 +1,209 @@
+"""SimpleUNet: a small class-conditional UNet with the preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364).
+
+Images are float32 `[B, C, H, W]` in [-1, 1]; `sigma` is the standard deviation of the noise in x = x0 + sigma * n.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def get_sigmas_karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """`n` noise levels, float32 `[n]`, descending from `sigma_max` to `sigma_min` (EDM eq. 5)."""
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    max_inv_rho, min_inv_rho = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return ((max_inv_rho + ramp * (min_inv_rho - max_inv_rho)) ** rho).float()
+
+
+def preconditioning(sigma, sigma_data=0.5):
+    """The factors (c_skip, c_out, c_in, c_noise) of EDM eq. 7 and table 1, each of `sigma`'s shape.
+
+    They give the network inputs and targets of unit variance at every noise level, for data of deviation `sigma_data`.
+    """
+    total = (sigma**2 + sigma_data**2).sqrt()
+    c_skip = sigma_data**2 / total**2
+    c_out = sigma * sigma_data / total
+    c_in = 1 / total
+    c_noise = sigma.clamp(min=1e-20).log() / 4  # the clamp keeps sigma = 0 finite, where the output is the input
+    return c_skip, c_out, c_in, c_noise
+
+
+def denoising_loss(denoised, images, sigma, sigma_data=0.5):
+    """EDM's training loss (eq. 2 with the weight of table 1): mean of (sigma^-2 + sigma_data^-2) (D(x; sigma) - x0)^2.
+
+    `denoised`, `images`: `[B, C, H, W]`; `sigma`: `[B]`. Trains the teacher, and `fake_unet` on the generator's images.
+    """
+    weight = (sigma**-2 + sigma_data**-2).reshape(-1, 1, 1, 1)
+    return (weight * (denoised - images) ** 2).mean()
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)  # 4 or more channels a group
+
+
+def zero_init(layer):
+    """A residual branch that ends in zeros starts as the identity, which keeps early training steady."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels, 64 channels a head."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.num_heads = max(1, channels // 64)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).flatten(2).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class ResBlock(nn.Module):
+    """Residual block; noise level and class enter as a scale and a shift of the second norm (FiLM)."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention):
+        super().__init__()
+        self.norm0 = group_norm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.film = nn.Linear(emb_channels, 2 * out_channels)
+        self.norm1 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.attention = Attention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        scale, shift = self.film(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
+        return self.attention(self.skip(x) + self.conv1(self.dropout(h)))
+
+
+class SimpleUNet(nn.Module):
+    """D(x; sigma, class): predicts the clean image (EDM eq. 7). Arguments bear EDM's names.
+
+    img_resolution:    side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_channels:      1 or 3
+    label_dim:         number of classes
+    model_channels:    base width, a multiple of 8
+    channel_mult:      width of each resolution, from the finest, in units of `model_channels`
+    num_blocks:        residual blocks at each resolution, on the way down and again on the way up
+    attn_resolutions:  resolutions, of those that occur, whose blocks attend
+    dropout:           probability, inside the residual blocks
+    sigma_data:        standard deviation of the data
+
+    The default is a DDPM-sized network for CIFAR-10. `net.config` rebuilds it: `SimpleUNet(**net.config)`.
+    Raises ValueError where `img_resolution` cannot be halved often enough or `model_channels` is no multiple of 8.
+    """
+
+    def __init__(
+        self,
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        num_blocks=2,
+        attn_resolutions=(16,),
+        dropout=0.1,
+        sigma_data=0.5,
+    ):
+        super().__init__()
+        halvings = len(channel_mult) - 1
+        if img_resolution % 2**halvings:
+            raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
+        if model_channels % 8:
+            raise ValueError(f"model_channels must be a multiple of 8, not {model_channels}")
+        self.config = dict(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            model_channels=model_channels,
+            channel_mult=list(channel_mult),
+            num_blocks=num_blocks,
+            attn_resolutions=list(attn_resolutions),
+            dropout=dropout,
+            sigma_data=sigma_data,
+        )
+        self.label_dim, self.sigma_data = label_dim, sigma_data
+
+        emb_channels = 4 * model_channels
+        # ln(sigma)/4 spans [-1.6, 1.1]: from one slow wave across that range to 16 radians a unit.
+        self.register_buffer("freqs", torch.logspace(-1, 4, model_channels // 2, base=2), persistent=False)
+        self.embed_noise = nn.Linear(model_channels, emb_channels)
+        self.embed_class = nn.Linear(label_dim, emb_channels, bias=False)
+        self.embed_out = nn.Linear(emb_channels, emb_channels)
+
+        def block(in_channels, out_channels, resolution):
+            return ResBlock(in_channels, out_channels, emb_channels, dropout, resolution in attn_resolutions)
+
+        width = model_channels * channel_mult[0]
+        self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        skip_widths = []
+        for level, mult in enumerate(channel_mult):
+            resolution = img_resolution >> level
+            blocks = nn.ModuleList()
+            for _ in range(num_blocks):
+                blocks.append(block(width, model_channels * mult, resolution))
+                width = model_channels * mult
+                skip_widths.append(width)
+            self.encoder.append(blocks)
+
+        self.middle = nn.ModuleList([block(width, width, resolution), block(width, width, None)])
+
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            resolution = img_resolution >> level
+            blocks = nn.ModuleList()
+            for _ in range(num_blocks):
+                blocks.append(block(width + skip_widths.pop(), model_channels * mult, resolution))
+                width = model_channels * mult
+            self.decoder.append(blocks)
+
+        self.norm_out = group_norm(width)
+        self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
+
+    def forward(self, x, sigma, class_labels, return_bottleneck=False):
+        """The denoised image D(x; sigma), `[B, C, H, W]`, or with `return_bottleneck` the middle block's features.
+
+        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`.
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
+
+        angle = c_noise.flatten(1) * self.freqs
+        emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], dim=1))
+        if class_labels.dim() == 1:
+            class_labels = F.one_hot(class_labels, self.label_dim)
+        emb = F.silu(emb + self.embed_class(class_labels.to(emb.dtype)))
+        emb = F.silu(self.embed_out(emb))
+
+        h = self.conv_in((c_in * x).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            if level:
+                h = F.avg_pool2d(h, 2)
+            for block in blocks:
+                h = block(h, emb)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        if return_bottleneck:
+            return h
+        for level, blocks in enumerate(self.decoder):
+            if level:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        F_x = self.conv_out(F.silu(self.norm_out(h)))
+        return c_skip * x + c_out * F_x  # EDM eq. 7

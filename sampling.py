@@ -1,0 +1,52 @@
+"""Samplers: plain functions of a denoiser `net(x, sigma, class_labels)`, standard normal noise and labels."""
+
+from itertools import pairwise
+
+import torch
+
+from model import get_sigmas_karras
+
+
+def one_step_sampler(net, noise, labels, conditioning_sigma=80.0):
+    """Images of a distilled generator in one forward pass: G(z) = D(sigma z; sigma) at sigma = `conditioning_sigma`.
+
+    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]`. Gradients flow (DMD2 section 3).
+    """
+    sigma = noise.new_full((noise.shape[0],), conditioning_sigma)
+    return net(noise * conditioning_sigma, sigma, labels)
+
+
+@torch.no_grad()
+def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    """EDM's deterministic sampler (algorithm 1): Heun's second-order method along dx/dsigma = (x - D(x; sigma)) / sigma.
+
+    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations.
+    """
+    sigmas = [*get_sigmas_karras(num_steps, sigma_min, sigma_max, rho).tolist(), 0.0]
+    x = noise * sigmas[0]
+    for sigma, sigma_next in pairwise(sigmas):
+        d = (x - net(x, noise.new_full((len(x),), sigma), labels)) / sigma
+        x_next = x + (sigma_next - sigma) * d  # Euler step
+        if sigma_next > 0:  # second-order correction
+            d_next = (x_next - net(x_next, noise.new_full((len(x),), sigma_next), labels)) / sigma_next
+            x_next = x + (sigma_next - sigma) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+@torch.inference_mode()
+def sample_in_batches(sampler, net, noise, labels, batch_size):
+    """`sampler(net, noise, labels)` on the network's device, `batch_size` images at once. Returns `[B, C, H, W]` on the CPU."""
+    device = next(net.parameters()).device
+    batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+    return torch.cat([sampler(net, z.to(device), y.to(device)).cpu() for z, y in batches])
+
+
+def class_noise(classes, num_samples, shape, seed):
+    """Standard normal noise `[len(classes) * num_samples, *shape]` and its labels, class after class, on the CPU.
+
+    An image's noise depends on `seed`, its class and its place in the class alone, so subsets and longer runs agree.
+    """
+    generators = [torch.Generator().manual_seed((seed * 1000003 + label) % 2**32) for label in classes]
+    noise = torch.cat([torch.randn(num_samples, *shape, generator=generator) for generator in generators])
+    return noise, torch.tensor(classes).repeat_interleave(num_samples)

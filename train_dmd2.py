@@ -1,0 +1,140 @@
+"""Distil a teacher into a one-step generator by DMD2 (Yin et al. 2024): two time-scale updates of generator and guidance."""
+
+from config import DMD2, UserError, parse_args, run
+
+
+def main():
+    args = parse_args(DMD2, __doc__)
+
+    import copy  # heavy modules come after the options, so that --help and mistakes answer at once
+    from pathlib import Path
+
+    import torch
+
+    import checkpoint
+    from data import Batches, load_dataset
+    from guidance import GuidanceModel
+    from logger import Logger, public
+    from sampling import class_noise, heun_sampler, one_step_sampler
+    from training import adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from unified_model import UnifiedModel
+
+    # ---- setup ----------------------------------------------------------------------------------------------------------
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    teacher_state = checkpoint.load(args.teacher_checkpoint, device)
+    if checkpoint.kind(teacher_state) != "teacher":
+        raise UserError(f"--teacher_checkpoint {args.teacher_checkpoint}: a generator; it takes what train_teacher.py writes")
+    resumed = None
+    if args.resume_from_checkpoint:
+        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir, "dmd2")
+        resumed = checkpoint.load(resume_path, device)
+
+    teacher = checkpoint.network(teacher_state).to(device)
+    dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
+    if len(dataset.class_names) != teacher.label_dim:
+        raise UserError(
+            f"--teacher_checkpoint {args.teacher_checkpoint}: knows {teacher.label_dim} classes; "
+            f"the data set {args.dataset} has {len(dataset.class_names)}"
+        )
+    batches = Batches(dataset, args.batch_size, args.seed)
+
+    guidance = GuidanceModel(
+        teacher,
+        num_train_timesteps=args.num_train_timesteps,
+        sigma_min=args.sigma_min,
+        sigma_max=args.sigma_max,
+        sigma_data=teacher.sigma_data,
+        rho=args.rho,
+        min_step_percent=args.min_step_percent,
+        max_step_percent=args.max_step_percent,
+    )
+    model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
+    model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
+    generator = model.feedforward_model
+    ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
+    optimizer_generator = adamw(generator.parameters(), args.generator_lr)
+    optimizer_guidance = adamw(guidance.fake_unet.parameters(), args.guidance_lr)
+    step = 0
+
+    if resumed:
+        if checkpoint.kind(resumed) != "dmd2" or resumed["model_config"] != generator.config:
+            raise UserError(f"checkpoint {resume_path}: not a generator with the teacher's network ({generator.config})")
+        generator.load_state_dict(resumed["feedforward_model_state_dict"])
+        guidance.fake_unet.load_state_dict(resumed["guidance_fake_unet_state_dict"])
+        if ema:
+            ema.load_state_dict(resumed["ema_state_dict"] or resumed["feedforward_model_state_dict"])
+        optimizer_generator.load_state_dict(resumed["optimizer_generator_state_dict"])
+        optimizer_guidance.load_state_dict(resumed["optimizer_guidance_state_dict"])
+        step, batches.images_seen = resumed["step"], resumed["images_seen"]
+        checkpoint.set_random_state(resumed["random_state"], device)
+
+    def save(name):
+        path = Path(args.output_dir) / name
+        state = {
+            "feedforward_model_state_dict": generator.state_dict(),
+            "ema_state_dict": ema.state_dict() if ema else None,
+            "guidance_fake_unet_state_dict": guidance.fake_unet.state_dict(),
+            "optimizer_generator_state_dict": optimizer_generator.state_dict(),
+            "optimizer_guidance_state_dict": optimizer_guidance.state_dict(),
+            "step": step,
+            "model_config": generator.config,
+            "config": public(args),
+            "class_names": dataset.class_names,
+            "random_state": checkpoint.random_state(device),
+            "images_seen": batches.images_seen,
+        }
+        checkpoint.save(path, state)
+        logger.checkpoint(path)
+
+    logger = Logger(args, step)
+    logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
+    grid_noise, grid_labels = class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)
+    grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
+    teacher_grid = heun_sampler(teacher, grid_noise, grid_labels)
+    seen = None  # what the latest generator turn saw
+
+    # ---- loop -----------------------------------------------------------------------------------------------------------
+    while step < args.step_number:
+        real_images, labels = next(batches)  # the generator is asked for the classes of real images, in their proportions
+        noise = torch.randn_like(real_images)
+        factor = lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+
+        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching.
+        generator_updates = step % args.dfake_gen_update_ratio == 0
+        metrics = {}
+        if generator_updates:
+            loss_dict, seen, fake_images = model.generator_turn(noise, labels)
+            loss_dict["loss_dm"].backward()
+            norm = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
+            metrics |= loss_dict | {"generator_grad_norm": norm, "dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}
+        else:
+            with torch.no_grad():
+                fake_images = model.generate(noise, labels)
+
+        # Guidance turn, on every step: fake_unet learns the distribution of the generator's images.
+        loss_dict, _ = model.guidance_turn(fake_images, labels)
+        loss_dict["loss_fake_mean"].backward()
+        norm = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
+        metrics |= loss_dict | {"guidance_grad_norm": norm}
+
+        step += 1
+        if ema and generator_updates:
+            update_ema(ema, generator, args.ema_decay, step)
+
+        logger.log(step, metrics)
+        if logger.wants_samples(step):
+            with torch.no_grad():
+                student_grid = one_step_sampler(ema or generator, grid_noise, grid_labels, args.conditioning_sigma)
+            logger.samples(step, teacher_grid, student_grid, columns=8)
+        if seen and logger.wandb_wants("images", step):
+            logger.images(step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
+        if step % args.save_every == 0:
+            save(f"dmd2_checkpoint_step_{step}.pt")
+
+    save("dmd2_final.pt")
+    logger.close()
+
+
+if __name__ == "__main__":
+    run(main)

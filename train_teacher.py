@@ -1,0 +1,110 @@
+"""Train the teacher: a class-conditional denoiser, by EDM's loss (Karras et al. 2022). DMD2 distils its averaged weights."""
+
+from config import TEACHER, UserError, parse_args, run
+
+
+def main():
+    args = parse_args(TEACHER, __doc__)
+
+    import copy  # heavy modules come after the options, so that --help and mistakes answer at once
+    from pathlib import Path
+
+    import torch
+
+    import checkpoint
+    from data import Batches, load_dataset
+    from logger import Logger, public
+    from model import SimpleUNet, denoising_loss
+    from sampling import class_noise, heun_sampler
+    from training import adamw, choose_device, lr_factor, optimizer_step, update_ema
+
+    # ---- setup ----------------------------------------------------------------------------------------------------------
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    resumed = None
+    if args.resume_from_checkpoint:
+        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir, "teacher")
+        resumed = checkpoint.load(resume_path, device)
+
+    dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
+    hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
+    batches = Batches(dataset, args.batch_size, args.seed, hflip)
+    num_classes = len(dataset.class_names)
+    if args.label_dim not in (None, num_classes):
+        raise UserError(f"--label_dim {args.label_dim}: the data set has {num_classes} classes")
+
+    net = SimpleUNet(
+        img_resolution=args.img_resolution,
+        img_channels=dataset.images.shape[1],
+        label_dim=num_classes,
+        model_channels=args.model_channels,
+        channel_mult=args.channel_mult,
+        num_blocks=args.num_blocks,
+        attn_resolutions=args.attn_resolutions,
+        dropout=args.dropout,
+        sigma_data=args.sigma_data,
+    ).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = adamw(net.parameters(), args.lr)
+    step = 0
+
+    if resumed:
+        if checkpoint.kind(resumed) != "teacher" or resumed["model_config"] != net.config:
+            raise UserError(f"checkpoint {resume_path}: not a teacher with this network ({net.config})")
+        net.load_state_dict(resumed["model_state_dict"])
+        ema.load_state_dict(resumed["ema_state_dict"])
+        optimizer.load_state_dict(resumed["optimizer_state_dict"])
+        step, batches.images_seen = resumed["step"], resumed["images_seen"]
+        checkpoint.set_random_state(resumed["random_state"], device)
+
+    def save(name):
+        path = Path(args.output_dir) / name
+        state = {
+            "model_state_dict": net.state_dict(),
+            "ema_state_dict": ema.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "step": step,
+            "model_config": net.config,
+            "config": public(args),
+            "class_names": dataset.class_names,
+            "random_state": checkpoint.random_state(device),
+            "images_seen": batches.images_seen,
+        }
+        checkpoint.save(path, state)
+        logger.checkpoint(path)
+
+    logger = Logger(args, step)
+    logger.message(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(dataset.labels)} images, {device}")
+    grid_noise, grid_labels = class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)
+    grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
+
+    # ---- loop -----------------------------------------------------------------------------------------------------------
+    while step < args.step_number:
+        images, labels = next(batches)
+
+        # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
+        sigma = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
+        noisy = images + sigma[:, None, None, None] * torch.randn_like(images)
+        denoised = net(noisy, sigma, labels)
+        loss = denoising_loss(denoised, images, sigma, args.sigma_data)
+        loss.backward()
+
+        lr = args.lr * lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+        grad_norm = optimizer_step(optimizer, lr, args.clip_grad_norm)
+        step += 1
+        update_ema(ema, net, args.ema_decay, step)
+
+        logger.log(step, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+        if logger.wants_samples(step):
+            logger.samples(step, heun_sampler(ema, grid_noise, grid_labels), columns=8)
+        if logger.wandb_wants("images", step):
+            logger.images(step, images, noisy, denoised.detach())
+        if step % args.save_every == 0:
+            save(f"teacher_checkpoint_step_{step}.pt")
+
+    save("teacher_final.pt")
+    logger.close()
+
+
+if __name__ == "__main__":
+    run(main)

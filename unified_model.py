@@ -1,0 +1,38 @@
+"""UnifiedModel: the one-step generator and its guidance, with the two turns of a DMD2 iteration."""
+
+import copy
+
+from torch import nn
+
+from sampling import one_step_sampler
+
+
+class UnifiedModel(nn.Module):
+    """`feedforward_model`, the generator, starts as a copy of the teacher; `guidance_model` is a `GuidanceModel`.
+
+    conditioning_sigma: the noise level at which the generator, a denoiser by birth, is always called
+    """
+
+    def __init__(self, guidance_model, conditioning_sigma=80.0):
+        super().__init__()
+        self.guidance_model = guidance_model
+        self.feedforward_model = copy.deepcopy(guidance_model.real_unet).requires_grad_(True)
+        self.conditioning_sigma = conditioning_sigma
+
+    def generate(self, noise, labels):
+        """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass."""
+        return one_step_sampler(self.feedforward_model, noise, labels, self.conditioning_sigma)
+
+    def generator_turn(self, noise, labels):
+        """The generator's loss on fresh images (DMD2 algorithm: generator update).
+
+        Returns (losses in a dict, what was computed on the way in a dict, the images detached, `[B, C, H, W]`): the guidance
+        turn of the same iteration trains on those images, so that nothing is generated twice.
+        """
+        images = self.generate(noise, labels)
+        loss_dict, log_dict = self.guidance_model.compute_distribution_matching_loss(images, labels)
+        return loss_dict, log_dict, images.detach()
+
+    def guidance_turn(self, images, labels):
+        """The guidance model's loss on generated `images`. Returns (losses in a dict, what was computed on the way in a dict)."""
+        return self.guidance_model.compute_loss_fake(images, labels)
