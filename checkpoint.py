@@ -71,20 +71,24 @@ def sampler(state, steps):
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
 
 
-def resolve(path, output_dir, prefix):
-    """The checkpoint that `--resume_from_checkpoint path` means: `latest` is the one in `output_dir` with the most steps."""
+def by_step(folder):
+    """The checkpoints in `folder`, of a teacher or a generator, as a dict from step to file, in order."""
+    found = {}
+    for file in Path(folder).glob("*.pt"):
+        match = re.fullmatch(r"(teacher|dmd2)_(final|checkpoint_step_(\d+))\.pt", file.name)
+        if match:
+            found[int(match[3]) if match[3] else load(file)["step"]] = file
+    return dict(sorted(found.items()))
+
+
+def resolve(path, folder):
+    """The checkpoint that `--resume_from_checkpoint path` means: `latest` is the one in `folder` with the most steps."""
     if path != "latest":
         return Path(path)
-    steps = {}
-    for file in Path(output_dir).glob(f"{prefix}_*.pt"):
-        match = re.fullmatch(rf"{prefix}_checkpoint_step_(\d+)\.pt", file.name)
-        if match:
-            steps[file] = int(match[1])
-        elif file.name == f"{prefix}_final.pt":
-            steps[file] = load(file)["step"]
-    if not steps:
-        raise UserError(f"--resume_from_checkpoint latest: no {prefix}_checkpoint_step_N.pt in {output_dir}")
-    return max(steps, key=steps.get)
+    found = by_step(folder)
+    if not found:
+        raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
+    return list(found.values())[-1]
 
 
 def random_state(device):

@@ -152,6 +152,11 @@ DMD2 = [
     Option("rho", 7.0, positive, "shape of the schedule (EDM eq. 5)"),
     Option("min_step_percent", 0.02, share, "the distribution-matching loss sees noise levels from this share of the schedule"),
     Option("max_step_percent", 0.98, share, "... up to this share"),
+    Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
+    Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's"),
+    Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's"),
+    Option("diffusion_gan", True, flag, "the GAN head sees noised images, as in the paper"),
+    Option("diffusion_gan_max_timestep", 1000, count, "... noised by the first so many levels of the schedule"),
     Option("ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then what is sampled; 0: no average"),
     *MACHINE,
 ]
@@ -161,6 +166,21 @@ GENERATE = [
     Option("num_samples", 16, count, "images of each class"),
     Option("classes", None, text, "names of the classes wanted, separated by commas; default: all"),
     Option("format", "grid", choice("grid", "png", "npz"), "grid: one a class and an overview; png: a file an image; npz: arrays"),
+    *SAMPLING,
+    *MACHINE,
+]
+EVALUATE = [
+    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher, or a folder of checkpoints"),
+    Option("teacher_checkpoint", None, text, "teacher to compare with"),
+    Option("output_dir", None, text, "where the results go; default: the checkpoint's folder"),
+    Option("dataset", None, choice(*DATASETS), "real images; default: those of the training"),
+    Option("data_dir", None, text, "where they are; default: as in the training"),
+    Option("num_samples", 50_000, number(2, whole=True), "images to generate, of random classes"),
+    Option("features", "inception", choice("inception", "classifier"), "inception: FID; classifier: one trained on the data set"),
+    Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
+    Option("inception_score", False, flag, "report the Inception Score too"),
+    Option("precision_recall", False, flag, "report precision and recall of the features too"),
+    Option("plot", False, flag, "only draw the run's curves from metrics.jsonl, as curves.png"),
     *SAMPLING,
     *MACHINE,
 ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import denoising_loss, get_sigmas_karras
+from model import denoising_loss, get_sigmas_karras, group_norm
 
 
 class GuidanceModel(nn.Module):
@@ -17,6 +17,10 @@ class GuidanceModel(nn.Module):
     sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5)
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
     min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
+    gan_classifier:            adds a head on `fake_unet`'s bottleneck that tells real from generated images (DMD2 section 4.3);
+                               `real_unet` must then have `bottleneck_channels` and take `return_bottleneck`, as SimpleUNet does
+    diffusion_gan:             the head sees noised images, as in the paper; else clean ones
+    diffusion_gan_max_timestep: its noise levels are the first so many of `karras_sigmas`
     """
 
     def __init__(
@@ -30,6 +34,9 @@ class GuidanceModel(nn.Module):
         rho=7.0,
         min_step_percent=0.02,
         max_step_percent=0.98,
+        gan_classifier=False,
+        diffusion_gan=True,
+        diffusion_gan_max_timestep=1000,
     ):
         super().__init__()
         self.real_unet = real_unet.requires_grad_(False).eval()
@@ -40,6 +47,20 @@ class GuidanceModel(nn.Module):
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         karras_sigmas = get_sigmas_karras(num_train_timesteps, sigma_min, sigma_max, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
+
+        self.gan_classifier = gan_classifier
+        self.diffusion_gan = diffusion_gan
+        self.diffusion_gan_max_timestep = min(diffusion_gan_max_timestep, num_train_timesteps)
+        if gan_classifier:
+            channels = real_unet.bottleneck_channels
+            self.cls_pred_branch = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1),
+                group_norm(channels),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(channels, 1),
+            )
 
     def train(self, mode=True):
         super().train(mode)
@@ -83,11 +104,55 @@ class GuidanceModel(nn.Module):
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.
 
-        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns (`loss_fake_mean` in a
-        dict, what was computed on the way in a dict).
+        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns (`loss_fake_mean` in a dict,
+        and in a dict, where the GAN head can use them, the `bottleneck` features of the same pass).
         """
         images = images.detach()
         sigma = self.draw_sigma(len(images)) if sigma is None else sigma
         noise = torch.randn_like(images) if noise is None else noise
-        pred_fake = self.fake_unet(images + sigma.reshape(-1, 1, 1, 1) * noise, sigma, labels)
-        return {"loss_fake_mean": denoising_loss(pred_fake, images, sigma, self.sigma_data)}, {}
+        noisy = images + sigma.reshape(-1, 1, 1, 1) * noise
+        log_dict = {}
+        if self.gan_classifier and self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps:
+            # The head wants the same images at the same noise levels: one pass serves both losses.
+            pred_fake, log_dict["bottleneck"] = self.fake_unet(noisy, sigma, labels, return_bottleneck="both")
+        else:
+            pred_fake = self.fake_unet(noisy, sigma, labels)
+        return {"loss_fake_mean": denoising_loss(pred_fake, images, sigma, self.sigma_data)}, log_dict
+
+    def compute_cls_logits(self, images, labels):
+        """The head's logits `[B]`, positive for "real", of `images` at random noise levels (the least, without `diffusion_gan`)."""
+        if self.diffusion_gan:
+            sigma = self.draw_sigma(len(images), 0, self.diffusion_gan_max_timestep - 1)
+            images = images + sigma.reshape(-1, 1, 1, 1) * torch.randn_like(images)
+        else:
+            sigma = self.karras_sigmas[:1].expand(len(images))
+        return self.cls_pred_branch(self.fake_unet(images, sigma, labels, return_bottleneck=True)).squeeze(1)
+
+    def compute_generator_clean_cls_loss(self, fake, labels):
+        """The generator's non-saturating GAN loss, mean of softplus(-logit) (DMD2 eq. 4).
+
+        fake: generated `[B, C, H, W]`; labels: `[B]`. The gradient reaches `fake` and stops at the guidance model's parameters.
+        Returns (`gen_cls_loss` in a dict, an empty dict).
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        logits = self.compute_cls_logits(fake, labels)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        return {"gen_cls_loss": F.softplus(-logits).mean()}, {}
+
+    def compute_guidance_clean_cls_loss(self, real, real_labels, fake, fake_labels, fake_bottleneck=None):
+        """The head's loss, mean of softplus(logit of fake) + softplus(-logit of real) (DMD2 eq. 4).
+
+        real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_bottleneck`: the features of the fake
+        images, where `compute_loss_fake` has them. Returns (`guidance_cls_loss` in a dict, mean logits in a dict).
+        """
+        if fake_bottleneck is None:
+            both = self.compute_cls_logits(torch.cat([real, fake]).detach(), torch.cat([real_labels, fake_labels]))
+            real_logits, fake_logits = both.split([len(real), len(fake)])
+        else:
+            real_logits = self.compute_cls_logits(real, real_labels)
+            fake_logits = self.cls_pred_branch(fake_bottleneck).squeeze(1)
+        loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+        return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}

@@ -160,6 +160,7 @@ class SimpleUNet(nn.Module):
                 skip_widths.append(width)
             self.encoder.append(blocks)
 
+        self.bottleneck_channels = width
         self.middle = nn.ModuleList([block(width, width, resolution), block(width, width, None)])
 
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -174,9 +175,11 @@ class SimpleUNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
 
     def forward(self, x, sigma, class_labels, return_bottleneck=False):
-        """The denoised image D(x; sigma), `[B, C, H, W]`, or with `return_bottleneck` the middle block's features.
+        """The denoised image D(x; sigma), `[B, C, H, W]`.
 
         x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`.
+        return_bottleneck: True for the middle block's features `[B, bottleneck_channels, h, w]` instead, without the cost of the
+        decoder; "both" for the pair (image, features).
         """
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
@@ -198,12 +201,14 @@ class SimpleUNet(nn.Module):
                 skips.append(h)
         for block in self.middle:
             h = block(h, emb)
-        if return_bottleneck:
-            return h
+        bottleneck = h
+        if return_bottleneck is True:
+            return bottleneck
         for level, blocks in enumerate(self.decoder):
             if level:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
         F_x = self.conv_out(F.silu(self.norm_out(h)))
-        return c_skip * x + c_out * F_x  # EDM eq. 7
+        denoised = c_skip * x + c_out * F_x  # EDM eq. 7
+        return (denoised, bottleneck) if return_bottleneck == "both" else denoised

@@ -27,7 +27,7 @@ def main():
         raise UserError(f"--teacher_checkpoint {args.teacher_checkpoint}: a generator; it takes what train_teacher.py writes")
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir, "dmd2")
+        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir)
         resumed = checkpoint.load(resume_path, device)
 
     teacher = checkpoint.network(teacher_state).to(device)
@@ -48,13 +48,16 @@ def main():
         rho=args.rho,
         min_step_percent=args.min_step_percent,
         max_step_percent=args.max_step_percent,
+        gan_classifier=args.gan_classifier,
+        diffusion_gan=args.diffusion_gan,
+        diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     )
     model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
     model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
     generator = model.feedforward_model
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
     optimizer_generator = adamw(generator.parameters(), args.generator_lr)
-    optimizer_guidance = adamw(guidance.fake_unet.parameters(), args.guidance_lr)
+    optimizer_guidance = adamw([p for p in guidance.parameters() if p.requires_grad], args.guidance_lr)
     step = 0
 
     if resumed:
@@ -62,6 +65,10 @@ def main():
             raise UserError(f"checkpoint {resume_path}: not a generator with the teacher's network ({generator.config})")
         generator.load_state_dict(resumed["feedforward_model_state_dict"])
         guidance.fake_unet.load_state_dict(resumed["guidance_fake_unet_state_dict"])
+        if args.gan_classifier:
+            if "guidance_cls_state_dict" not in resumed:
+                raise UserError(f"checkpoint {resume_path}: trained without --gan_classifier; leave that out to go on from it")
+            guidance.cls_pred_branch.load_state_dict(resumed["guidance_cls_state_dict"])
         if ema:
             ema.load_state_dict(resumed["ema_state_dict"] or resumed["feedforward_model_state_dict"])
         optimizer_generator.load_state_dict(resumed["optimizer_generator_state_dict"])
@@ -84,6 +91,8 @@ def main():
             "random_state": checkpoint.random_state(device),
             "images_seen": batches.images_seen,
         }
+        if args.gan_classifier:
+            state["guidance_cls_state_dict"] = guidance.cls_pred_branch.state_dict()
         checkpoint.save(path, state)
         logger.checkpoint(path)
 
@@ -100,23 +109,29 @@ def main():
         noise = torch.randn_like(real_images)
         factor = lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
 
-        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching.
+        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
         generator_updates = step % args.dfake_gen_update_ratio == 0
-        metrics = {}
+        metrics = {"real_std": real_images.std(0).mean()}
         if generator_updates:
             loss_dict, seen, fake_images = model.generator_turn(noise, labels)
-            loss_dict["loss_dm"].backward()
+            loss = loss_dict["loss_dm"]
+            if args.gan_classifier:
+                loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
+            loss.backward()
             norm = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
             metrics |= loss_dict | {"generator_grad_norm": norm, "dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}
         else:
             with torch.no_grad():
                 fake_images = model.generate(noise, labels)
 
-        # Guidance turn, on every step: fake_unet learns the distribution of the generator's images.
-        loss_dict, _ = model.guidance_turn(fake_images, labels)
-        loss_dict["loss_fake_mean"].backward()
+        # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
+        loss_dict, logits = model.guidance_turn(fake_images, labels, real_images, labels)
+        loss = loss_dict["loss_fake_mean"]
+        if args.gan_classifier:
+            loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
+        loss.backward()
         norm = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
-        metrics |= loss_dict | {"guidance_grad_norm": norm}
+        metrics |= loss_dict | logits | {"guidance_grad_norm": norm, "fake_std": fake_images.std(0).mean()}
 
         step += 1
         if ema and generator_updates:

@@ -23,7 +23,7 @@ def main():
     torch.manual_seed(args.seed)
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir, "teacher")
+        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir)
         resumed = checkpoint.load(resume_path, device)
 
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)

@@ -24,15 +24,26 @@ class UnifiedModel(nn.Module):
         return one_step_sampler(self.feedforward_model, noise, labels, self.conditioning_sigma)
 
     def generator_turn(self, noise, labels):
-        """The generator's loss on fresh images (DMD2 algorithm: generator update).
+        """The generator's losses on fresh images: distribution matching, and `gen_cls_loss` where the guidance has a GAN head.
 
-        Returns (losses in a dict, what was computed on the way in a dict, the images detached, `[B, C, H, W]`): the guidance
-        turn of the same iteration trains on those images, so that nothing is generated twice.
+        noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns (losses in a dict, what was computed on the way in a dict, the
+        images detached): the guidance turn of the same iteration trains on those images, so that nothing is generated twice.
         """
         images = self.generate(noise, labels)
         loss_dict, log_dict = self.guidance_model.compute_distribution_matching_loss(images, labels)
+        if self.guidance_model.gan_classifier:
+            loss_dict |= self.guidance_model.compute_generator_clean_cls_loss(images, labels)[0]
         return loss_dict, log_dict, images.detach()
 
-    def guidance_turn(self, images, labels):
-        """The guidance model's loss on generated `images`. Returns (losses in a dict, what was computed on the way in a dict)."""
-        return self.guidance_model.compute_loss_fake(images, labels)
+    def guidance_turn(self, images, labels, real_images=None, real_labels=None):
+        """The guidance model's losses on generated `images`; with a GAN head also against `real_images`, both `[B, C, H, W]`.
+
+        Returns (losses in a dict, what was computed on the way in a dict). The generator takes no part.
+        """
+        loss_dict, log_dict = self.guidance_model.compute_loss_fake(images, labels)
+        if self.guidance_model.gan_classifier:
+            cls_loss_dict, log_dict = self.guidance_model.compute_guidance_clean_cls_loss(
+                real_images, real_labels, images, labels, log_dict.get("bottleneck")
+            )
+            loss_dict |= cls_loss_dict
+        return loss_dict, log_dict

@@ -1,0 +1,110 @@
+"""Measure a generator, beside its teacher where one is named: Frechet distance, class accuracy, speed; or plot a run's curves."""
+
+from config import EVALUATE, UserError, parse_args, run
+
+
+def main():
+    args = parse_args(EVALUATE, __doc__)
+
+    import json  # heavy modules come after the options, so that --help and mistakes answer at once
+    from pathlib import Path
+    from statistics import median
+    from time import perf_counter
+
+    import torch
+
+    import checkpoint
+    import judge
+    from data import load_dataset, to_uint8
+    from plots import plot_metrics, plot_steps
+    from sampling import sample_in_batches
+    from training import choose_device
+
+    # ---- what is compared -----------------------------------------------------------------------------------------------
+    device = choose_device(args.device)
+    path = Path(args.checkpoint)
+    output_dir = Path(args.output_dir or (path if path.is_dir() else path.parent))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.plot:
+        plot_metrics((path if path.is_dir() else path.parent) / "metrics.jsonl", output_dir / "curves.png")
+        print(f"wrote {output_dir / 'curves.png'}")
+        return
+
+    files = list(checkpoint.by_step(path).values()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"--checkpoint {path}: no checkpoints in this folder")
+    models = []  # the teacher, where named, then one entry a checkpoint
+    for file in [args.teacher_checkpoint] * bool(args.teacher_checkpoint) + files:
+        state = checkpoint.load(file, device)
+        sampler, evaluations = checkpoint.sampler(state, args.steps)
+        net = checkpoint.network(state).to(device)
+        models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
+        models[-1] |= {"net": net, "sampler": sampler, "images": [], "seconds": []}
+        differs = [k for k in ("img_resolution", "img_channels", "label_dim") if net.config[k] != models[0]["net"].config[k]]
+        if differs:
+            raise UserError(f"{file}: another {differs[0]} than {models[0]['file']}; they cannot be compared")
+
+    shape = net.config
+    name, data_dir = args.dataset or state["config"]["dataset"], args.data_dir or state["config"]["data_dir"]
+    dataset = load_dataset(name, data_dir, shape["img_resolution"], shape["img_channels"], device)
+    if len(dataset.class_names) != shape["label_dim"]:
+        raise UserError(f"--dataset {name} has {len(dataset.class_names)} classes; {file} knows {shape['label_dim']}")
+
+    # ---- the judge ------------------------------------------------------------------------------------------------------
+    rows = []
+    if args.features == "classifier":
+        measure, accuracy = judge.classifier(dataset, judge.cache_path(name, data_dir, shape), device)
+        print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
+        training_part, held_out = judge.split(dataset)
+        real = measure(training_part.images)[0]
+        rows.append({"name": "real, held out"} | judge.scores(measure(held_out.images), held_out.labels, real, args))
+    else:
+        measure = judge.inception(args.inception_weights, device)
+        real = measure(dataset.images)[0]
+
+    # ---- the measurement ------------------------------------------------------------------------------------------------
+    generator = torch.Generator().manual_seed(args.seed)
+    labels = torch.randint(shape["label_dim"], (args.num_samples,), generator=generator)
+    for batch_labels in labels.split(args.batch_size):
+        noise = torch.randn(len(batch_labels), *dataset.images.shape[1:], generator=generator)
+        for model in models:  # in turn, from the same noise, so that a machine's moods meet all alike
+            start = perf_counter()
+            images = sample_in_batches(model["sampler"], model["net"], noise, batch_labels, args.batch_size)
+            model["seconds"].append((perf_counter() - start) / len(images))
+            model["images"].append(to_uint8(images))
+    for model in models:
+        model["images"] = torch.cat(model["images"])
+        row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
+        row |= {"evaluations": model["evaluations"], "images_per_second": 1 / median(model["seconds"])}
+        rows.append(row | judge.scores(measure(model["images"]), labels, real, args))
+
+    # ---- what is told ---------------------------------------------------------------------------------------------------
+    result = {"features": args.features, "num_samples": args.num_samples, "device": str(device), "rows": rows}
+    columns = [key for key in rows[-1] if key not in ("checkpoint", "step", "name")]
+    print(" " * 24 + "".join(f"{column:>19}" for column in columns))
+    for row in rows:
+        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
+        print(f"{row['name']:24}" + "".join(f"{cell:>19}" for cell in cells))
+
+    evaluated = rows[-len(files) :]
+    best = min(evaluated, key=lambda row: row["frechet_distance"])
+    if len(files) > 1:
+        plot_steps(evaluated, output_dir / "evaluation.png")
+        result["best"] = best["checkpoint"]
+        print(f"best: {best['checkpoint']}; curve in {output_dir / 'evaluation.png'}")
+    if args.teacher_checkpoint:
+        teacher = rows[-len(files) - 1]
+        result["quality_ratio"] = best["frechet_distance"] / teacher["frechet_distance"]
+        result["speed_ratio"] = best["images_per_second"] / teacher["images_per_second"]
+        print(
+            f"{best['name']}: {result['quality_ratio']:.3f} times the teacher's Frechet distance, "
+            f"{result['speed_ratio']:.1f} times its images a second"
+        )
+        student = models[1 + evaluated.index(best)]["images"]
+        judge.save_comparison(output_dir / "comparison.png", models[0]["images"], student, labels)
+    (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {output_dir / 'evaluation.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

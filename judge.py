@@ -1,0 +1,171 @@
+"""What measures images: Inception's features (FID), or those of a small classifier trained on the data set itself.
+
+A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N, D]`, logits `[N, K]`) on the CPU.
+"""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import checkpoint
+from config import UserError
+from data import Batches, Dataset, to_float
+from logger import save_grid
+
+BATCH_SIZE = 250
+
+
+def apply(network, images, device):
+    """A judge's features and logits of all `images`, in batches."""
+    with torch.inference_mode():
+        outputs = [network(batch.to(device)) for batch in images.split(BATCH_SIZE)]
+    return tuple(torch.cat([output[i].float().cpu() for output in outputs]) for i in range(2))
+
+
+def inception(weights, device):
+    """The Inception network of FID, from torch-fidelity; `weights` is a file, or None to download them.
+
+    Raises UserError where they cannot be had.
+    """
+    from torch_fidelity.utils import create_feature_extractor
+
+    try:
+        network = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=weights,
+            cuda=device.type == "cuda",
+            verbose=False,
+        )
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if weights:
+            raise UserError(f"--inception_weights {weights}: not torch-fidelity's Inception weights ({reason})") from None
+        raise UserError(
+            f"Inception's weights could not be downloaded ({reason}); fetch weights-inception-2015-12-05-6726825d.pth "
+            "elsewhere and name it with --inception_weights, or use --features classifier, which needs no download"
+        ) from None
+    return lambda images: apply(network, images.expand(-1, 3, -1, -1), device)
+
+
+class Classifier(nn.Module):
+    """Three convolutions and a linear layer: enough to read digits, and quick to train."""
+
+    def __init__(self, img_channels, num_classes):
+        super().__init__()
+        widths = [img_channels, 32, 64, 128]
+        layers = []
+        for width_in, width in pairwise(widths):
+            layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images):
+        """uint8 images to (penultimate features, logits)."""
+        features = self.layers(to_float(images)).mean(dim=(2, 3))
+        return features, self.out(features)
+
+
+def split(dataset):
+    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out."""
+    order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0)).to(dataset.labels.device)
+    cut = len(order) // 5
+    return tuple(Dataset(dataset.images[index], dataset.labels[index], dataset.class_names) for index in (order[cut:], order[:cut]))
+
+
+def augment(images):
+    """Each image of the batch turned by up to 10 degrees, scaled by up to 10% and moved by up to 8% of its side."""
+    turn, zoom, right, down = (torch.rand(4, len(images), device=images.device) * 2 - 1) * torch.tensor(
+        [[0.17], [0.1], [0.16], [0.16]], device=images.device
+    )
+    zoom = 1 + zoom
+    rows = [zoom * turn.cos(), -zoom * turn.sin(), right, zoom * turn.sin(), zoom * turn.cos(), down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def classifier(dataset, cache, device, steps=1500, batch_size=128):
+    """A judge trained on four fifths of the real images of `dataset`, the same at every call; kept in the file `cache`.
+
+    Returns (judge, its accuracy on the fifth held out).
+    """
+    fingerprint = hashlib.sha256(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes()).hexdigest()
+    network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
+    cache = Path(cache)
+    cached = torch.load(cache, map_location=device, weights_only=True) if cache.exists() else {}
+    train_set, held_out = split(dataset)
+    if cached.get("fingerprint") == fingerprint:
+        network.load_state_dict(cached["model_state_dict"])
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = train_classifier(train_set, device, steps, min(batch_size, len(train_set.labels)))
+        checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+    network.eval()
+
+    def judge(images):
+        return apply(network, images, device)
+
+    accuracy = (judge(held_out.images)[1].argmax(1) == held_out.labels.cpu()).float().mean().item()
+    return judge, accuracy
+
+
+def train_classifier(dataset, device, steps, batch_size):
+    network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
+    batches = Batches(dataset, batch_size, seed=0)
+    for _ in range(steps):
+        images, labels = next(batches)
+        images = augment(images).contiguous(memory_format=torch.channels_last)
+        features = network.layers(images).mean(dim=(2, 3))
+        loss = F.cross_entropy(network.out(features), labels)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return network
+
+
+def cache_path(dataset_name, data_dir, config):
+    """Where the classifier of a data set is kept: beside the data."""
+    path = Path(data_dir) if dataset_name == "folder" else Path(data_dir) / dataset_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.stem}_judge_{config['img_resolution']}x{config['img_channels']}.pt")
+
+
+def scores(judged, labels, real, args):
+    """What `judged`, a judge's (features, logits) of images asked for as `labels`, is worth beside the `real` features.
+
+    Frechet distance; with the classifier the share of images given their own label; Inception Score, precision and recall of the
+    Inception features where `args` asks for them. Computed by torch-fidelity.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    features, logits = judged
+    statistics = [fid_features_to_statistics(part.double()) for part in (features, real)]
+    result = {"frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
+    if args.features == "classifier":
+        result["own_label"] = (logits.argmax(1) == labels.cpu()).float().mean().item()
+    if args.inception_score:
+        result["inception_score"] = isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
+    if args.precision_recall:
+        metric = prc_features_to_metric(features, real, verbose=False)
+        result |= {"precision": metric[KEY_METRIC_PRECISION], "recall": metric[KEY_METRIC_RECALL]}
+    return result
+
+
+def save_comparison(path, teacher_images, student_images, labels, columns=16, most_classes=10):
+    """A PNG with, for each class, a row of the teacher's uint8 images over a row of the student's from the same noise."""
+    rows = []
+    for label in labels.unique()[:most_classes]:
+        index = (labels == label).nonzero().flatten()[:columns]
+        if len(index) == columns:
+            rows += [teacher_images[index], student_images[index]]
+    save_grid(path, to_float(torch.cat(rows)), columns=columns)

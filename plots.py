@@ -1,0 +1,62 @@
+"""Pictures of numbers: a run's curves, and quality over training steps."""
+
+import json
+
+import matplotlib
+
+from config import UserError
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+
+# Panels of a run's curves: title, names in metrics.jsonl, logarithmic axis.
+PANELS = [
+    ("teacher loss", ["loss"], False),
+    ("loss_dm", ["loss_dm"], False),
+    ("size of the DMD2 gradient", ["dmtrain_gradient_norm"], False),
+    ("loss_fake_mean", ["loss_fake_mean"], True),
+    ("gradient norms, before clipping", ["grad_norm", "generator_grad_norm", "guidance_grad_norm"], True),
+    ("GAN losses", ["gen_cls_loss", "guidance_cls_loss"], False),
+    ("GAN logits", ["real_logit", "fake_logit"], False),
+    ("spread of the images", ["fake_std", "real_std"], False),
+]
+
+
+def plot_metrics(metrics_path, path):
+    """Draws what `metrics.jsonl` holds, a panel a kind. Raises UserError where the file is missing."""
+    try:
+        rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{metrics_path}: {error.strerror}") from None
+    present = {name for row in rows for name in row}
+    panels = [panel for panel in PANELS if present & set(panel[1])]
+    figure, axes = plt.subplots((len(panels) + 2) // 3, 3, figsize=(13, 3.2 * ((len(panels) + 2) // 3)), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, names, logarithmic) in zip(axes.flat, panels, strict=False):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        if logarithmic:
+            axis.set_yscale("log")
+        if len(names) > 1:
+            axis.legend()
+    save(figure, path)
+
+
+def plot_steps(rows, path):
+    """Draws each row's Frechet distance over its training step."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    axis.plot([row["step"] for row in rows], [row["frechet_distance"] for row in rows], marker="o")
+    axis.set_xlabel("step")
+    axis.set_ylabel("Frechet distance")
+    save(figure, path)
+
+
+def save(figure, path):
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
