@@ -1,0 +1,90 @@
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import SimpleUNet
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--dataset", "mnist5k", "--batch_size", "16", "--step_number", "4", "--device", "cpu"]
+TINY_NET = ["--img_resolution", "8", "--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1"]
+
+
+def run_script(script, *arguments, cwd=ROOT, env=None):
+    """The script as a user runs it; returns the finished process, output captured as text."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=600)
+
+
+def succeed(script, *arguments, **options):
+    done = run_script(script, *arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def tiny_unet(**changes):
+    torch.manual_seed(0)
+    net = SimpleUNet(**{**dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1), **changes})
+    for parameter in net.parameters():  # zero-initialised layers would hide mistakes
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.abs().sum() == 0 else None
+    return net.eval()
+
+
+class GaussianDenoiser(torch.nn.Module):
+    """The exact denoiser of data N(mean, std^2) for every pixel: E[x0 | x0 + sigma n]."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = mean, std
+        self.config = {}
+
+    def forward(self, x, sigma, labels):
+        sigma = torch.as_tensor(sigma).reshape(-1, 1, 1, 1)
+        return (self.std**2 * x + sigma**2 * self.mean) / (self.std**2 + sigma**2)
+
+
+def write_images(folder, classes=("cat", "dog"), each=10, size=16, mode="RGB", seed=0):
+    """A folder with one subfolder of PNGs a class."""
+    random = np.random.default_rng(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(each):
+            pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{index}.png")
+    return folder
+
+
+def write_zip(path, labels=(0, 1, 2, 0, 1, 2), size=16, listed=None, seed=0):
+    """A ZIP in the layout of EDM's dataset tool; `listed` replaces the content of dataset.json."""
+    random = np.random.default_rng(seed)
+    with zipfile.ZipFile(path, "w") as archive:
+        pairs = []
+        for index, label in enumerate(labels):
+            name = f"00000/img{index:08d}.png"
+            with archive.open(name, "w") as file:
+                Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "PNG")
+            pairs.append([name, label])
+        archive.writestr("dataset.json", json.dumps({"labels": pairs} if listed is None else listed))
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A tiny teacher and a tiny generator, trained through the command line; a folder with `teacher/` and `dmd2/`."""
+    folder = tmp_path_factory.mktemp("runs")
+    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", folder / "teacher", "--save_every", 2, "--log_every", 1)
+    teacher = folder / "teacher" / "teacher_final.pt"
+    arguments = ["--teacher_checkpoint", teacher, "--output_dir", folder / "dmd2", "--save_every", 2, "--log_every", 1]
+    succeed("train_dmd2.py", *TINY, *arguments, "--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", "0.5")
+    return folder

@@ -1,0 +1,205 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GaussianDenoiser, tiny_unet
+
+from guidance import GuidanceModel
+from unified_model import UnifiedModel
+
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def gaussian_guidance(real=(0.5, 0.4), fake=(-0.3, 0.8)):
+    guidance = GuidanceModel(GaussianDenoiser(*real))
+    guidance.fake_unet = GaussianDenoiser(*fake)
+    return guidance
+
+
+def test_distribution_matching_gradient_is_the_one_on_paper():
+    """Both denoisers in closed form: D(x_t) = (s^2 x_t + sigma^2 m) / (s^2 + sigma^2), in float64, written out here."""
+    (m1, s1), (m2, s2) = (0.5, 0.4), (-0.3, 0.8)
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64).requires_grad_()
+    noise, sigma = torch.randn_like(x), torch.tensor([0.01, 0.4, 3.0, 60.0], dtype=torch.float64)
+    losses, _ = gaussian_guidance().compute_distribution_matching_loss(x, LABELS, sigma, noise)
+    losses["loss_dm"].backward()
+
+    s = sigma.reshape(4, 1, 1, 1)
+    x_t = x.detach() + s * noise
+    real = (s1**2 * x_t + s**2 * m1) / (s1**2 + s**2)
+    fake = (s2**2 * x_t + s**2 * m2) / (s2**2 + s**2)
+    grad = torch.stack([(fake[i] - real[i]) / (x[i].detach() - real[i]).abs().mean() for i in range(4)])
+    torch.testing.assert_close(x.grad, grad / x.numel(), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(losses["loss_dm"].item(), 0.5 * grad.square().mean().item(), rtol=1e-5, atol=0)
+
+
+def test_non_finite_gradients_become_zero():
+    guidance = gaussian_guidance()
+    guidance.real_unet.forward = lambda x, sigma, labels: x  # at sigma 0 the weight is 0 / 0
+    x = torch.ones(2, 1, 4, 4, requires_grad=True)
+    guidance.fake_unet = guidance.real_unet
+    losses, _ = guidance.compute_distribution_matching_loss(x, LABELS[:2], torch.zeros(2), torch.zeros_like(x))
+    losses["loss_dm"].backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_noise_levels_are_ascending_and_drawn_from_their_range():
+    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), num_train_timesteps=200, min_step_percent=0.29, max_step_percent=0.5)
+    sigmas = guidance.karras_sigmas
+    assert sigmas.shape == (200,) and (sigmas.diff() > 0).all()
+    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([0.002, 80.0]))
+    assert (guidance.min_step, guidance.max_step) == (58, 100)
+    drawn = guidance.draw_sigma(5000, guidance.min_step, guidance.max_step)
+    assert drawn.min() == sigmas[58] and drawn.max() == sigmas[100]
+    drawn = guidance.draw_sigma(5000)
+    assert drawn.min() == sigmas[0] and drawn.max() == sigmas[-1]
+    assert GuidanceModel(GaussianDenoiser(0.0, 1.0), max_step_percent=1.0).max_step == 999
+
+
+def test_fake_loss_is_edm_weighted_error():
+    """A denoiser that is off by exactly e has the loss mean of (sigma^-2 + sigma_data^-2) e^2."""
+    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), sigma_data=0.4)
+    x, sigma = torch.rand(4, 1, 6, 6, requires_grad=True), torch.tensor([0.1, 0.5, 2.0, 50.0])
+    guidance.fake_unet.forward = lambda x_t, sigma, labels: x.detach() + 0.1 * sigma.reshape(-1, 1, 1, 1)
+    losses, _ = guidance.compute_loss_fake(x, LABELS, sigma, torch.zeros_like(x))
+    expected = ((sigma**-2 + 0.4**-2) * (0.1 * sigma) ** 2).mean()
+    torch.testing.assert_close(losses["loss_fake_mean"], expected)
+    assert not losses["loss_fake_mean"].requires_grad
+
+
+class AffineGenerator(torch.nn.Module):
+    """G(z) = mean + std z, for noise that comes scaled by the conditioning sigma."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.mean, self.std = (torch.nn.Parameter(torch.tensor(value)) for value in (mean, std))
+
+    def forward(self, x, sigma, labels):
+        return self.mean + self.std * x / sigma.reshape(-1, 1, 1, 1)
+
+
+def test_generator_moves_to_the_data():
+    """With the exact fake denoiser at every step, DMD2 carries a Gaussian generator to the teacher's mean and deviation."""
+    torch.manual_seed(0)
+    model = UnifiedModel(gaussian_guidance(real=(0.5, 0.3)))
+    model.feedforward_model = generator = AffineGenerator(-0.5, 0.8)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=0.02)
+    labels = torch.zeros(64, dtype=torch.long)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 600)
+        model.guidance_model.fake_unet = GaussianDenoiser(generator.mean.item(), generator.std.item())
+        losses, _, _ = model.generator_turn(torch.randn(64, 1, 4, 4), labels)
+        optimizer.zero_grad()
+        losses["loss_dm"].backward()
+        optimizer.step()
+    assert abs(generator.mean.item() - 0.5) < 0.02 and abs(abs(generator.std.item()) - 0.3) < 0.02
+
+
+def unet_model(**options):
+    model = UnifiedModel(GuidanceModel(tiny_unet(), **options))
+    for parameter in model.guidance_model.fake_unet.parameters():  # a fake_unet unlike the teacher
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def grads(module):
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+def test_teacher_is_frozen_and_fake_and_generator_start_as_its_copies():
+    teacher = tiny_unet(dropout=0.5)
+    model = UnifiedModel(GuidanceModel(teacher)).train()
+    assert model.guidance_model.real_unet is teacher and not teacher.training and model.guidance_model.fake_unet.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    for network in (model.feedforward_model, model.guidance_model.fake_unet):
+        assert all(p.requires_grad for p in network.parameters())
+        for ours, theirs in zip(network.parameters(), teacher.parameters(), strict=True):
+            assert torch.equal(ours, theirs) and ours is not theirs
+
+
+@pytest.mark.parametrize("gan", [False, True])
+def test_each_turn_leaves_the_other_side_alone(gan):
+    model = unet_model(gan_classifier=gan)
+    guidance, noise = model.guidance_model, torch.randn(4, 1, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+
+    losses, _, images = model.generator_turn(noise, LABELS)
+    sum(losses.values()).backward()
+    assert len(grads(model.feedforward_model)) == len(list(model.feedforward_model.parameters()))
+    assert grads(guidance) == [] and not images.requires_grad
+    assert all(p.requires_grad for p in guidance.fake_unet.parameters())
+    torch.testing.assert_close(images, model.generate(noise, LABELS).detach())
+
+    model.zero_grad()
+    losses, _ = model.guidance_turn(images, LABELS, torch.randn(4, 1, 8, 8), LABELS)
+    sum(losses.values()).backward()
+    assert grads(model.feedforward_model) == [] and grads(guidance.real_unet) == []
+    assert len(grads(guidance.fake_unet)) == len(list(guidance.fake_unet.parameters()))
+    if gan:
+        assert len(grads(guidance.cls_pred_branch)) == len(list(guidance.cls_pred_branch.parameters()))
+
+    optimizers = [torch.optim.AdamW(part.parameters(), 0.1) for part in (guidance.fake_unet, guidance.real_unet)]
+    for optimizer in optimizers:
+        optimizer.step()
+    after = model.state_dict()
+    for name, value in before.items():
+        moved = not torch.equal(value, after[name])
+        assert moved == name.startswith("guidance_model.fake_unet"), name
+
+
+class FixedFeatures(torch.nn.Module):
+    """A network whose bottleneck is the noisy image itself, and whose image is zero."""
+
+    bottleneck_channels = 8
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x, sigma, labels, return_bottleneck=False):
+        features = self.scale * x
+        return {False: 0 * features, True: features, "both": (0 * features, features)}[return_bottleneck]
+
+
+def fixed_gan(**options):
+    guidance = GuidanceModel(FixedFeatures(), gan_classifier=True, **options)
+    guidance.cls_pred_branch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 4, 1, bias=False))
+    torch.nn.init.constant_(guidance.cls_pred_branch[1].weight, 1 / 128)  # the logit is the mean of the image
+    return guidance
+
+
+def test_gan_losses_follow_their_formulas():
+    guidance = fixed_gan(diffusion_gan=False)
+    real, fake = torch.randn(4, 8, 4, 4), torch.randn(4, 8, 4, 4) - 1
+    r, f = real.mean((1, 2, 3)), fake.mean((1, 2, 3))
+    losses, log = guidance.compute_guidance_clean_cls_loss(real, LABELS, fake, LABELS)
+    torch.testing.assert_close(losses["guidance_cls_loss"], (f.exp().log1p() + (-r).exp().log1p()).mean())
+    torch.testing.assert_close((log["real_logit"], log["fake_logit"]), (r.mean(), f.mean()))
+
+    fake.requires_grad_()
+    losses, _ = guidance.compute_generator_clean_cls_loss(fake, LABELS)
+    losses["gen_cls_loss"].backward()
+    torch.testing.assert_close(losses["gen_cls_loss"], (-f).exp().log1p().mean())
+    expected = -torch.sigmoid(-f) / 4 / 128  # d softplus(-f) / df = -sigmoid(-f)
+    torch.testing.assert_close(fake.grad, expected.reshape(4, 1, 1, 1).expand_as(fake))
+    assert grads(guidance) == []
+
+
+def test_diffusion_gan_noises_up_to_its_level():
+    guidance = fixed_gan(diffusion_gan_max_timestep=10)
+    zeros = torch.zeros(2000, 8, 4, 4)
+    noise_std = guidance.compute_cls_logits(zeros, torch.zeros(2000, dtype=torch.long)).std() * 128**0.5
+    torch.testing.assert_close(noise_std, guidance.karras_sigmas[:10].square().mean().sqrt(), rtol=0.1, atol=0)
+
+
+def test_one_encoder_pass_serves_both_guidance_losses():
+    """With the paper's setting the fake images go through `fake_unet` once: two calls in all, the other for the real images."""
+    model = UnifiedModel(GuidanceModel(tiny_unet(), gan_classifier=True))
+    calls, forward = [], model.guidance_model.fake_unet.forward
+    model.guidance_model.fake_unet.forward = lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1]
+    images = torch.randn(4, 1, 8, 8)
+    losses, _ = model.guidance_turn(images, LABELS, images[:3], LABELS[:3])
+    assert calls == [4, 3] and set(losses) == {"loss_fake_mean", "guidance_cls_loss"}
+    assert F.softplus(torch.zeros(1)).item() * 0.5 < losses["guidance_cls_loss"].item() < 5

@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from conftest import tiny_unet
+
+from model import SimpleUNet, denoising_loss, get_sigmas_karras, preconditioning
+from training import lr_factor, update_ema
+
+
+def test_karras_sigmas_follow_edm_equation_5():
+    n, low, high, rho = 7, 0.01, 50.0, 5.0
+    expected = [(high ** (1 / rho) + i / (n - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(n)]
+    sigmas = get_sigmas_karras(n, low, high, rho)
+    assert sigmas.dtype == torch.float32
+    torch.testing.assert_close(sigmas, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_preconditioning_keeps_unit_variance_at_every_sigma():
+    """With data of variance sigma_data^2: input c_in (x0 + sigma n) and target (x0 - c_skip x) / c_out have variance 1."""
+    sigma, sigma_data = torch.logspace(-3, 2, 40), 0.7
+    c_skip, c_out, c_in, c_noise = preconditioning(sigma, sigma_data)
+    torch.testing.assert_close(c_in**2 * (sigma_data**2 + sigma**2), torch.ones(40))
+    target_variance = ((1 - c_skip) ** 2 * sigma_data**2 + c_skip**2 * sigma**2) / c_out**2
+    torch.testing.assert_close(target_variance, torch.ones(40), rtol=1e-4, atol=0)
+    torch.testing.assert_close(c_noise, sigma.log() / 4)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-6])
+def test_output_is_input_without_noise(sigma):
+    net, x = tiny_unet(), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(net(x, sigma, torch.tensor([0, 1])), x, rtol=0, atol=1e-5)
+
+
+def test_output_is_preconditioned_network():
+    """A network that puts out zeros returns c_skip x; one that puts out ones adds c_out."""
+    net, x, sigma = tiny_unet(), torch.randn(3, 1, 8, 8), torch.tensor([0.1, 1.0, 20.0])
+    c_skip, c_out, _, _ = (factor.reshape(-1, 1, 1, 1) for factor in preconditioning(sigma, 0.5))
+    torch.nn.init.zeros_(net.conv_out.weight)
+    for value in (0.0, 1.0):
+        torch.nn.init.constant_(net.conv_out.bias, value)
+        torch.testing.assert_close(net(x, sigma, torch.tensor([0, 1, 2])), c_skip * x + value * c_out)
+
+
+def test_denoising_loss_weights_every_sigma_alike():
+    """EDM table 1: the weight undoes c_out^2, so that an error of c_out costs 1 at every noise level."""
+    images, sigma = torch.zeros(4, 1, 2, 2), torch.tensor([0.01, 0.3, 3.0, 80.0])
+    c_out = preconditioning(sigma, 0.5)[1].reshape(-1, 1, 1, 1)
+    for i in range(4):
+        loss = denoising_loss((images + c_out)[i : i + 1], images[i : i + 1], sigma[i : i + 1], 0.5)
+        torch.testing.assert_close(loss, torch.tensor(1.0))
+
+
+def test_labels_sigma_and_batch():
+    """One-hot equals index; a scalar sigma equals a vector; images do not see each other; label and sigma matter."""
+    net, x, labels = tiny_unet(), torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 9])
+    out = net(x, torch.full((3,), 2.0), labels)
+    torch.testing.assert_close(net(x, 2.0, torch.nn.functional.one_hot(labels, 10).float()), out)
+    torch.testing.assert_close(net(x[1:2], torch.tensor(2.0), labels[1:2]), out[1:2])
+    assert not torch.allclose(net(x, 2.0, labels - 1), out, atol=1e-5)
+    assert not torch.allclose(net(x, 0.5, labels), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (28, 1), (64, 3)])
+def test_resolutions_config_and_bottleneck(resolution, channels):
+    net = tiny_unet(img_resolution=resolution, img_channels=channels, attn_resolutions=[resolution // 2])
+    x, sigma, labels = torch.randn(2, channels, resolution, resolution), torch.ones(2), torch.tensor([3, 4])
+    rebuilt = SimpleUNet(**net.config).eval()
+    rebuilt.load_state_dict(net.state_dict())
+    out = net(x, sigma, labels)
+    torch.testing.assert_close(rebuilt(x, sigma, labels), out)
+    features = net(x, sigma, labels, return_bottleneck=True)
+    assert features.shape == (2, net.bottleneck_channels, resolution // 2, resolution // 2)
+    both = net(x, sigma, labels, return_bottleneck="both")
+    torch.testing.assert_close(both, (out, features))
+
+
+def test_default_network_is_ddpm_sized():
+    net = SimpleUNet()
+    assert 25e6 < sum(p.numel() for p in net.parameters()) < 40e6
+    assert net.config["img_resolution"] == 32 and net.config["img_channels"] == 3 and net.config["label_dim"] == 10
+
+
+def test_bad_shapes_are_refused():
+    with pytest.raises(ValueError, match="halved"):
+        SimpleUNet(img_resolution=10, channel_mult=(1, 1, 1))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        SimpleUNet(model_channels=20)
+
+
+def test_ema_equals_its_closed_form():
+    """With decay d and the warm-up far behind: ema_n = d^n ema_0 + (1 - d) sum_k d^(n - k) w_k."""
+    ema, net = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    weights, decay = [3.0, -1.0, 2.0, 0.5], 0.8
+    torch.nn.init.constant_(ema.weight, 10.0)
+    for step, weight in enumerate(weights):
+        torch.nn.init.constant_(net.weight, weight)
+        update_ema(ema, net, decay, step=1000 + step)
+    n = len(weights)
+    expected = decay**n * 10 + (1 - decay) * sum(decay ** (n - 1 - k) * w for k, w in enumerate(weights))
+    assert math.isclose(ema.weight.item(), expected, rel_tol=1e-6)
+    update_ema(ema, net, decay, step=1)  # early, the decay is 1/11
+    assert math.isclose(ema.weight.item(), expected / 11 + weights[-1] * 10 / 11, rel_tol=1e-6)
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    factors = [lr_factor(step, warmup_steps=4, decay=0.25, step_number=16) for step in range(16)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4:13] == [1.0] * 9 and factors[13:] == [0.75, 0.5, 0.25]
+    assert lr_factor(0, warmup_steps=0, decay=0.0, step_number=5) == 1.0

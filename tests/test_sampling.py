@@ -1,0 +1,51 @@
+from itertools import pairwise
+
+import torch
+from conftest import GaussianDenoiser
+
+from sampling import class_noise, heun_sampler, one_step_sampler
+
+
+def test_heun_reaches_the_data_distribution():
+    """For N(m, s^2) the exact flow is affine: noise z at sigma_max ends at m + s (80 z - m) / sqrt(s^2 + 80^2)."""
+    mean, std, z = 0.3, 0.5, torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    exact = mean + std * (80 * z - mean) / (std**2 + 80**2) ** 0.5
+    out = heun_sampler(GaussianDenoiser(mean, std), z, torch.zeros(4, dtype=torch.long), num_steps=200)
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-3)
+
+
+def test_heun_error_falls_like_the_square_of_the_step():
+    """Halving the step quarters the error; the Euler step to sigma 0 (algorithm 1) is exact enough not to show at 1e-4."""
+    z = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+    exact = 0.5 * 80 * z / (0.5**2 + 80**2) ** 0.5
+    errors = []
+    for steps in (20, 40, 80):
+        out = heun_sampler(GaussianDenoiser(0.0, 0.5), z, torch.zeros(1, dtype=torch.long), steps, sigma_min=1e-4)
+        errors.append((out - exact).abs().max().item())
+    for coarse, fine in pairwise(errors):
+        assert 3.3 < coarse / fine < 4.7, errors
+
+
+def test_heun_counts_its_evaluations_and_one_step_takes_one():
+    calls = []
+
+    def net(x, sigma, labels):
+        calls.append((x.clone(), sigma.clone()))
+        return torch.zeros_like(x)
+
+    noise, labels = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    heun_sampler(net, noise, labels, num_steps=18)
+    assert len(calls) == 35
+    calls.clear()
+    one_step_sampler(net, noise, labels, conditioning_sigma=40.0)
+    ((x, sigma),) = calls
+    torch.testing.assert_close(x, 40 * noise)
+    assert sigma.tolist() == [40.0, 40.0]
+
+
+def test_class_noise_depends_on_seed_class_and_place_alone():
+    noise, labels = class_noise([3, 5], 4, (1, 8, 8), seed=1)
+    assert labels.tolist() == [3] * 4 + [5] * 4
+    torch.testing.assert_close(class_noise([5], 9, (1, 8, 8), seed=1)[0][:4], noise[4:])
+    assert not torch.equal(noise[:4], noise[4:])
+    assert not torch.equal(class_noise([3], 4, (1, 8, 8), seed=2)[0], noise[:4])
