@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from config import UserError
+from sampling import random_stream
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string a class
 Dataset = namedtuple("Dataset", "images labels class_names")
@@ -168,9 +169,9 @@ class Batches:
 
     def order(self, epoch):
         if epoch not in self.orders:
-            generator = torch.Generator().manual_seed(self.seed + 2**32 * epoch)
-            order = torch.randperm(len(self.dataset.labels), generator=generator)
-            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order.to(self.dataset.labels.device)}
+            order = torch.randperm(len(self.dataset.labels), generator=random_stream(self.seed, epoch))
+            self.orders[epoch] = order.to(self.dataset.labels.device)
+            self.orders.pop(epoch - 2, None)
         return self.orders[epoch]
 
     def __next__(self):

@@ -42,11 +42,15 @@ def sample_in_batches(sampler, net, noise, labels, batch_size):
     return torch.cat([sampler(net, z.to(device), y.to(device)).cpu() for z, y in batches])
 
 
+def random_stream(seed, index):
+    """The CPU generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed."""
+    return torch.Generator().manual_seed((seed * 1000003 + index) % 2**32)
+
+
 def class_noise(classes, num_samples, shape, seed):
     """Standard normal noise `[len(classes) * num_samples, *shape]` and its labels, class after class, on the CPU.
 
     An image's noise depends on `seed`, its class and its place in the class alone, so subsets and longer runs agree.
     """
-    generators = [torch.Generator().manual_seed((seed * 1000003 + label) % 2**32) for label in classes]
-    noise = torch.cat([torch.randn(num_samples, *shape, generator=generator) for generator in generators])
+    noise = torch.cat([torch.randn(num_samples, *shape, generator=random_stream(seed, label)) for label in classes])
     return noise, torch.tensor(classes).repeat_interleave(num_samples)
