@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# From nothing to one-step digits, on a machine with Python 3.10+ and bash: installs into .venv, trains a teacher, distils it,
+# generates, and compares the two. About ten minutes on two CPU cores, installation aside. Stages that are done are skipped.
+set -euo pipefail
+cd "$(dirname "$0")"
+log=./log/checkpoints
+
+if [ -x .venv/bin/python ]; then
+    echo "== .venv is there: reused"
+else
+    echo "== making .venv"
+    "${PYTHON:-python3}" -m venv .venv
+fi
+echo "== installing requirements.txt (what is installed is skipped)"
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+
+stage() { # stage NAME FINAL_CHECKPOINT COMMAND...: skipped where the final checkpoint is there
+    echo "== $1"
+    if [ -e "$2" ]; then
+        echo "   skipped: $2 is there (delete it to train again)"
+    else
+        .venv/bin/python "${@:3}"
+    fi
+}
+stage "1. teacher" $log/mnist_teacher/teacher_final.pt train_teacher.py --config config_mnist0.yaml --no-wandb
+stage "2. DMD2" $log/mnist_dmd2/dmd2_final.pt train_dmd2.py --config config_mnist1.yaml --no-wandb
+echo "== 3. images"
+.venv/bin/python generate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --output_dir ./generated/mnist
+echo "== 4. teacher and one-step student compared"
+.venv/bin/python evaluate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --teacher_checkpoint $log/mnist_teacher/teacher_final.pt \
+    --features classifier --num_samples 1000
+echo
+echo "Pictures:"
+echo "  ./generated/mnist/overview.png             the student's digits, one network evaluation each"
+echo "  $log/mnist_dmd2/comparison.png    teacher and student from the same noise, row by row"
+echo "  $log/mnist_dmd2/samples/          the same during training"

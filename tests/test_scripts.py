@@ -1,0 +1,349 @@
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, write_images, write_zip
+from PIL import Image
+from test_config import assert_refused
+
+import checkpoint
+from sampling import class_noise, heun_sampler, one_step_sampler
+
+TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
+DMD2_KEYS = {
+    "feedforward_model_state_dict",
+    "ema_state_dict",
+    "guidance_fake_unet_state_dict",
+    "guidance_cls_state_dict",
+    "optimizer_generator_state_dict",
+    "optimizer_guidance_state_dict",
+    "step",
+    "model_config",
+    "config",
+}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(ours, theirs):
+    """Equal to the bit, through nested containers."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_same(a, b)
+    elif torch.is_tensor(ours):
+        assert torch.equal(ours, theirs)
+    else:
+        assert ours == theirs
+
+
+def test_what_the_training_scripts_write(runs):
+    names = {path.name for path in (runs / "teacher").iterdir()}
+    assert {"teacher_checkpoint_step_2.pt", "teacher_checkpoint_step_4.pt", "teacher_final.pt", "metrics.jsonl"} <= names
+    names = {path.name for path in (runs / "dmd2").iterdir()}
+    assert {"dmd2_checkpoint_step_2.pt", "dmd2_final.pt", "metrics.jsonl"} <= names
+    assert load(runs / "teacher" / "teacher_final.pt").keys() >= TEACHER_KEYS
+    state = load(runs / "dmd2" / "dmd2_final.pt")
+    assert state.keys() >= DMD2_KEYS and state["step"] == 4
+    assert [row["step"] for row in metrics(runs / "teacher")] == [1, 2, 3, 4]
+    rows = metrics(runs / "dmd2")
+    assert [("loss_dm" in row, "gen_cls_loss" in row, "loss_fake_mean" in row) for row in rows] == [
+        (True,) * 3,
+        (False, False, True),
+    ] * 2
+    assert {"real_logit", "fake_logit", "guidance_grad_norm", "fake_std", "images_per_second"} <= rows[0].keys()
+    grid = Image.open(runs / "dmd2" / "samples" / "step_0000004.png")
+    assert grid.width > 2 * 8 * 8 and grid.height > 10 * 8  # teacher and student side by side, a row a class
+
+
+def test_averaged_weights_are_what_is_loaded(runs):
+    for file in (runs / "teacher" / "teacher_final.pt", runs / "dmd2" / "dmd2_final.pt"):
+        net, state = checkpoint.load_network(file), load(file)
+        raw = "model_state_dict" if "model_state_dict" in state else "feedforward_model_state_dict"
+        assert not net.training and net.config == state["model_config"]
+        assert_same(dict(net.state_dict()), dict(state["ema_state_dict"]))
+        assert any(not torch.equal(state["ema_state_dict"][key], value) for key, value in state[raw].items())
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_resume_is_bit_identical(runs, tmp_path, stage):
+    """Stopped after 2 of 4 steps and after 3, against the run that never stopped."""
+    arguments = [*TINY, "--output_dir", tmp_path, "--save_every", 1, "--log_every", 1]
+    if stage == "teacher":
+        arguments += TINY_NET
+    else:
+        teacher = runs / "teacher" / "teacher_final.pt"
+        arguments += ["--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", "0.5"]
+    script = f"train_{stage}.py"
+    succeed(script, *arguments, "--resume_from_checkpoint", runs / stage / f"{stage}_checkpoint_step_2.pt", "--step_number", 3)
+    os.remove(tmp_path / f"{stage}_final.pt")
+    succeed(script, *arguments, "--resume_from_checkpoint", "latest")
+    ours, theirs = load(tmp_path / f"{stage}_final.pt"), load(runs / stage / f"{stage}_final.pt")
+    ours.pop("config"), theirs.pop("config")  # names another folder
+    assert_same(ours, theirs)
+    assert [row["step"] for row in metrics(tmp_path)] == [3, 4]
+    rows = {row["step"]: row for row in metrics(runs / stage)}
+    for row in metrics(tmp_path):
+        assert {k: v for k, v in row.items() if k != "images_per_second"} == {
+            k: v for k, v in rows[row["step"]].items() if k != "images_per_second"
+        }
+
+
+def test_latest_without_checkpoints_is_refused(tmp_path):
+    done = run_script("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "x", "--resume_from_checkpoint", "latest")
+    assert_refused(done, "no checkpoints in")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "truncated", "foreign", "hostile"])
+def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
+    file, trace = tmp_path / "bad.pt", tmp_path / "it-ran"
+    good = (runs / "teacher" / "teacher_final.pt").read_bytes()
+    if what == "text":
+        file.write_text("no checkpoint")
+    elif what == "truncated":
+        file.write_bytes(good[: len(good) // 2])
+    elif what == "foreign":
+        torch.save({"weights": torch.zeros(3)}, file)
+    elif what == "hostile":
+
+        class Hostile:
+            def __reduce__(self):
+                return os.system, (f"touch {trace}",)
+
+        torch.save({"step": Hostile(), "model_config": {}, "config": {}}, file)
+    for script, flag in (("generate.py", "--checkpoint"), ("train_dmd2.py", "--teacher_checkpoint")):
+        assert_refused(run_script(script, flag, file, "--output_dir", tmp_path / "out"), f"checkpoint {file}")
+    assert not trace.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
+    teacher, student = runs / "teacher" / "teacher_final.pt", runs / "dmd2" / "dmd2_final.pt"
+    out = ["--output_dir", tmp_path / "out"]
+    assert_refused(
+        run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", student), "a generator; it takes what train_teacher.py"
+    )
+    done = run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", teacher, "--resume_from_checkpoint", teacher)
+    assert_refused(done, "not a generator with the teacher's network")
+    done = run_script("train_teacher.py", *TINY, *out, "--img_resolution", 16, "--resume_from_checkpoint", teacher)
+    assert_refused(done, "not a teacher with this network")
+    write_images(tmp_path / "set", each=8, size=8)
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "set", "--teacher_checkpoint", teacher]
+    assert_refused(run_script("train_dmd2.py", *TINY, *data, *out), "knows 10 classes; the data set folder has 2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_refused(tmp_path):
+    done = run_script("train_teacher.py", "--dataset", "mnist5k", "--device", "cuda", "--output_dir", tmp_path / "out")
+    assert_refused(done, "--device cuda: this machine has 0 CUDA devices")
+
+
+def test_generate_writes_a_grid_a_class(runs, tmp_path):
+    out = succeed("generate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path)
+    assert "160 images" in out and "1 network evaluation an image" in out
+    assert {path.name for path in tmp_path.iterdir()} == {f"{digit}_samples.png" for digit in range(10)} | {"overview.png"}
+
+
+def test_generate_is_what_the_samplers_give(runs, tmp_path):
+    """npz: uint8 [N, H, W, C] and int64 labels; the student in one step, the teacher by Heun, from the noise of the seed."""
+    for stage, sampler in (("dmd2", one_step_sampler), ("teacher", lambda *a: heun_sampler(*a, num_steps=3))):
+        file = runs / stage / f"{stage}_final.pt"
+        arguments = ["--num_samples", 5, "--classes", "7,2", "--steps", 3, "--seed", 4, "--format", "npz", "--batch_size", 3]
+        out = succeed("generate.py", "--checkpoint", file, "--output_dir", tmp_path, *arguments)
+        assert ("1 network evaluation an" if stage == "dmd2" else "5 network evaluations an") in out
+        arrays = np.load(tmp_path / "samples.npz")
+        assert arrays["images"].dtype == np.uint8 and arrays["images"].shape == (10, 8, 8, 1)
+        assert arrays["labels"].dtype == np.int64 and arrays["labels"].tolist() == [7] * 5 + [2] * 5
+        with torch.no_grad():
+            images = sampler(checkpoint.load_network(file), *class_noise([7, 2], 5, (1, 8, 8), seed=4))
+        expected = (images * 127.5 + 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_allclose(arrays["images"], expected, atol=0.51)
+
+
+def test_generate_png_can_be_trained_on(runs, tmp_path):
+    succeed(
+        "generate.py",
+        "--checkpoint",
+        runs / "dmd2" / "dmd2_final.pt",
+        "--output_dir",
+        tmp_path / "png",
+        "--num_samples",
+        2,
+        "--format",
+        "png",
+    )
+    assert len(list((tmp_path / "png").glob("*/*.png"))) == 20
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "png", "--output_dir", tmp_path / "run"]
+    succeed("train_teacher.py", *TINY, *TINY_NET, *data)
+
+
+def test_generate_unknown_class_is_refused(runs, tmp_path):
+    done = run_script(
+        "generate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "x", "--classes", "1,cat"
+    )
+    assert_refused(done, "no class 'cat'; there are 0, 1, 2")
+    assert not (tmp_path / "x").exists()
+
+
+def test_both_stages_on_a_zip_with_colours(tmp_path):
+    """EDM's ZIP layout through teacher, DMD2 and generation; images and network three-channelled."""
+    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1, 2] * 8, size=16)]
+    succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--output_dir", tmp_path / "teacher")
+    teacher = tmp_path / "teacher" / "teacher_final.pt"
+    succeed("train_dmd2.py", *TINY, *data, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "dmd2")
+    state = load(tmp_path / "dmd2" / "dmd2_final.pt")
+    assert state["model_config"]["img_channels"] == 3 and state["model_config"]["label_dim"] == 3
+    assert state["ema_state_dict"] is None and "guidance_cls_state_dict" not in state
+    succeed("generate.py", "--checkpoint", tmp_path / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "images")
+    assert (tmp_path / "images" / "2_samples.png").exists()
+
+
+def test_batch_larger_than_the_data_is_refused(tmp_path):
+    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip")]
+    done = run_script("train_teacher.py", *data, "--batch_size", 7, "--output_dir", tmp_path / "out")
+    assert_refused(done, "--batch_size 7 is more than the 6 images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, tmp_path):
+    """The real package, offline, by the README's flags; the run's file is read back with wandb's own reader."""
+    pytest.importorskip("wandb")
+    flags = ["--wandb", "--wandb_mode", "offline", "--wandb_project", "minimal-dmd", "--wandb_run_name", "dmd2-mnist"]
+    flags += ["--wandb_dir", tmp_path / "wandb", "--wandb_log_every", 2, "--wandb_log_images", "--wandb_log_samples"]
+    flags += ["--wandb_sample_every", 2, "--wandb_log_checkpoints", "--log_every", 1, "--save_every", 2, "--wandb_key", "x" * 40]
+    teacher = runs / "teacher" / "teacher_final.pt"
+    succeed("train_dmd2.py", *TINY, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", *flags)
+    assert "wandb_key" not in load(tmp_path / "out" / "dmd2_final.pt")["config"]
+
+    (run_file,) = (tmp_path / "wandb").glob("wandb/offline-run-*/*.wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, kinds, keys = DataStore(), [], set()
+    store.open_for_scan(str(run_file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kinds.append(record.WhichOneof("record_type"))
+        if record.HasField("history"):
+            keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+        if record.HasField("run"):
+            assert (record.run.project, record.run.display_name) == ("minimal-dmd", "dmd2-mnist")
+            assert "x" * 40 not in str(record.run)
+        if record.HasField("request") and record.request.WhichOneof("request_type") == "log_artifact":
+            kinds.append("log_artifact")
+    assert {"loss_dm", "loss_fake_mean"} <= keys and any(key.startswith("samples") for key in keys), keys
+    assert any(key.startswith("images") for key in keys)
+    assert "log_artifact" in kinds or "artifact" in kinds, set(kinds)
+    assert len(list(run_file.parent.glob("files/media/images/samples_*.png"))) == 2
+
+
+def test_without_wandb_it_is_not_imported(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise SystemExit('wandb was imported')")
+    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
+
+
+def test_cifar10_from_torchvisions_files(tmp_path):
+    """The default data set through the real script, with torchvision's checksums put out of the way in a sitecustomize."""
+    from test_data import fabricated_cifar10
+
+    fabricated_cifar10(tmp_path, pytest.MonkeyPatch(), n=40)
+    (tmp_path / "sitecustomize.py").write_text(
+        "from torchvision.datasets import CIFAR10 as C\n"
+        "C.train_list = [[name, None] for name, _ in C.train_list]\n"
+        "C.test_list, C.meta = [['test_batch', None]], {**C.meta, 'md5': None}\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path)}
+    arguments = ["--data_dir", tmp_path, "--batch_size", 8, "--step_number", 2, "--model_channels", 8, "--num_blocks", 1]
+    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path / "teacher", env=env)
+    teacher = tmp_path / "teacher" / "teacher_final.pt"
+    arguments = ["--data_dir", tmp_path, "--batch_size", 8, "--step_number", 2, "--teacher_checkpoint", teacher]
+    succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "dmd2", env=env)
+    succeed(
+        "generate.py", "--checkpoint", tmp_path / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "images", "--num_samples", 2
+    )
+    assert (tmp_path / "images" / "airplane_samples.png").exists()
+
+
+def readme_commands():
+    """Every command of the README's shell blocks that runs one of our scripts, as lists of words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].split() for line in lines if re.match(r"python \w+\.py", line)]
+
+
+def test_readme_commands_parse():
+    """Each command of the README is accepted by its script's options, with files and values as written there."""
+    from config import DMD2, EVALUATE, GENERATE, TEACHER, parse_args
+
+    tables = {"train_teacher.py": TEACHER, "train_dmd2.py": DMD2, "generate.py": GENERATE, "evaluate.py": EVALUATE}
+    commands = readme_commands()
+    assert {command[1] for command in commands} == set(tables)
+    folder = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        for _, script, *arguments in commands:
+            parse_args(tables[script], "", arguments)
+    finally:
+        os.chdir(folder)
+
+
+def test_readme_commands_run_in_order(tmp_path):
+    """The README's commands, one after the other in an empty folder, each on what the one before wrote; scaled down by flags."""
+    write_zip(tmp_path / "cifar10.zip", labels=[0, 1] * 60, size=8)
+    for path in ROOT.glob("config_*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    small = {
+        "train_teacher.py": [*TINY, *TINY_NET, "--save_every", "2"],
+        "train_dmd2.py": [*TINY, "--save_every", "2"],
+        "evaluate.py": ["--num_samples", "40", "--features", "classifier", "--steps", "2"],
+    }
+    for _, script, *arguments in readme_commands():
+        if "--wandb" in arguments:
+            arguments += ["--wandb_mode", "offline"]
+        if "folder" in arguments:
+            continue  # that data is the user's own; test_both_stages_on_a_zip_with_colours runs it
+        arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
+        succeed(script, *arguments, *small.get(script, []), cwd=tmp_path)
+    assert (tmp_path / "generated").is_dir()
+
+
+@pytest.mark.slow
+def test_teacher_learns_real_digits(tmp_path):
+    """Half a minute of training on mnist5k: an untrained network starts at a loss near 2.0, 150 steps must bring it below 0.6."""
+    arguments = [
+        "--config",
+        ROOT / "config_mnist0.yaml",
+        "--step_number",
+        150,
+        "--lr_decay",
+        0,
+        "--log_every",
+        10,
+        "--device",
+        "cpu",
+    ]
+    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path, "--sample_every", 1000)
+    rows = metrics(tmp_path)
+    assert rows[0]["loss"] > 1.2 and np.mean([row["loss"] for row in rows[-3:]]) < 0.6
+
+
+def test_load_network_in_a_notebook(tmp_path):
+    net = tiny_unet()
+    state = {"model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config, "config": {}}
+    checkpoint.save(tmp_path / "x.pt", state)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # no temporary file stays
+    loaded, noise, labels = checkpoint.load_network(tmp_path / "x.pt"), torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    torch.testing.assert_close(one_step_sampler(loaded, noise, labels), one_step_sampler(net, noise, labels))
+    assert json.dumps(loaded.config)
