@@ -6,19 +6,28 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import to_uint8
 
 
+def tile(images, columns):
+    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]` on white (torchvision is slow to import)."""
+    images = F.pad(images, (1, 1, 1, 1), value=255)
+    missing = -len(images) % columns
+    images = torch.cat([images, torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)])
+    N, C, H, W = images.shape
+    return images.reshape(N // columns, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(N // columns * H, columns * W, C)
+
+
 def save_grid(path, *blocks, columns):
     """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: side by side, grids of `columns` columns, enlarged if tiny."""
-    grids = [make_grid(to_uint8(block).cpu(), nrow=columns, padding=1, pad_value=255) for block in blocks]
-    gap = torch.full_like(grids[0][:, :, :8], 255)
-    picture = torch.cat([part for grid in grids for part in (gap, grid)][1:], dim=2)
-    picture = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
+    gap = torch.full_like(tiles[0][:, :8], 255)
+    picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
+    picture = Image.fromarray(picture.squeeze(2).numpy())
     scale = max(1, 64 // blocks[0].shape[-1])
     picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
 
@@ -47,8 +56,6 @@ class Logger:
         if args.wandb:
             import wandb  # only where it is wanted: it takes a second, and need not be installed
 
-            if args.wandb_key:
-                wandb.login(key=args.wandb_key)
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
             self.wandb_run = wandb.init(
                 project=args.wandb_project,
@@ -56,6 +63,7 @@ class Logger:
                 mode=args.wandb_mode,
                 dir=args.wandb_dir,
                 config=public(args),
+                settings=wandb.Settings(api_key=args.wandb_key),
             )
 
     def log(self, step, metrics):
