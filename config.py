@@ -92,6 +92,7 @@ DATA = [
 ]
 TRAINING = [
     Option("batch_size", 128, count, "images a step"),
+    Option("grad_accum", 1, count, "parts in which a batch passes through the networks, where it does not fit in one"),
     Option("step_number", 100_000, count, "steps to train, in all"),
     Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its value"),
     Option("lr_decay", 0.0, share, "share of the steps, at the end, over which the learning rate falls to zero"),
@@ -306,6 +307,8 @@ def check(args):
                 f"--img_resolution {args.img_resolution} must be divisible by {divisor}: channel_mult has "
                 f"{len(args.channel_mult)} resolutions, each half of the one before"
             )
+    if hasattr(args, "grad_accum") and args.batch_size % args.grad_accum:
+        raise UserError(f"--grad_accum {args.grad_accum} must divide --batch_size {args.batch_size}")
     if getattr(args, "dataset", None) == "folder" and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
 

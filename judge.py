@@ -4,6 +4,7 @@ A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N,
 """
 
 import hashlib
+import pickle
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +35,8 @@ def inception(weights, device):
     from torch_fidelity.utils import create_feature_extractor
 
     try:
+        if weights:
+            torch.load(weights, weights_only=True)  # torch-fidelity's own loader would run code from a hostile file
         network = create_feature_extractor(
             "inception-v3-compat",
             ["2048", "logits_unbiased"],
@@ -41,7 +44,7 @@ def inception(weights, device):
             cuda=device.type == "cuda",
             verbose=False,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         if weights:
             raise UserError(f"--inception_weights {weights}: not torch-fidelity's Inception weights ({reason})") from None
@@ -161,11 +164,10 @@ def scores(judged, labels, real, args):
     return result
 
 
-def save_comparison(path, teacher_images, student_images, labels, columns=16, most_classes=10):
-    """A PNG with, for each class, a row of the teacher's uint8 images over a row of the student's from the same noise."""
-    rows = []
-    for label in labels.unique()[:most_classes]:
-        index = (labels == label).nonzero().flatten()[:columns]
-        if len(index) == columns:
-            rows += [teacher_images[index], student_images[index]]
+def save_comparison(path, teacher_images, student_images, labels):
+    """A PNG with, for each of up to ten classes, a row of the teacher's uint8 images over the student's from the same noise."""
+    classes = labels.unique()[:10]
+    columns = min([16, *((labels == label).sum().item() for label in classes)])
+    index = [(labels == label).nonzero().flatten()[:columns] for label in classes]
+    rows = [images[row] for row in index for images in (teacher_images, student_images)]
     save_grid(path, to_float(torch.cat(rows)), columns=columns)

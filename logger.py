@@ -63,7 +63,8 @@ class Logger:
                 mode=args.wandb_mode,
                 dir=args.wandb_dir,
                 config=public(args),
-                settings=wandb.Settings(api_key=args.wandb_key),
+                # W&B records the command line in a run's metadata: not when the key stands in it.
+                settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
             )
 
     def log(self, step, metrics):

@@ -16,7 +16,7 @@ def main():
     from guidance import GuidanceModel
     from logger import Logger, public
     from sampling import class_noise, heun_sampler, one_step_sampler
-    from training import adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from training import accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
     from unified_model import UnifiedModel
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
@@ -111,27 +111,35 @@ def main():
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
         generator_updates = step % args.dfake_gen_update_ratio == 0
-        metrics = {"real_std": real_images.std(0).mean()}
+        metrics, fake_images = {"real_std": real_images.std(0).mean()}, []
+        for z, y in zip(noise.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
+            if generator_updates:
+                loss_dict, seen, images = model.generator_turn(z, y)
+                loss = loss_dict["loss_dm"]
+                if args.gan_classifier:
+                    loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
+                (loss / args.grad_accum).backward()
+                accumulate(metrics, loss_dict, args.grad_accum)
+                accumulate(metrics, {"dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}, args.grad_accum)
+            else:
+                with torch.no_grad():
+                    images = model.generate(z, y)
+            fake_images.append(images)
         if generator_updates:
-            loss_dict, seen, fake_images = model.generator_turn(noise, labels)
-            loss = loss_dict["loss_dm"]
-            if args.gan_classifier:
-                loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
-            loss.backward()
             norm = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
-            metrics |= loss_dict | {"generator_grad_norm": norm, "dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}
-        else:
-            with torch.no_grad():
-                fake_images = model.generate(noise, labels)
+            metrics |= {"generator_grad_norm": norm, "fake_std": torch.cat(fake_images).std(0).mean()}
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
-        loss_dict, logits = model.guidance_turn(fake_images, labels, real_images, labels)
-        loss = loss_dict["loss_fake_mean"]
-        if args.gan_classifier:
-            loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
-        loss.backward()
+        chunks = zip(fake_images, labels.chunk(args.grad_accum), real_images.chunk(args.grad_accum), strict=True)
+        for fake, y, real in chunks:
+            loss_dict, logits = model.guidance_turn(fake, y, real, y)
+            loss = loss_dict["loss_fake_mean"]
+            if args.gan_classifier:
+                loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
+            (loss / args.grad_accum).backward()
+            accumulate(metrics, loss_dict | logits, args.grad_accum)
         norm = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
-        metrics |= loss_dict | logits | {"guidance_grad_norm": norm, "fake_std": fake_images.std(0).mean()}
+        metrics |= {"guidance_grad_norm": norm}
 
         step += 1
         if ema and generator_updates:

@@ -16,7 +16,7 @@ def main():
     from logger import Logger, public
     from model import SimpleUNet, denoising_loss
     from sampling import class_noise, heun_sampler
-    from training import adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from training import accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args.device)
@@ -81,24 +81,26 @@ def main():
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while step < args.step_number:
         images, labels = next(batches)
-
-        # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
-        sigma = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
-        noisy = images + sigma[:, None, None, None] * torch.randn_like(images)
-        denoised = net(noisy, sigma, labels)
-        loss = denoising_loss(denoised, images, sigma, args.sigma_data)
-        loss.backward()
+        metrics = {}
+        for x, y in zip(images.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
+            # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
+            sigma = (args.P_mean + args.P_std * torch.randn(len(x), device=device)).exp()
+            noisy = x + sigma[:, None, None, None] * torch.randn_like(x)
+            denoised = net(noisy, sigma, y)
+            loss = denoising_loss(denoised, x, sigma, args.sigma_data)
+            (loss / args.grad_accum).backward()
+            accumulate(metrics, {"loss": loss}, args.grad_accum)
 
         lr = args.lr * lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         grad_norm = optimizer_step(optimizer, lr, args.clip_grad_norm)
         step += 1
         update_ema(ema, net, args.ema_decay, step)
 
-        logger.log(step, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+        logger.log(step, metrics | {"grad_norm": grad_norm, "lr": lr})
         if logger.wants_samples(step):
             logger.samples(step, heun_sampler(ema, grid_noise, grid_labels), columns=8)
         if logger.wandb_wants("images", step):
-            logger.images(step, images, noisy, denoised.detach())
+            logger.images(step, x, noisy, denoised.detach())
         if step % args.save_every == 0:
             save(f"teacher_checkpoint_step_{step}.pt")
 

@@ -38,6 +38,12 @@ def optimizer_step(optimizer, lr, clip_grad_norm):
     return norm
 
 
+def accumulate(totals, values, parts):
+    """Adds to the dict `totals` one part in `parts` of each 0-dimensional tensor in `values`: the means over the micro-batches."""
+    for name, value in values.items():
+        totals[name] = totals.get(name, 0.0) + value.detach() / parts
+
+
 @torch.no_grad()
 def update_ema(ema, net, decay, step):
     """ema <- decay * ema + (1 - decay) * net, after `step` (from 1) steps; early on a smaller decay forgets the start sooner."""

@@ -38,12 +38,13 @@ class UnifiedModel(nn.Module):
     def guidance_turn(self, images, labels, real_images=None, real_labels=None):
         """The guidance model's losses on generated `images`; with a GAN head also against `real_images`, both `[B, C, H, W]`.
 
-        Returns (losses in a dict, what was computed on the way in a dict). The generator takes no part.
+        Returns (losses in a dict, the head's mean logits in a dict). The generator takes no part.
         """
-        loss_dict, log_dict = self.guidance_model.compute_loss_fake(images, labels)
+        loss_dict, computed = self.guidance_model.compute_loss_fake(images, labels)
+        log_dict = {}
         if self.guidance_model.gan_classifier:
             cls_loss_dict, log_dict = self.guidance_model.compute_guidance_clean_cls_loss(
-                real_images, real_labels, images, labels, log_dict.get("bottleneck")
+                real_images, real_labels, images, labels, computed.get("bottleneck")
             )
             loss_dict |= cls_loss_dict
         return loss_dict, log_dict

@@ -217,7 +217,7 @@ def test_batch_larger_than_the_data_is_refused(tmp_path):
 
 
 def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, tmp_path):
-    """The real package, offline, by the README's flags; the run's file is read back with wandb's own reader."""
+    """The real package, offline, by the README's flags: all of it is in the run's folder, and the key is not."""
     pytest.importorskip("wandb")
     flags = ["--wandb", "--wandb_mode", "offline", "--wandb_project", "minimal-dmd", "--wandb_run_name", "dmd2-mnist"]
     flags += ["--wandb_dir", tmp_path / "wandb", "--wandb_log_every", 2, "--wandb_log_images", "--wandb_log_samples"]
@@ -227,25 +227,11 @@ def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, t
     assert "wandb_key" not in load(tmp_path / "out" / "dmd2_final.pt")["config"]
 
     (run_file,) = (tmp_path / "wandb").glob("wandb/offline-run-*/*.wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store, kinds, keys = DataStore(), [], set()
-    store.open_for_scan(str(run_file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kinds.append(record.WhichOneof("record_type"))
-        if record.HasField("history"):
-            keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
-        if record.HasField("run"):
-            assert (record.run.project, record.run.display_name) == ("minimal-dmd", "dmd2-mnist")
-            assert "x" * 40 not in str(record.run)
-        if record.HasField("request") and record.request.WhichOneof("request_type") == "log_artifact":
-            kinds.append("log_artifact")
-    assert {"loss_dm", "loss_fake_mean"} <= keys and any(key.startswith("samples") for key in keys), keys
-    assert any(key.startswith("images") for key in keys)
-    assert "log_artifact" in kinds or "artifact" in kinds, set(kinds)
+    written = run_file.read_bytes()  # wandb's record of the run; names and texts stand in it as they are
+    for name in ("dmd2-mnist", "minimal-dmd", "loss_dm", "loss_fake_mean", "dmd2_final.pt", "generator_lr"):
+        assert name.encode() in written, name
+    assert b"x" * 40 not in written
+    assert len(list(run_file.parent.glob("files/media/images/images_*.png"))) == 2
     assert len(list(run_file.parent.glob("files/media/images/samples_*.png"))) == 2
 
 
