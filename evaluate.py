@@ -16,7 +16,7 @@ def main():
     import checkpoint
     import judge
     from data import load_dataset, to_uint8
-    from plots import plot_metrics, plot_steps
+    from plots import loss_ends, plot_metrics, plot_steps
     from sampling import sample_in_batches
     from training import choose_device
 
@@ -75,16 +75,20 @@ def main():
     for model in models:
         model["images"] = torch.cat(model["images"])
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
-        row |= {"evaluations": model["evaluations"], "images_per_second": 1 / median(model["seconds"])}
+        rate = 1 / median(model["seconds"])
+        row |= {"evaluations": model["evaluations"], "seconds": args.num_samples / rate, "images_per_second": rate}
         rows.append(row | judge.scores(measure(model["images"]), labels, real, args))
 
     # ---- what is told ---------------------------------------------------------------------------------------------------
     result = {"features": args.features, "num_samples": args.num_samples, "device": str(device), "rows": rows}
     columns = [key for key in rows[-1] if key not in ("checkpoint", "step", "name")]
-    print(" " * 24 + "".join(f"{column:>19}" for column in columns))
+    print(f"{'':24}" + "".join(f"{column:>19}" for column in columns))
     for row in rows:
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
         print(f"{row['name']:24}" + "".join(f"{cell:>19}" for cell in cells))
+
+    for model in models:
+        print(f"losses of {model['file']}: {loss_ends(Path(model['file']).parent / 'metrics.jsonl')}")
 
     evaluated = rows[-len(files) :]
     best = min(evaluated, key=lambda row: row["frechet_distance"])

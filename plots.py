@@ -22,12 +22,24 @@ PANELS = [
 ]
 
 
+def read_metrics(path):
+    """The lines of a `metrics.jsonl` as dicts. Raises UserError where the file is missing."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def loss_ends(path):
+    """Where each loss of a run started and ended, in words."""
+    rows = read_metrics(path) if path.exists() else []
+    curves = {name: [row[name] for row in rows if name in row] for row in rows for name in row if "loss" in name}
+    return ", ".join(f"{name} {curve[0]:.3g} -> {curve[-1]:.3g}" for name, curve in curves.items()) or "no metrics.jsonl beside it"
+
+
 def plot_metrics(metrics_path, path):
     """Draws what `metrics.jsonl` holds, a panel a kind. Raises UserError where the file is missing."""
-    try:
-        rows = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"{metrics_path}: {error.strerror}") from None
+    rows = read_metrics(metrics_path)
     present = {name for row in rows for name in row}
     panels = [panel for panel in PANELS if present & set(panel[1])]
     figure, axes = plt.subplots((len(panels) + 2) // 3, 3, figsize=(13, 3.2 * ((len(panels) + 2) // 3)), squeeze=False)
