@@ -1,8 +1,13 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
+import math
 import os
 import pickle
+import platform
 import re
+import subprocess
+import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -14,27 +19,42 @@ from sampling import heun_sampler, one_step_sampler
 
 
 def save(path, state):
-    """Writes `state` (tensors and plain containers) to `path`: a temporary file beside it, flushed to disk, then renamed."""
+    """Writes `state` (tensors and plain containers) to `path`: a temporary file beside it, flushed to disk, then renamed.
+
+    Raises UserError where that fails (full disk, no permission); what was at `path` is then as it was.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, survives a power cut
-    os.close(folder)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, survives a power cut
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what the file object raised
+        if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(cause, "strerror", None) or "the file could not be written; is the disk full?"
+        raise UserError(f"checkpoint {path}: {reason}; checkpoints before it are whole") from None
 
 
 def load(path, device="cpu"):
     """The state that `save` wrote. Raises UserError where the file is missing, damaged, or no checkpoint of this project."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
+            intact = archive.testzip() is None
+        state = torch.load(path, map_location=device, weights_only=True) if intact else None
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
-        raise UserError(f"checkpoint {path}: damaged, or no checkpoint written by train_teacher.py or train_dmd2.py") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
+        intact = False
+    if not intact:
+        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
     if not isinstance(state, dict) or not {"step", "model_config", "config"} <= state.keys():
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
     return state
@@ -45,11 +65,14 @@ def kind(state):
     return "dmd2" if "feedforward_model_state_dict" in state else "teacher"
 
 
-def network(state):
-    """The network of a loaded checkpoint, averaged weights where there are any, in eval mode, without gradients."""
-    net = SimpleUNet(**state["model_config"])
+def network(state, path):
+    """The network of the state loaded from `path`, averaged weights where there are any, in eval mode, without gradients."""
     raw = "feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"
-    net.load_state_dict(state.get("ema_state_dict") or state[raw])
+    try:
+        net = SimpleUNet(**state["model_config"])
+        net.load_state_dict(state.get("ema_state_dict") or state[raw])
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise UserError(f"checkpoint {path}: does not hold a SimpleUNet ({str(error).splitlines()[0]})") from None
     return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -58,7 +81,7 @@ def load_network(path, device="cpu"):
 
     A teacher goes to `sampling.heun_sampler`, a generator to `sampling.one_step_sampler`. Raises UserError as `load` does.
     """
-    return network(load(path, device)).to(device)
+    return network(load(path, device), path).to(device)
 
 
 def sampler(state, steps):
@@ -72,23 +95,51 @@ def sampler(state, steps):
 
 
 def by_step(folder):
-    """The checkpoints in `folder`, of a teacher or a generator, as a dict from step to file, in order."""
+    """The checkpoints in `folder` as a dict from step to file, in order; a damaged final one counts as the last."""
     found = {}
     for file in Path(folder).glob("*.pt"):
         match = re.fullmatch(r"(teacher|dmd2)_(final|checkpoint_step_(\d+))\.pt", file.name)
-        if match:
-            found[int(match[3]) if match[3] else load(file)["step"]] = file
+        if match and match[3]:
+            found.setdefault(int(match[3]), file)
+        elif match:
+            try:
+                found[load(file)["step"]] = file
+            except UserError:
+                found[math.inf] = file
     return dict(sorted(found.items()))
 
 
-def resolve(path, folder):
-    """The checkpoint that `--resume_from_checkpoint path` means: `latest` is the one in `folder` with the most steps."""
+def resume(path, folder, device):
+    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest checkpoint in `folder` that is whole.
+
+    Raises UserError where there is none.
+    """
     if path != "latest":
-        return Path(path)
-    found = by_step(folder)
-    if not found:
-        raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
-    return list(found.values())[-1]
+        return path, load(path, device)
+    for file in reversed(by_step(folder).values()):
+        try:
+            return file, load(file, device)
+        except UserError as error:
+            print(f"{error}; going on from the one before", file=sys.stderr)
+    raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
+
+
+def prune(folder, keep_last, keep_every):
+    """Deletes the step checkpoints in `folder` but the `keep_last` newest and, where given, each `keep_every`-th step."""
+    steps = {step: file for step, file in by_step(folder).items() if "_step_" in file.name}
+    for step in list(steps)[:-keep_last]:
+        if not keep_every or step % keep_every:
+            steps[step].unlink()
+
+
+def versions():
+    """Python, torch, and the commit of this repository, where git knows it."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit or "unknown"}
 
 
 def random_state(device):

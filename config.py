@@ -99,6 +99,11 @@ TRAINING = [
     Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient"),
     Option("save_every", 5000, count, "steps between checkpoints"),
     Option("resume_from_checkpoint", None, text, "checkpoint to go on from, or `latest`: the newest in output_dir"),
+    Option("keep_last", 3, count, "newest step checkpoints that are kept; the final one always stays"),
+    Option("keep_every", None, count, "keep each checkpoint whose step is a multiple of this, too"),
+    Option("overwrite", False, flag, "start afresh in an output_dir that holds another run: its checkpoints are deleted"),
+    Option("max_minutes", None, positive, "stop after so long, with a checkpoint to go on from"),
+    Option("max_bad_steps", 10, count, "stop after so many steps in a row whose gradients are not finite (they are skipped)"),
     Option("log_every", 50, count, "steps between lines of metrics.jsonl"),
     Option("sample_every", 1000, count, "steps between sample grids in output_dir/samples"),
     Option("wandb", False, flag, "log to Weights & Biases"),
@@ -309,6 +314,8 @@ def check(args):
             )
     if hasattr(args, "grad_accum") and args.batch_size % args.grad_accum:
         raise UserError(f"--grad_accum {args.grad_accum} must divide --batch_size {args.batch_size}")
+    if getattr(args, "overwrite", False) and args.resume_from_checkpoint:
+        raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
 

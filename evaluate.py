@@ -37,7 +37,7 @@ def main():
     for file in [args.teacher_checkpoint] * bool(args.teacher_checkpoint) + files:
         state = checkpoint.load(file, device)
         sampler, evaluations = checkpoint.sampler(state, args.steps)
-        net = checkpoint.network(state).to(device)
+        net = checkpoint.network(state, file).to(device)
         models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
         models[-1] |= {"net": net, "sampler": sampler, "images": [], "seconds": []}
         differs = [k for k in ("img_resolution", "img_channels", "label_dim") if net.config[k] != models[0]["net"].config[k]]

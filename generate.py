@@ -22,7 +22,7 @@ def main():
 
     device = choose_device(args.device)
     state = checkpoint.load(args.checkpoint, device)
-    net = checkpoint.network(state).to(device)
+    net = checkpoint.network(state, args.checkpoint).to(device)
     names = state["class_names"]
     classes = list(range(len(names)))
     if args.classes:

@@ -1,15 +1,20 @@
 """What a run tells: a progress bar, `metrics.jsonl`, sample grids, and Weights & Biases where it is wanted."""
 
+import fcntl
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
+from config import UserError
 from data import to_uint8
 
 
@@ -38,34 +43,74 @@ class Logger:
     args: the script's options; start_step: the step that a resumed run goes on from, whose later lines are dropped.
     """
 
-    def __init__(self, args, start_step=0):
+    def __init__(self, args, start_step=0, wandb_run_id=None):
         self.args = args
         self.output_dir = Path(args.output_dir)
-        (self.output_dir / "samples").mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.output_dir / "metrics.jsonl"
-        kept = []
-        if start_step and self.metrics_path.exists():
-            kept = [line for line in self.metrics_path.read_text().splitlines() if json.loads(line)["step"] <= start_step]
-        self.metrics_path.write_text("".join(line + "\n" for line in kept))
+        try:
+            (self.output_dir / "samples").mkdir(parents=True, exist_ok=True)
+            self.lock = (self.output_dir / ".lock").open("w")  # held, through the open file, until the process ends
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
+        except OSError as error:
+            raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from None
+        self.take_over(start_step)
+        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(public(args), sort_keys=False))
 
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
         self.sums, self.counts = {}, {}
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step = start_step
-        self.wandb_run = None
-        if args.wandb:
+        self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb else None
+
+    def take_over(self, start_step):
+        """Refuses a folder with another run's checkpoints, cleans up after a killed process, drops metrics after `start_step`."""
+        present = list(checkpoint.by_step(self.output_dir).values())
+        if present and not self.args.resume_from_checkpoint and not self.args.overwrite:
+            raise UserError(
+                f"--output_dir {self.output_dir} holds another run ({present[-1].name}); "
+                "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
+            )
+        for file in [*self.output_dir.glob("*.pt.tmp"), *(present if self.args.overwrite else [])]:
+            file.unlink()
+        lines = self.metrics_path.read_text().splitlines(keepends=True) if start_step and self.metrics_path.exists() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start_step]
+        self.metrics_path.write_text("".join(kept))
+
+    def start_wandb(self, run_id):
+        """The W&B run, continued where `run_id` is given; None, said once, where W&B cannot be had: training goes on without."""
+        args = self.args
+        try:
             import wandb  # only where it is wanted: it takes a second, and need not be installed
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
-            self.wandb_run = wandb.init(
+            return wandb.init(
                 project=args.wandb_project,
                 name=args.wandb_run_name,
                 mode=args.wandb_mode,
                 dir=args.wandb_dir,
                 config=public(args),
+                id=run_id,
+                resume="allow",
                 # W&B records the command line in a run's metadata: not when the key stands in it.
                 settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
             )
+        except Exception as error:  # whatever W&B's many parts raise, hours of training must not depend on it
+            self.without_wandb(error)
+            return None
+
+    def without_wandb(self, error):
+        self.wandb_run = None
+        self.message(f"Weights & Biases is off from here, training goes on: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def send(self, act):
+        """Calls `act(run)` where W&B is on; a failure turns W&B off, never the training."""
+        if self.wandb_run:
+            try:
+                act(self.wandb_run)
+            except Exception as error:  # as in start_wandb
+                self.without_wandb(error)
 
     def log(self, step, metrics):
         """Adds the step's `metrics` (0-dimensional tensors or numbers) to the running means, written every `log_every` steps."""
@@ -82,7 +127,8 @@ class Logger:
         images_per_second = (step - self.last_step) * self.args.batch_size / (now - self.last_time)
         self.sums, self.counts, self.last_step, self.last_time = {}, {}, step, now
         with open(self.metrics_path, "a") as file:
-            print(json.dumps({"step": step, **means, "images_per_second": round(images_per_second, 1)}), file=file)
+            row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
+            print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON knows no NaN
 
         losses = {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
         self.bar.set_postfix({**losses, "img/s": f"{images_per_second:.0f}"})
@@ -98,7 +144,7 @@ class Logger:
                 flush=True,
             )
         if self.wandb_run and step - self.last_wandb_step >= self.args.wandb_log_every:
-            self.wandb_run.log({**means, "images_per_second": images_per_second}, step=step)
+            self.send(lambda run: run.log({**means, "images_per_second": images_per_second}, step=step))
             self.last_wandb_step = step
 
     def wants_samples(self, step):
@@ -125,21 +171,22 @@ class Logger:
     def send_image(self, step, name, path):
         import wandb
 
-        self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+        self.send(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
 
-    def checkpoint(self, path):
-        """Tells that a checkpoint was written, and sends it to W&B where that is wanted."""
+    def saved(self, path):
+        """Tells that a checkpoint was written, sends it to W&B where that is wanted, and deletes those not to be kept."""
         self.message(f"saved {path}")
-        if self.wandb_run and self.args.wandb_log_checkpoints:
-            self.wandb_run.log_artifact(str(path), name=f"{self.wandb_run.id}-checkpoint", type="model", aliases=[Path(path).stem])
+        if self.args.wandb_log_checkpoints:
+            artifact = dict(type="model", aliases=[path.stem])
+            self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **artifact))
+        checkpoint.prune(self.output_dir, self.args.keep_last, self.args.keep_every)
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)
 
     def close(self):
         self.bar.close()
-        if self.wandb_run:
-            self.wandb_run.finish()
+        self.send(lambda run: run.finish())
 
 
 def public(args):

@@ -7,6 +7,7 @@ def main():
     args = parse_args(DMD2, __doc__)
 
     import copy  # heavy modules come after the options, so that --help and mistakes answer at once
+    import sys
     from pathlib import Path
 
     import torch
@@ -16,7 +17,7 @@ def main():
     from guidance import GuidanceModel
     from logger import Logger, public
     from sampling import class_noise, heun_sampler, one_step_sampler
-    from training import accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from training import BadSteps, Stop, accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
     from unified_model import UnifiedModel
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
@@ -27,10 +28,9 @@ def main():
         raise UserError(f"--teacher_checkpoint {args.teacher_checkpoint}: a generator; it takes what train_teacher.py writes")
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir)
-        resumed = checkpoint.load(resume_path, device)
+        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, device)
 
-    teacher = checkpoint.network(teacher_state).to(device)
+    teacher = checkpoint.network(teacher_state, args.teacher_checkpoint).to(device)
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     if len(dataset.class_names) != teacher.label_dim:
         raise UserError(
@@ -88,15 +88,19 @@ def main():
             "model_config": generator.config,
             "config": public(args),
             "class_names": dataset.class_names,
+            "versions": versions,
+            "wandb_run_id": logger.wandb_run.id if logger.wandb_run else None,
             "random_state": checkpoint.random_state(device),
             "images_seen": batches.images_seen,
         }
         if args.gan_classifier:
             state["guidance_cls_state_dict"] = guidance.cls_pred_branch.state_dict()
         checkpoint.save(path, state)
-        logger.checkpoint(path)
+        logger.saved(path)
 
-    logger = Logger(args, step)
+    logger = Logger(args, step, resumed["wandb_run_id"] if resumed else None)
+    versions = checkpoint.versions()
+    bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid_noise, grid_labels = class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)
     grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
@@ -104,7 +108,7 @@ def main():
     seen = None  # what the latest generator turn saw
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
-    while step < args.step_number:
+    while step < args.step_number and not stop.due:
         real_images, labels = next(batches)  # the generator is asked for the classes of real images, in their proportions
         noise = torch.randn_like(real_images)
         factor = lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
@@ -125,9 +129,10 @@ def main():
                 with torch.no_grad():
                     images = model.generate(z, y)
             fake_images.append(images)
+        norms = []
         if generator_updates:
-            norm = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
-            metrics |= {"generator_grad_norm": norm, "fake_std": torch.cat(fake_images).std(0).mean()}
+            norms += [optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)]
+            metrics |= {"generator_grad_norm": norms[-1], "fake_std": torch.cat(fake_images).std(0).mean()}
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
         chunks = zip(fake_images, labels.chunk(args.grad_accum), real_images.chunk(args.grad_accum), strict=True)
@@ -138,13 +143,16 @@ def main():
                 loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
             (loss / args.grad_accum).backward()
             accumulate(metrics, loss_dict | logits, args.grad_accum)
-        norm = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
-        metrics |= {"guidance_grad_norm": norm}
+        norms += [optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)]
+        metrics |= {"guidance_grad_norm": norms[-1]}
 
         step += 1
         if ema and generator_updates:
             update_ema(ema, generator, args.ema_decay, step)
 
+        bad_steps.add(*norms)
+        if step % args.log_every == 0:
+            bad_steps.check(step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
         logger.log(step, metrics)
         if logger.wants_samples(step):
             with torch.no_grad():
@@ -155,6 +163,11 @@ def main():
         if step % args.save_every == 0:
             save(f"dmd2_checkpoint_step_{step}.pt")
 
+    if step < args.step_number:
+        save(f"dmd2_checkpoint_step_{step}.pt")
+        logger.message(f"stopped after step {step}; go on with --resume_from_checkpoint latest")
+        logger.close()
+        sys.exit(stop.exit_status)
     save("dmd2_final.pt")
     logger.close()
 

@@ -7,6 +7,7 @@ def main():
     args = parse_args(TEACHER, __doc__)
 
     import copy  # heavy modules come after the options, so that --help and mistakes answer at once
+    import sys
     from pathlib import Path
 
     import torch
@@ -16,15 +17,14 @@ def main():
     from logger import Logger, public
     from model import SimpleUNet, denoising_loss
     from sampling import class_noise, heun_sampler
-    from training import accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from training import BadSteps, Stop, accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path = checkpoint.resolve(args.resume_from_checkpoint, args.output_dir)
-        resumed = checkpoint.load(resume_path, device)
+        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, device)
 
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
@@ -67,19 +67,23 @@ def main():
             "model_config": net.config,
             "config": public(args),
             "class_names": dataset.class_names,
+            "versions": versions,
+            "wandb_run_id": logger.wandb_run.id if logger.wandb_run else None,
             "random_state": checkpoint.random_state(device),
             "images_seen": batches.images_seen,
         }
         checkpoint.save(path, state)
-        logger.checkpoint(path)
+        logger.saved(path)
 
-    logger = Logger(args, step)
+    logger = Logger(args, step, resumed["wandb_run_id"] if resumed else None)
+    versions = checkpoint.versions()
+    bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
     logger.message(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(dataset.labels)} images, {device}")
     grid_noise, grid_labels = class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)
     grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
-    while step < args.step_number:
+    while step < args.step_number and not stop.due:
         images, labels = next(batches)
         metrics = {}
         for x, y in zip(images.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
@@ -96,6 +100,9 @@ def main():
         step += 1
         update_ema(ema, net, args.ema_decay, step)
 
+        bad_steps.add(grad_norm)
+        if step % args.log_every == 0:
+            bad_steps.check(step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
         logger.log(step, metrics | {"grad_norm": grad_norm, "lr": lr})
         if logger.wants_samples(step):
             logger.samples(step, heun_sampler(ema, grid_noise, grid_labels), columns=8)
@@ -104,6 +111,11 @@ def main():
         if step % args.save_every == 0:
             save(f"teacher_checkpoint_step_{step}.pt")
 
+    if step < args.step_number:
+        save(f"teacher_checkpoint_step_{step}.pt")
+        logger.message(f"stopped after step {step}; go on with --resume_from_checkpoint latest")
+        logger.close()
+        sys.exit(stop.exit_status)
     save("teacher_final.pt")
     logger.close()
 

@@ -1,5 +1,9 @@
 """What the two training loops share: device and seed, learning rate, optimizer step, averaged weights."""
 
+import os
+import signal
+import time
+
 import torch
 
 from config import UserError
@@ -29,13 +33,59 @@ def lr_factor(step, warmup_steps, decay, step_number):
 
 
 def optimizer_step(optimizer, lr, clip_grad_norm):
-    """One step at learning rate `lr` on the gradients at hand, clipped to a total norm; clears them. Returns the norm before."""
+    """One step at learning rate `lr` on the gradients at hand, clipped to a total norm; clears them. Returns the norm before.
+
+    Where that norm is not finite nothing moves, weights and moments alike; `BadSteps` counts such steps.
+    """
     group = optimizer.param_groups[0]
     group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(group["params"], clip_grad_norm)
+    optimizer.found_inf = (~norm.isfinite()).float()  # what GradScaler tells fused AdamW: skip this step, without a synchronisation
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+class BadSteps:
+    """Counts steps in a row with a gradient that is not finite, on the device; `check` reads the count, seldom."""
+
+    def __init__(self, most, device):
+        self.most, self.streak = most, torch.zeros((), device=device)
+
+    def add(self, *norms):
+        bad = ~torch.stack(norms).isfinite().all()
+        self.streak = (self.streak + 1) * bad
+
+    def check(self, step, folder, sigmas):
+        """Raises UserError after `most` or more bad steps in a row; `sigmas` says in words what noise levels were trained."""
+        if self.streak >= self.most:
+            raise UserError(
+                f"step {step}: the last {int(self.streak)} steps had gradients that are not finite and were skipped "
+                f"(sigma {sigmas}); go on from the last checkpoint in {folder}, with a lower learning rate"
+            )
+
+
+class Stop:
+    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once."""
+
+    def __init__(self, max_minutes=None):
+        self.signal = 0
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+    @property
+    def due(self):
+        return bool(self.signal) or time.monotonic() > self.deadline
+
+    @property
+    def exit_status(self):
+        return 128 + self.signal if self.signal else 0
 
 
 def accumulate(totals, values, parts):

@@ -300,7 +300,6 @@ def test_readme_commands_parse():
 
 def test_readme_commands_run_in_order(tmp_path):
     """The README's commands, one after the other in an empty folder, each on what the one before wrote; scaled down by flags."""
-    write_zip(tmp_path / "cifar10.zip", labels=[0, 1] * 60, size=8)
     for path in ROOT.glob("config_*.yaml"):
         (tmp_path / path.name).write_text(path.read_text())
     small = {
@@ -311,8 +310,6 @@ def test_readme_commands_run_in_order(tmp_path):
     for _, script, *arguments in readme_commands():
         if "--wandb" in arguments:
             arguments += ["--wandb_mode", "offline"]
-        if "folder" in arguments:
-            continue  # that data is the user's own; test_both_stages_on_a_zip_with_colours runs it
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         succeed(script, *arguments, *small.get(script, []), cwd=tmp_path)
     assert (tmp_path / "generated").is_dir()

@@ -1,0 +1,292 @@
+"""The promises of the README's section "Your hours are safe", each done for real: signals, kills, full disks, damaged files."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, write_images
+from test_config import assert_refused
+from test_scripts import assert_same, load
+
+TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
+
+
+def dmd2(runs):
+    options = ["--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", 0.5, "--grad_accum", 2]
+    return ["train_dmd2.py", *TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", *options]
+
+
+def start(script, *arguments, **options):
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
+    """Signals at several points, `--resume_from_checkpoint latest` after each: the final checkpoints are equal to the bit."""
+    base = TEACHER if stage == "teacher" else dmd2(runs)
+    arguments = [*base, "--step_number", 60, "--log_every", 1, "--save_every", 7]
+    succeed(*arguments, "--output_dir", tmp_path / "straight")
+    folder, resumed = tmp_path / "broken", []
+    for number, status, after in ((signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 30)):
+        process = start(*arguments, *resumed, "--output_dir", folder)
+        log = folder / "metrics.jsonl"
+        wait_for(lambda log=log, after=after: log.exists() and len(log.read_text().splitlines()) >= after, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == status, err
+        assert "go on with --resume_from_checkpoint latest" in out and "Traceback" not in err
+        resumed = ["--resume_from_checkpoint", "latest"]
+    succeed(*arguments, *resumed, "--output_dir", folder)
+    ours, theirs = (load(path / f"{stage}_final.pt") for path in (folder, tmp_path / "straight"))
+    ours.pop("config"), theirs.pop("config")
+    assert_same(ours, theirs)
+    assert [row["step"] for row in metrics(folder)] == list(range(1, 61))
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    """The first is being obeyed (the loop waits in a stopped disk write, here a named pipe) when the second comes."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    process = start(*TEACHER, "--step_number", 100_000, "--output_dir", folder)
+    wait_for((folder / "metrics.jsonl").exists, process)
+    time.sleep(1)
+    os.mkfifo(folder / "pipe")
+    for step in range(1, 3000):  # whatever step comes next, its temporary file is the pipe, which nobody reads
+        (folder / f"teacher_checkpoint_step_{step}.pt.tmp").symlink_to(folder / "pipe")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+
+
+def test_max_minutes_stops_with_a_checkpoint(tmp_path):
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--step_number", 1_000_000, "--max_minutes", 0.03]
+    assert "go on with --resume_from_checkpoint latest" in succeed(*arguments)
+    assert len(list(tmp_path.glob("teacher_checkpoint_step_*.pt"))) == 1 and not (tmp_path / "teacher_final.pt").exists()
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_loses_nothing_saved(tmp_path):
+    """Twenty kill -9s, most while a checkpoint is being written; after each every checkpoint loads and the run goes on from it."""
+    rng, resumed, reached = random.Random(0), [], 0
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--step_number", 1_000_000, "--save_every", 1, "--model_channels", 64]
+    for _ in range(20):
+        process = start(*arguments, *resumed)
+        before = set(tmp_path.glob("teacher_checkpoint_step_*.pt"))
+        wait_for(lambda before=before: set(tmp_path.glob("teacher_checkpoint_step_*.pt")) - before, process)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        files = sorted(tmp_path.glob("teacher_checkpoint_step_*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
+        assert 1 <= len(files) <= 4  # three are kept, and one more between saving and deleting
+        steps = [load(file)["step"] for file in files]
+        assert steps[-1] > reached
+        reached, resumed = steps[-1], ["--resume_from_checkpoint", "latest"]
+    succeed(*arguments, *resumed, "--step_number", reached + 1)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def full_disk(folder):
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+
+
+@pytest.mark.parametrize("how", ["file-size limit", "full disk"])
+def test_failed_save_says_so_and_leaves_the_checkpoint_before(tmp_path, how):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if how == "full disk":
+        full_disk(folder)
+    try:
+        arguments = [*TEACHER, "--output_dir", folder, "--save_every", 1, "--sample_every", 1000]
+        if how == "full disk":
+            done = run_script(*arguments, "--step_number", 50, "--keep_last", 50)
+            expected = "No space left on device"
+        else:
+            succeed(*arguments, "--step_number", 2)
+            process = start(*arguments, "--step_number", 5, "--resume_from_checkpoint", "latest", preexec_fn=limit_file_size)
+            out, err = process.communicate(timeout=120)
+            done = subprocess.CompletedProcess([], process.returncode, out, err)
+            expected = "File too large"
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        assert done.returncode == 2 and len(lines) == 1 and ".pt: " in lines[0] and expected in lines[0], done.stderr
+        assert "Traceback" not in done.stderr and not list(folder.glob("*.tmp"))
+        files = list(folder.glob("teacher_checkpoint_step_*.pt"))
+        assert files and all(load(file)["step"] for file in files)
+    finally:
+        if how == "full disk":
+            subprocess.run(["umount", folder], check=True)
+
+
+def test_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    done = run_script(*TEACHER, "--output_dir", tmp_path / "file" / "out")
+    assert_refused(done, "Not a directory")
+
+
+@pytest.mark.parametrize("damage", ["bit flip", "truncation"])
+def test_latest_falls_back_to_the_newest_whole_checkpoint(runs, tmp_path, damage):
+    for step in (2, 4):
+        content = bytearray((runs / "teacher" / f"teacher_checkpoint_step_{step}.pt").read_bytes())
+        if step == 4 and damage == "bit flip":
+            content[len(content) // 2] ^= 1
+        (tmp_path / f"teacher_checkpoint_step_{step}.pt").write_bytes(
+            content[: len(content) // 2 if step == 4 and damage != "bit flip" else None]
+        )
+    done = run_script(*TEACHER, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", "--log_every", 1)
+    assert done.returncode == 0 and "teacher_checkpoint_step_4.pt: damaged" in done.stderr
+    assert [row["step"] for row in metrics(tmp_path)] == [3, 4]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
+    """A learning rate of 1e30 makes infinities for real. Nothing that is not finite reaches a checkpoint."""
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--log_every", 1, "--save_every", 1, "--lr_warmup_steps", 0]
+    done = run_script(*arguments, "--lr", 1e30, "--step_number", 50, "--max_bad_steps", 5, "--keep_last", 50)
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and "steps had gradients that are not finite" in line and "sigma" in line and str(tmp_path) in line
+    last = max(tmp_path.glob("*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
+    state = load(last)
+    for key in ("model_state_dict", "ema_state_dict"):
+        assert all(value.isfinite().all() for value in state[key].values())
+    for moments in state["optimizer_state_dict"]["state"].values():
+        assert all(value.isfinite().all() for value in moments.values())
+    assert state["step"] < 10 and metrics(tmp_path)[-1]["grad_norm"] is None
+
+
+def test_retention_keeps_the_newest_and_every_mth(tmp_path):
+    succeed(*TEACHER, "--output_dir", tmp_path, "--step_number", 9, "--save_every", 1, "--keep_last", 2, "--keep_every", 4)
+    kept = {file.name for file in tmp_path.glob("*.pt")}
+    assert kept == {f"teacher_checkpoint_step_{step}.pt" for step in (4, 8, 9)} | {"teacher_final.pt"}
+
+
+def test_one_folder_holds_one_run(runs, tmp_path):
+    """A second process is refused while the first trains; a later one needs to say whether it goes on or starts afresh."""
+    first = start(*TEACHER, "--output_dir", tmp_path, "--step_number", 100_000, "--save_every", 5)
+    wait_for(lambda: list(tmp_path.glob("*.pt")), first)
+    assert_refused(run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite"), "another process trains there")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+    assert first.returncode == 130
+
+    assert_refused(run_script(*TEACHER, "--output_dir", tmp_path), "holds another run")
+    assert_refused(
+        run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--resume_from_checkpoint", "latest"), "give one of them"
+    )
+    succeed(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--log_every", 1)
+    assert [file.name for file in tmp_path.glob("*.pt")] == ["teacher_final.pt"] and len(metrics(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("how", ["not logged in", "server down", "not installed"])
+def test_training_goes_on_without_weights_and_biases(tmp_path, how):
+    env = {
+        "WANDB_API_KEY": "x" * 40 if how == "server down" else "",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": "3",
+    }
+    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    if how == "not installed":
+        (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
+        env["PYTHONPATH"] = str(tmp_path)
+    out = succeed(*TEACHER, "--output_dir", tmp_path / "out", "--wandb", "--wandb_dir", tmp_path / "w", env=env)
+    assert out.count("Weights & Biases is off from here, training goes on") == 1
+    assert (tmp_path / "out" / "teacher_final.pt").exists()
+
+
+def test_same_seed_same_run_and_the_stored_config_repeats_it(runs, tmp_path):
+    """From `config.yaml` alone, in another folder: the same weights; another seed: others."""
+    config = runs / "teacher" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["batch_size"] == 16
+    weights = {}
+    for name, extra in (("same", []), ("other", ["--seed", 1])):
+        succeed("train_teacher.py", "--config", config, "--output_dir", tmp_path / name, *extra)
+        weights[name] = load(tmp_path / name / "teacher_final.pt")["model_state_dict"]
+    first = load(runs / "teacher" / "teacher_final.pt")
+    assert_same(dict(weights["same"]), dict(first["model_state_dict"]))
+    assert any(not torch.equal(weights["other"][key], value) for key, value in first["model_state_dict"].items())
+    assert first["versions"]["torch"] == torch.__version__ and {"python", "commit"} < first["versions"].keys()
+
+
+def test_another_thread_count_gives_the_same_images(runs, tmp_path):
+    outputs = []
+    for threads in ("1", "2"):
+        arguments = ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / threads, "--format", "npz"]
+        succeed("generate.py", *arguments, env={"OMP_NUM_THREADS": threads})
+        import numpy as np
+
+        outputs.append(np.load(tmp_path / threads / "samples.npz")["images"].astype(int))
+    assert abs(outputs[0] - outputs[1]).max() <= 1
+
+
+def test_wandb_run_is_continued(tmp_path):
+    """The id of the run stands in the checkpoint, and a resumed run takes it."""
+    flags = [
+        "--wandb",
+        "--wandb_mode",
+        "offline",
+        "--wandb_dir",
+        tmp_path / "w",
+        "--output_dir",
+        tmp_path / "out",
+        "--save_every",
+        2,
+    ]
+    succeed(*TEACHER, *flags)
+    succeed(*TEACHER, *flags, "--step_number", 6, "--resume_from_checkpoint", "latest")
+    ids = {load(file)["wandb_run_id"] for file in (tmp_path / "out").glob("*.pt")}
+    folders = list((tmp_path / "w").glob("wandb/offline-run-*"))
+    assert len(ids) == 1 and len(folders) == 2 and all(folder.name.endswith(next(iter(ids))) for folder in folders)
+
+
+def test_bugs_show_their_traceback(tmp_path):
+    """Only mistakes of the user's get one line: an error that nobody foresaw is shown whole, with exit status 1."""
+    (tmp_path / "sitecustomize.py").write_text("import config\nconfig.parse_args = lambda *a: 1 / 0\n")
+    done = run_script("generate.py", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_a_torn_line_of_metrics_is_dropped(tmp_path):
+    """Metrics with a torn last line, as a kill may leave them, do not stop a run from going on."""
+    write_images(tmp_path / "set", each=8, size=8)
+    arguments = [
+        "train_teacher.py",
+        *TINY_NET,
+        "--dataset",
+        "folder",
+        "--data_dir",
+        tmp_path / "set",
+        "--batch_size",
+        4,
+        "--log_every",
+        1,
+    ]
+    succeed(*arguments, "--output_dir", tmp_path / "out", "--step_number", 2)
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    succeed(*arguments, "--output_dir", tmp_path / "out", "--step_number", 4, "--resume_from_checkpoint", "latest")
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
