@@ -26,6 +26,7 @@ def save(path, state):
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -94,42 +95,45 @@ def sampler(state, steps):
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
 
 
-def by_step(folder):
-    """The checkpoints in `folder` as a dict from step to file, in order; a damaged final one counts as the last."""
-    found = {}
-    for file in Path(folder).glob("*.pt"):
-        match = re.fullmatch(r"(teacher|dmd2)_(final|checkpoint_step_(\d+))\.pt", file.name)
-        if match and match[3]:
-            found.setdefault(int(match[3]), file)
-        elif match:
-            try:
-                found[load(file)["step"]] = file
-            except UserError:
-                found[math.inf] = file
-    return dict(sorted(found.items()))
+def numbered(folder, kind):
+    """The step checkpoints of `kind` (teacher or dmd2) in `folder`: a dict from step to file, in order."""
+    matches = [(re.fullmatch(rf"{kind}_checkpoint_step_(\d+)\.pt", file.name), file) for file in Path(folder).glob("*.pt")]
+    return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 
-def resume(path, folder, device):
-    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest checkpoint in `folder` that is whole.
+def by_step(folder, kind):
+    """All checkpoints of `kind` in `folder` as pairs (step, file), in order; a damaged final one counts as the last."""
+    found = list(numbered(folder, kind).items())
+    final = Path(folder) / f"{kind}_final.pt"
+    if final.exists():
+        try:
+            found.append((load(final)["step"], final))
+        except UserError:
+            found.append((math.inf, final))
+    return sorted(found)
+
+
+def resume(path, folder, kind):
+    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is whole.
 
     Raises UserError where there is none.
     """
     if path != "latest":
-        return path, load(path, device)
-    for file in reversed(by_step(folder).values()):
+        return path, load(path)
+    for _, file in reversed(by_step(folder, kind)):
         try:
-            return file, load(file, device)
+            return file, load(file)
         except UserError as error:
             print(f"{error}; going on from the one before", file=sys.stderr)
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 
 
-def prune(folder, keep_last, keep_every):
+def prune(folder, kind, keep_last, keep_every):
     """Deletes the step checkpoints in `folder` but the `keep_last` newest and, where given, each `keep_every`-th step."""
-    steps = {step: file for step, file in by_step(folder).items() if "_step_" in file.name}
-    for step in list(steps)[:-keep_last]:
+    files = numbered(folder, kind)
+    for step in list(files)[:-keep_last]:
         if not keep_every or step % keep_every:
-            steps[step].unlink()
+            files[step].unlink()
 
 
 def versions():

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections import namedtuple
 
@@ -69,7 +70,7 @@ def flag(value):
 
 
 def device_name(value):
-    if value not in ("auto", "cpu", "cuda") and not (value.startswith("cuda:") and value[5:].isdigit()):
+    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,3}", value):
         raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
     return value
 
@@ -112,8 +113,8 @@ TRAINING = [
     Option("wandb_mode", "online", choice("online", "offline", "disabled"), "W&B mode"),
     Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files"),
     Option("wandb_key", None, text, "W&B API key; never stored (else `wandb login`, or WANDB_API_KEY)"),
-    Option("wandb_log_every", 50, count, "steps between scalars sent to W&B"),
-    Option("wandb_log_images", False, flag, "send what the losses see: images, noised, denoised"),
+    Option("wandb_log_every", 50, count, "steps between scalars sent to W&B; below log_every, metrics.jsonl gets them as often"),
+    Option("wandb_log_images", False, flag, "send what the losses see: images noised and denoised"),
     Option("wandb_log_samples", False, flag, "send sample grids"),
     Option("wandb_sample_every", 1000, count, "steps between images and sample grids sent to W&B"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
@@ -133,7 +134,7 @@ TEACHER = [
     Option("P_mean", -1.2, number(), "mean of ln(sigma) in training (EDM)"),
     Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
     Option("img_resolution", 32, number(8, 64, whole=True), "side of the images, which are resized to it"),
-    Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own"),
+    Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own (folder: 3)"),
     Option("label_dim", None, count, "number of classes; default: the data set's own"),
     Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
     Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
@@ -278,10 +279,10 @@ def read_yaml(path):
         raise UserError(f"--config {path}: {error.strerror}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # the loader's own, and its conversions'
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or 'not text'}") from None
+        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: needs lines of the form `key: value`")
     block = content.get("wandb")
@@ -314,10 +315,20 @@ def check(args):
             )
     if hasattr(args, "grad_accum") and args.batch_size % args.grad_accum:
         raise UserError(f"--grad_accum {args.grad_accum} must divide --batch_size {args.batch_size}")
+    if getattr(args, "inception_score", False) and args.features != "inception":
+        raise UserError("--inception_score needs --features inception")
     if getattr(args, "overwrite", False) and args.resume_from_checkpoint:
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
+
+
+def make_folder(source, path):
+    """Makes the folder `path`, which the option `source` asked for. Raises UserError where that fails."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{source} {path}: {error.strerror}") from None
 
 
 def run(main):

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections import namedtuple
 from importlib import resources
 from pathlib import Path
@@ -39,7 +40,7 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
         dataset = load_torchvision(name, data_dir)
 
     images = dataset.images
-    if images.shape[2:] == (28, 28) and img_resolution != 28:
+    if name in ("mnist", "fashion_mnist", "mnist5k") and img_resolution != 28:
         images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as LeNet does, so that halving stays exact
     images = resize(images, img_resolution)
     if img_channels == 1 and images.shape[1] == 3:
@@ -81,15 +82,21 @@ def load_folder(path, mode):
             raise UserError(f"{path}: no images; it needs one subfolder a class, with images in it")
         pixels = [read_image(file, file, mode) for file, _ in files]
     elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            files = zip_labels(path, archive)
-            pixels = [read_image(io.BytesIO(archive.read(name)), f"{path}: {name}", mode) for name, _ in files]
+        try:
+            with zipfile.ZipFile(path) as archive:
+                files = zip_labels(path, archive)
+                pixels = [read_image(io.BytesIO(archive.read(name)), f"{path}: {name}", mode) for name, _ in files]
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, exotic
+            raise UserError(f"{path}: not a readable ZIP archive ({error})") from None
         class_names = [str(label) for label in range(max(label for _, label in files) + 1)]
     else:
         raise UserError(f"{path}: neither a folder nor a ZIP archive")
 
     if len(class_names) < 2:
         raise UserError(f"{path}: only one class ({class_names[0]}); at least two are needed, a subfolder each")
+    absent = set(range(len(class_names))) - {label for _, label in files}
+    if absent:
+        raise UserError(f"{path}: class {class_names[min(absent)]} has no images")
     for (file, _), image in zip(files, pixels, strict=True):
         if image.shape != pixels[0].shape:
             sizes = [f"{name} is {array.shape[1]}x{array.shape[0]}" for name, array in ((files[0][0], pixels[0]), (file, image))]
@@ -111,7 +118,7 @@ def zip_labels(path, archive):
         labels = {name.replace("\\", "/"): label for name, label in labels}
     except KeyError:
         raise UserError(f"{path}: no dataset.json with labels; make the ZIP with EDM's dataset tool") from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: dataset.json must hold labels as pairs of file name and class index") from None
     files = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not files:
@@ -127,7 +134,11 @@ def read_image(file, name, mode):
     """Pixels uint8 `[H, W, C]`; any colour mode becomes `mode`, RGB or L."""
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise UserError(f"{name}: {image.mode} pixels of more than 8 bits; convert it to 8 bits a channel first")
             pixels = np.asarray(image.convert(mode))
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name}: not a readable image ({error})") from None
     return pixels.reshape(*pixels.shape[:2], -1)

@@ -1,6 +1,6 @@
 """Measure a generator, beside its teacher where one is named: Frechet distance, class accuracy, speed; or plot a run's curves."""
 
-from config import EVALUATE, UserError, parse_args, run
+from config import EVALUATE, UserError, make_folder, parse_args, run
 
 
 def main():
@@ -24,18 +24,21 @@ def main():
     device = choose_device(args.device)
     path = Path(args.checkpoint)
     output_dir = Path(args.output_dir or (path if path.is_dir() else path.parent))
-    output_dir.mkdir(parents=True, exist_ok=True)
     if args.plot:
+        make_folder("--output_dir", output_dir)
         plot_metrics((path if path.is_dir() else path.parent) / "metrics.jsonl", output_dir / "curves.png")
         print(f"wrote {output_dir / 'curves.png'}")
         return
 
-    files = list(checkpoint.by_step(path).values()) if path.is_dir() else [path]
+    found = checkpoint.by_step(path, "dmd2") or checkpoint.by_step(path, "teacher")
+    files = [file for _, file in found] if path.is_dir() else [path]
     if not files:
         raise UserError(f"--checkpoint {path}: no checkpoints in this folder")
     models = []  # the teacher, where named, then one entry a checkpoint
     for file in [args.teacher_checkpoint] * bool(args.teacher_checkpoint) + files:
-        state = checkpoint.load(file, device)
+        state = checkpoint.load(file)
+        if file is args.teacher_checkpoint and checkpoint.kind(state) != "teacher":
+            raise UserError(f"--teacher_checkpoint {file}: a generator; it takes what train_teacher.py writes")
         sampler, evaluations = checkpoint.sampler(state, args.steps)
         net = checkpoint.network(state, file).to(device)
         models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
@@ -44,6 +47,7 @@ def main():
         if differs:
             raise UserError(f"{file}: another {differs[0]} than {models[0]['file']}; they cannot be compared")
 
+    make_folder("--output_dir", output_dir)
     shape = net.config
     name, data_dir = args.dataset or state["config"]["dataset"], args.data_dir or state["config"]["data_dir"]
     dataset = load_dataset(name, data_dir, shape["img_resolution"], shape["img_channels"], device)
@@ -87,8 +91,9 @@ def main():
         cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
         print(f"{row['name']:24}" + "".join(f"{cell:>19}" for cell in cells))
 
-    for model in models:
-        print(f"losses of {model['file']}: {loss_ends(Path(model['file']).parent / 'metrics.jsonl')}")
+    for folder in dict.fromkeys(Path(model["file"]).parent for model in models):
+        if (folder / "metrics.jsonl").exists():
+            print(f"losses of {folder}: {loss_ends(folder / 'metrics.jsonl')}")
 
     evaluated = rows[-len(files) :]
     best = min(evaluated, key=lambda row: row["frechet_distance"])

@@ -1,6 +1,6 @@
 """Generate images of each class from a generator (one network evaluation an image) or a teacher (Heun's method)."""
 
-from config import GENERATE, UserError, did_you_mean, parse_args, run
+from config import GENERATE, UserError, did_you_mean, make_folder, parse_args, run
 
 
 def main():
@@ -21,19 +21,19 @@ def main():
     from training import choose_device
 
     device = choose_device(args.device)
-    state = checkpoint.load(args.checkpoint, device)
+    state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint).to(device)
     names = state["class_names"]
     classes = list(range(len(names)))
     if args.classes:
-        wanted = [name.strip() for name in args.classes.split(",")]
+        wanted = dict.fromkeys(name.strip() for name in args.classes.split(","))
         for name in wanted:
             if name not in names:
                 raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
         classes = [names.index(name) for name in wanted]
 
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("--output_dir", output_dir)
     shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
     noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
 
@@ -49,8 +49,9 @@ def main():
         print(f"wrote {output_dir / 'samples.npz'}")
         return
     by_class = images.split(args.num_samples)
+    file_names = [re.sub(r"[^\w-]", "_", name.lower()) for name in names]  # "T-shirt/top" is no file name
     for label, class_images in zip(classes, by_class, strict=True):
-        name = re.sub(r"[^\w-]", "_", names[label].lower())  # "T-shirt/top" is no file name
+        name = file_names[label] if file_names.count(file_names[label]) == 1 else f"{file_names[label]}_{label}"
         if args.format == "grid":
             save_grid(output_dir / f"{name}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
             continue

@@ -43,8 +43,8 @@ class GuidanceModel(nn.Module):
         self.fake_unet = copy.deepcopy(real_unet).requires_grad_(True)
         self.sigma_data = sigma_data
         self.num_train_timesteps = num_train_timesteps
-        self.min_step = round(min_step_percent * num_train_timesteps)
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
+        self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
         karras_sigmas = get_sigmas_karras(num_train_timesteps, sigma_min, sigma_max, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
 

@@ -5,6 +5,8 @@ A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N,
 
 import hashlib
 import pickle
+import struct
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,11 +43,11 @@ def inception(weights, device):
             "inception-v3-compat",
             ["2048", "logits_unbiased"],
             feature_extractor_weights_path=weights,
-            cuda=device.type == "cuda",
+            cuda=False,
             verbose=False,
-        )
+        ).to(device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         if weights:
             raise UserError(f"--inception_weights {weights}: not torch-fidelity's Inception weights ({reason})") from None
         raise UserError(
@@ -96,18 +98,28 @@ def classifier(dataset, cache, device, steps=1500, batch_size=128):
 
     Returns (judge, its accuracy on the fifth held out).
     """
-    fingerprint = hashlib.sha256(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes()).hexdigest()
-    network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
-    cache = Path(cache)
-    cached = torch.load(cache, map_location=device, weights_only=True) if cache.exists() else {}
+    if len(dataset.labels) < 10:
+        raise UserError(f"--features classifier: the data set has only {len(dataset.labels)} images")
+    network = Classifier(dataset.images.shape[1], len(dataset.class_names))
+    identity = hashlib.sha256(f"{network} {steps} {batch_size}".encode())
+    identity.update(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes())
+    fingerprint = identity.hexdigest()
     train_set, held_out = split(dataset)
+    try:
+        cached = torch.load(cache, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, IndexError, struct.error, pickle.UnpicklingError):
+        cached = {}  # none yet, or damaged: it is made again
     if cached.get("fingerprint") == fingerprint:
         network.load_state_dict(cached["model_state_dict"])
+        network.to(device, memory_format=torch.channels_last)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             network = train_classifier(train_set, device, steps, min(batch_size, len(train_set.labels)))
-        checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+        try:
+            checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+        except UserError as error:  # no place to keep it: it serves this time
+            print(error, file=sys.stderr)
     network.eval()
 
     def judge(images):
@@ -137,7 +149,6 @@ def train_classifier(dataset, device, steps, batch_size):
 def cache_path(dataset_name, data_dir, config):
     """Where the classifier of a data set is kept: beside the data."""
     path = Path(data_dir) if dataset_name == "folder" else Path(data_dir) / dataset_name
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.stem}_judge_{config['img_resolution']}x{config['img_channels']}.pt")
 
 
@@ -153,13 +164,13 @@ def scores(judged, labels, real, args):
 
     features, logits = judged
     statistics = [fid_features_to_statistics(part.double()) for part in (features, real)]
-    result = {"frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
+    result = {"images": len(features), "frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
     if args.features == "classifier":
         result["own_label"] = (logits.argmax(1) == labels.cpu()).float().mean().item()
     if args.inception_score:
         result["inception_score"] = isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
     if args.precision_recall:
-        metric = prc_features_to_metric(features, real, verbose=False)
+        metric = prc_features_to_metric(features, real, verbose=False, save_cpu_ram=True)  # 50,000 squared would not fit
         result |= {"precision": metric[KEY_METRIC_PRECISION], "recall": metric[KEY_METRIC_RECALL]}
     return result
 

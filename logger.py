@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
-from config import UserError
+from config import UserError, make_folder
 from data import to_uint8
 
 
@@ -40,40 +40,44 @@ def save_grid(path, *blocks, columns):
 class Logger:
     """Metrics of one run. `log` costs no synchronisation with the device except every `log_every` steps, when it writes means.
 
-    args: the script's options; start_step: the step that a resumed run goes on from, whose later lines are dropped.
+    args: the script's options; kind: teacher or dmd2; start_step: the step that a resumed run goes on from.
     """
 
-    def __init__(self, args, start_step=0, wandb_run_id=None):
-        self.args = args
+    def __init__(self, args, kind, start_step=0, wandb_run_id=None):
+        self.args, self.kind = args, kind
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
+        make_folder("--output_dir", self.output_dir / "samples")
         try:
-            (self.output_dir / "samples").mkdir(parents=True, exist_ok=True)
             self.lock = (self.output_dir / ".lock").open("w")  # held, through the open file, until the process ends
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
-        except OSError as error:
-            raise UserError(f"--output_dir {args.output_dir}: {error.strerror}") from None
         self.take_over(start_step)
         (self.output_dir / "config.yaml").write_text(yaml.safe_dump(public(args), sort_keys=False))
 
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
         self.sums, self.counts = {}, {}
+        self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step = start_step
         self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb else None
 
     def take_over(self, start_step):
-        """Refuses a folder with another run's checkpoints, cleans up after a killed process, drops metrics after `start_step`."""
-        present = list(checkpoint.by_step(self.output_dir).values())
+        """Refuses a folder with another run's checkpoints; cleans up after a kill; sets aside what is after `start_step`."""
+        present = checkpoint.by_step(self.output_dir, self.kind)
         if present and not self.args.resume_from_checkpoint and not self.args.overwrite:
             raise UserError(
-                f"--output_dir {self.output_dir} holds another run ({present[-1].name}); "
+                f"--output_dir {self.output_dir} holds another run ({present[-1][1].name}); "
                 "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
             )
-        for file in [*self.output_dir.glob("*.pt.tmp"), *(present if self.args.overwrite else [])]:
+        for file in self.output_dir.glob(f"{self.kind}_*.pt.tmp"):
             file.unlink()
+        for step, file in present:
+            if self.args.overwrite:
+                file.unlink()
+            elif step > start_step:  # this run goes another way from here: `latest` must not come back to them
+                file.rename(file.with_name(file.name + ".old"))
         lines = self.metrics_path.read_text().splitlines(keepends=True) if start_step and self.metrics_path.exists() else []
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start_step]
         self.metrics_path.write_text("".join(kept))
@@ -119,7 +123,7 @@ class Logger:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         self.bar.update()
-        if step % self.args.log_every and step != self.args.step_number:
+        if step % self.log_every and step != self.args.step_number:
             return
 
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
@@ -179,7 +183,7 @@ class Logger:
         if self.args.wandb_log_checkpoints:
             artifact = dict(type="model", aliases=[path.stem])
             self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **artifact))
-        checkpoint.prune(self.output_dir, self.args.keep_last, self.args.keep_every)
+        checkpoint.prune(self.output_dir, self.kind, self.args.keep_last, self.args.keep_every)
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)

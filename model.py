@@ -51,11 +51,11 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels, 64 channels a head."""
+    """Residual self-attention over the pixels, 64 channels a head or somewhat more."""
 
     def __init__(self, channels):
         super().__init__()
-        self.num_heads = max(1, channels // 64)
+        self.num_heads = max(heads for heads in range(1, max(1, channels // 64) + 1) if channels % heads == 0)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))

@@ -23,18 +23,27 @@ PANELS = [
 
 
 def read_metrics(path):
-    """The lines of a `metrics.jsonl` as dicts. Raises UserError where the file is missing."""
+    """The lines of a `metrics.jsonl` as dicts. Raises UserError where there are none."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave a torn line
+    if not rows:
+        raise UserError(f"{path}: holds no metrics yet")
+    return rows
+
+
+def curve(rows, name):
+    """The points (step, value) of one metric."""
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
 def loss_ends(path):
     """Where each loss of a run started and ended, in words."""
-    rows = read_metrics(path) if path.exists() else []
-    curves = {name: [row[name] for row in rows if name in row] for row in rows for name in row if "loss" in name}
-    return ", ".join(f"{name} {curve[0]:.3g} -> {curve[-1]:.3g}" for name, curve in curves.items()) or "no metrics.jsonl beside it"
+    rows = read_metrics(path)
+    curves = {name: curve(rows, name) for name in sorted({name for row in rows for name in row if "loss" in name})}
+    return ", ".join(f"{name} {points[0][1]:.3g} -> {points[-1][1]:.3g}" for name, points in curves.items() if points)
 
 
 def plot_metrics(metrics_path, path):
@@ -47,7 +56,7 @@ def plot_metrics(metrics_path, path):
         axis.axis("off")
     for axis, (title, names, logarithmic) in zip(axes.flat, panels, strict=False):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if name in row]
+            points = curve(rows, name)
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axis.set_title(title)

@@ -23,12 +23,12 @@ def main():
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
-    teacher_state = checkpoint.load(args.teacher_checkpoint, device)
+    teacher_state = checkpoint.load(args.teacher_checkpoint)
     if checkpoint.kind(teacher_state) != "teacher":
         raise UserError(f"--teacher_checkpoint {args.teacher_checkpoint}: a generator; it takes what train_teacher.py writes")
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, device)
+        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, "dmd2")
 
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint).to(device)
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
@@ -36,6 +36,14 @@ def main():
         raise UserError(
             f"--teacher_checkpoint {args.teacher_checkpoint}: knows {teacher.label_dim} classes; "
             f"the data set {args.dataset} has {len(dataset.class_names)}"
+        )
+    class_names, taught_on = teacher_state["class_names"], teacher_state["config"]["dataset"]
+    numbers = [str(label) for label in range(teacher.label_dim)]  # the names that a ZIP gives its classes
+    same_names = dataset.class_names == class_names
+    if not same_names and ("folder" not in (args.dataset, taught_on) or numbers not in (dataset.class_names, class_names)):
+        raise UserError(
+            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt {', '.join(class_names[:3])}, ... of {taught_on}; "
+            f"the data set {args.dataset} has {', '.join(dataset.class_names[:3])}, ..."
         )
     batches = Batches(dataset, args.batch_size, args.seed)
 
@@ -65,9 +73,10 @@ def main():
             raise UserError(f"checkpoint {resume_path}: not a generator with the teacher's network ({generator.config})")
         generator.load_state_dict(resumed["feedforward_model_state_dict"])
         guidance.fake_unet.load_state_dict(resumed["guidance_fake_unet_state_dict"])
+        if args.gan_classifier != ("guidance_cls_state_dict" in resumed):
+            how = "with" if "guidance_cls_state_dict" in resumed else "without"
+            raise UserError(f"checkpoint {resume_path}: trained {how} --gan_classifier; go on from it {how} it")
         if args.gan_classifier:
-            if "guidance_cls_state_dict" not in resumed:
-                raise UserError(f"checkpoint {resume_path}: trained without --gan_classifier; leave that out to go on from it")
             guidance.cls_pred_branch.load_state_dict(resumed["guidance_cls_state_dict"])
         if ema:
             ema.load_state_dict(resumed["ema_state_dict"] or resumed["feedforward_model_state_dict"])
@@ -87,7 +96,7 @@ def main():
             "step": step,
             "model_config": generator.config,
             "config": public(args),
-            "class_names": dataset.class_names,
+            "class_names": class_names,
             "versions": versions,
             "wandb_run_id": logger.wandb_run.id if logger.wandb_run else None,
             "random_state": checkpoint.random_state(device),
@@ -98,12 +107,15 @@ def main():
         checkpoint.save(path, state)
         logger.saved(path)
 
-    logger = Logger(args, step, resumed["wandb_run_id"] if resumed else None)
+    logger = Logger(args, "dmd2", step, resumed.get("wandb_run_id") if resumed else None)
     versions = checkpoint.versions()
+    if step >= args.step_number:
+        logger.message(f"nothing left to train: {resume_path} is at step {step}; a larger --step_number goes on")
     bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid_noise, grid_labels = class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)
     grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
+    del teacher_state, resumed  # their optimizers' moments, above all
     teacher_grid = heun_sampler(teacher, grid_noise, grid_labels)
     seen = None  # what the latest generator turn saw
 
@@ -146,9 +158,9 @@ def main():
         norms += [optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)]
         metrics |= {"guidance_grad_norm": norms[-1]}
 
-        step += 1
         if ema and generator_updates:
-            update_ema(ema, generator, args.ema_decay, step)
+            update_ema(ema, generator, args.ema_decay, step // args.dfake_gen_update_ratio + 1)
+        step += 1
 
         bad_steps.add(*norms)
         if step % args.log_every == 0:

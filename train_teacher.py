@@ -24,7 +24,7 @@ def main():
     torch.manual_seed(args.seed)
     resumed = None
     if args.resume_from_checkpoint:
-        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, device)
+        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, "teacher")
 
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
@@ -75,12 +75,15 @@ def main():
         checkpoint.save(path, state)
         logger.saved(path)
 
-    logger = Logger(args, step, resumed["wandb_run_id"] if resumed else None)
+    logger = Logger(args, "teacher", step, resumed.get("wandb_run_id") if resumed else None)
     versions = checkpoint.versions()
+    if step >= args.step_number:
+        logger.message(f"nothing left to train: {resume_path} is at step {step}; a larger --step_number goes on")
     bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
     logger.message(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(dataset.labels)} images, {device}")
     grid_noise, grid_labels = class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)
     grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
+    del resumed
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while step < args.step_number and not stop.due:

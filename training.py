@@ -1,4 +1,4 @@
-"""What the two training loops share: device and seed, learning rate, optimizer step, averaged weights."""
+"""What the two training loops share: device, learning rate, optimizer step, averaged weights, stopping."""
 
 import os
 import signal
@@ -95,7 +95,8 @@ def accumulate(totals, values, parts):
 
 
 @torch.no_grad()
-def update_ema(ema, net, decay, step):
-    """ema <- decay * ema + (1 - decay) * net, after `step` (from 1) steps; early on a smaller decay forgets the start sooner."""
-    decay = min(decay, step / (step + 10))
+def update_ema(ema, net, decay, updates):
+    """ema <- decay * ema + (1 - decay) * net, the network's update number `updates` (from 1); early on the decay is smaller, which
+    forgets the start sooner."""
+    decay = min(decay, updates / (updates + 10))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)

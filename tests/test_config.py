@@ -104,6 +104,12 @@ WRONG = [  # script, arguments, what the one line must say
     (G, "--format gif", "--format must be one of grid, png, npz"),
     (G, "--steps 0", "--steps must be at least 1"),
     (E, "--features resnet", "--features must be one of inception, classifier"),
+    (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda or cuda:N"),
+    (T, "--batch_size 10 --grad_accum 3", "--grad_accum 3 must divide --batch_size 10"),
+    (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
+    (T, "--max_minutes 0", "--max_minutes must be above 0"),
+    (T, "--keep_last 0", "--keep_last must be at least 1"),
+    (E, "--features classifier --inception_score", "--inception_score needs --features inception"),
     (E, "--num_samples 1", "--num_samples must be at least 2"),
 ]
 WRONG_YAML = [  # content, what the one line must say
@@ -114,7 +120,9 @@ WRONG_YAML = [  # content, what the one line must say
     ("wandb:\n  mode: offline\n  mode: online\n", "key mode is given twice"),
     ("lr:\t1\n\tbatch_size: 2", "line 1: not YAML"),
     ("lr: [1", "not YAML"),
-    (b"\xff\xfe\x00\x01", "not YAML: not text"),
+    ("wandb_run_name: 2024-13-45", "not YAML: month must be in 1..12"),
+    ("lr: !!int x", "not YAML"),
+    (b"\xff\xfe\x00\x01", "not YAML"),
     ("learning_rte: 1", "unknown key learning_rte"),
     ("batchsize: 1", "unknown key batchsize (did you mean batch_size?)"),
     ("wandb:\n  projekt: x\n", "unknown key wandb_projekt (did you mean wandb_project?)"),
@@ -153,9 +161,10 @@ def test_wrong_yaml_gets_one_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("script", [T, D, G, E])
 def test_help_answers_at_once(script):
+    """In a fraction of a second, as torch is not imported; the bound leaves room for a busy machine."""
     start = time.perf_counter()
     done = run_script(script, "--help")
-    assert done.returncode == 0 and "--config" in done.stdout and time.perf_counter() - start < 1.5
+    assert done.returncode == 0 and "--config" in done.stdout and time.perf_counter() - start < 5
 
 
 def test_parse_errors_are_user_errors():

@@ -86,6 +86,11 @@ def test_folder_of_classes(tmp_path):
     assert load_dataset("folder", tmp_path, 8, img_channels=1).images.shape == (6, 1, 8, 8)
 
 
+def test_only_digits_get_a_border(tmp_path):
+    write_images(tmp_path, size=28)
+    assert load_dataset("folder", tmp_path, 32).images[0].float().std(dim=(0, 1))[:2].min() > 10
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
 def test_colour_modes_are_converted(tmp_path, mode):
     write_images(tmp_path, classes=("a",), each=1)
@@ -164,6 +169,23 @@ def mixed_sizes(path):
     (path / "extra").rmdir()
 
 
+def sixteen_bits(path):
+    write_images(path, each=2)
+    Image.fromarray(np.full((16, 16), 20000, np.uint16)).save(path / "cat" / "1.png")
+
+
+def empty_class(path):
+    write_images(path, each=2)
+    (path / "bird").mkdir()
+
+
+def damaged_zip(path):
+    write_zip(path)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1  # in the first image
+    path.write_bytes(content)
+
+
 def broken_image(path):
     write_images(path, each=2)
     (path / "cat" / "1.png").write_bytes(b"not a picture")
@@ -183,6 +205,11 @@ def truncated_image(path):
         (mixed_sizes, r"differ in size.*16x16.*24x24"),
         (broken_image, r"cat/1.png: not a readable image"),
         (truncated_image, r"cat/1.png: not a readable image"),
+        (sixteen_bits, r"cat/1.png: I;16 pixels"),
+        (empty_class, "class bird has no images"),
+        (damaged_zip, "not a readable"),
+        (lambda p: write_zip(p, labels=(0, 5, 0)), "class 1 has no images"),
+        (lambda p: write_zip(p, listed={"labels": [[1, 0]]}), "pairs of file name and class index"),
         (lambda p: p.write_bytes(b"neither"), "neither a folder nor a ZIP"),
         (lambda p: write_zip(p, listed={}), "no dataset.json with labels"),
         (lambda p: write_zip(p, listed={"labels": None}), "pairs of file name and class index"),

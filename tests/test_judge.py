@@ -1,4 +1,5 @@
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -42,10 +43,14 @@ def test_cached_classifier_of_other_data_is_not_used(tmp_path):
     write_images(tmp_path / "b", size=16, seed=1)
     for name in ("a", "b"):
         judge.classifier(load_dataset("folder", tmp_path / name, 16), tmp_path / "judge.pt", CPU, steps=2)
+        judge.classifier(load_dataset("folder", tmp_path / name, 16), "/dev/null/judge.pt", CPU, steps=2)  # nowhere to keep it
         state = torch.load(tmp_path / "judge.pt", weights_only=True)
         if name == "a":
             first = state
     assert state["fingerprint"] != first["fingerprint"]
+    (tmp_path / "judge.pt").write_bytes(b"ab")  # damaged: made again
+    judge.classifier(load_dataset("folder", tmp_path / "a", 16), tmp_path / "judge.pt", CPU, steps=2)
+    assert torch.load(tmp_path / "judge.pt", weights_only=True)["fingerprint"] == first["fingerprint"]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,10 @@ def test_fid_of_identical_sets_is_zero_and_of_shifted_sets_is_not(inception_weig
     shifted = judge.scores(measure(images + 50), None, features, INCEPTION)
     assert abs(same["frechet_distance"]) < 1e-3 * shifted["frechet_distance"]
     assert same["precision"] == same["recall"] == 1.0 and same["inception_score"] >= 1.0
+    part = judge.scores(
+        (features[:12], logits[:12]), None, features, INCEPTION
+    )  # every image is real, half of the real are missing
+    assert part["precision"] == 1.0 and part["images"] == 12
     grey = measure(images[:2, :1])[0]  # one channel stands for all three
     torch.testing.assert_close(grey, measure(images[:2, :1].expand(-1, 3, -1, -1))[0])
 
@@ -119,6 +128,9 @@ def test_evaluate_a_folder_beside_its_teacher(runs, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", "evaluation.png", "comparison.png"}
     assert (tmp_path / "set_judge_8x1.pt").exists()
 
+    assert_refused(
+        run_script("evaluate.py", "--checkpoint", teacher, "--teacher_checkpoint", students[0]["checkpoint"], *out), "a generator"
+    )
     succeed("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", *out)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *out), "no checkpoints in this folder")
@@ -126,5 +138,5 @@ def test_evaluate_a_folder_beside_its_teacher(runs, tmp_path):
 
 def test_shipped_pictures_are_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "docs").glob("*.png"):
-        assert f"docs/{path.name}" in readme
+    named = set(re.findall(r"docs/[\w.-]+\.png", readme))
+    assert named and named == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.png")}

@@ -61,6 +61,12 @@ def test_labels_sigma_and_batch():
     assert not torch.allclose(net(x, 0.5, labels), out, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [8, 104, 112, 192])
+def test_any_width_can_attend(width):
+    net = tiny_unet(model_channels=width, channel_mult=(1,), attn_resolutions=[8])
+    assert net(torch.randn(1, 1, 8, 8), 1.0, torch.tensor([0])).isfinite().all()
+
+
 @pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (28, 1), (64, 3)])
 def test_resolutions_config_and_bottleneck(resolution, channels):
     net = tiny_unet(img_resolution=resolution, img_channels=channels, attn_resolutions=[resolution // 2])
@@ -95,11 +101,11 @@ def test_ema_equals_its_closed_form():
     torch.nn.init.constant_(ema.weight, 10.0)
     for step, weight in enumerate(weights):
         torch.nn.init.constant_(net.weight, weight)
-        update_ema(ema, net, decay, step=1000 + step)
+        update_ema(ema, net, decay, updates=1000 + step)
     n = len(weights)
     expected = decay**n * 10 + (1 - decay) * sum(decay ** (n - 1 - k) * w for k, w in enumerate(weights))
     assert math.isclose(ema.weight.item(), expected, rel_tol=1e-6)
-    update_ema(ema, net, decay, step=1)  # early, the decay is 1/11
+    update_ema(ema, net, decay, updates=1)  # early, the decay is 1/11
     assert math.isclose(ema.weight.item(), expected / 11 + weights[-1] * 10 / 11, rel_tol=1e-6)
 
 

@@ -47,5 +47,7 @@ def test_class_noise_depends_on_seed_class_and_place_alone():
     noise, labels = class_noise([3, 5], 4, (1, 8, 8), seed=1)
     assert labels.tolist() == [3] * 4 + [5] * 4
     torch.testing.assert_close(class_noise([5], 9, (1, 8, 8), seed=1)[0][:4], noise[4:])
+    odd = [class_noise([0], count, (1, 10, 10), seed=0)[0] for count in (1, 2, 5)]  # torch draws in blocks of 16
+    assert torch.equal(odd[0], odd[1][:1]) and torch.equal(odd[1], odd[2][:2])
     assert not torch.equal(noise[:4], noise[4:])
     assert not torch.equal(class_noise([3], 4, (1, 8, 8), seed=2)[0], noise[:4])

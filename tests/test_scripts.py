@@ -137,6 +137,11 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
     assert_refused(done, "not a generator with the teacher's network")
     done = run_script("train_teacher.py", *TINY, *out, "--img_resolution", 16, "--resume_from_checkpoint", teacher)
     assert_refused(done, "not a teacher with this network")
+    done = run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", teacher, "--resume_from_checkpoint", student)
+    assert_refused(done, "trained with --gan_classifier")
+    write_images(tmp_path / "letters", classes="abcdefghij", each=2, size=8)
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "letters", "--teacher_checkpoint", teacher]
+    succeed("train_dmd2.py", *TINY, *data, "--output_dir", tmp_path / "letters_of_a_digits_teacher")  # numbers name any classes
     write_images(tmp_path / "set", each=8, size=8)
     data = ["--dataset", "folder", "--data_dir", tmp_path / "set", "--teacher_checkpoint", teacher]
     assert_refused(run_script("train_dmd2.py", *TINY, *data, *out), "knows 10 classes; the data set folder has 2")
@@ -188,6 +193,29 @@ def test_generate_png_can_be_trained_on(runs, tmp_path):
     succeed("train_teacher.py", *TINY, *TINY_NET, *data)
 
 
+def test_classes_whose_names_make_one_file_name_stay_apart(runs, tmp_path):
+    state = load(runs / "dmd2" / "dmd2_final.pt")
+    state["class_names"] = ["a/b", "A b", *state["class_names"][2:]]
+    checkpoint.save(tmp_path / "x.pt", state)
+    succeed(
+        "generate.py",
+        "--checkpoint",
+        tmp_path / "x.pt",
+        "--output_dir",
+        tmp_path / "out",
+        "--num_samples",
+        2,
+        "--classes",
+        "A b,a/b,A b,5",
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_b_0_samples.png",
+        "a_b_1_samples.png",
+        "5_samples.png",
+        "overview.png",
+    }
+
+
 def test_generate_unknown_class_is_refused(runs, tmp_path):
     done = run_script(
         "generate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "x", "--classes", "1,cat"
@@ -203,6 +231,7 @@ def test_both_stages_on_a_zip_with_colours(tmp_path):
     teacher = tmp_path / "teacher" / "teacher_final.pt"
     succeed("train_dmd2.py", *TINY, *data, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "dmd2")
     state = load(tmp_path / "dmd2" / "dmd2_final.pt")
+    assert state["class_names"] == ["0", "1", "2"]
     assert state["model_config"]["img_channels"] == 3 and state["model_config"]["label_dim"] == 3
     assert state["ema_state_dict"] is None and "guidance_cls_state_dict" not in state
     succeed("generate.py", "--checkpoint", tmp_path / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "images")

@@ -112,7 +112,10 @@ def limit_file_size():
 
 
 def full_disk(folder):
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode
+    ):
         pytest.skip("mounting a small disk needs root")
 
 
@@ -182,6 +185,20 @@ def test_retention_keeps_the_newest_and_every_mth(tmp_path):
     succeed(*TEACHER, "--output_dir", tmp_path, "--step_number", 9, "--save_every", 1, "--keep_last", 2, "--keep_every", 4)
     kept = {file.name for file in tmp_path.glob("*.pt")}
     assert kept == {f"teacher_checkpoint_step_{step}.pt" for step in (4, 8, 9)} | {"teacher_final.pt"}
+
+
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
+    """Resumed from step 2 where 4 and 6 are present: the run keeps its own, and `latest` does not come back to the others."""
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 2, "--keep_last", 2]
+    succeed(*arguments, "--step_number", 6, "--keep_last", 9)
+    other = tmp_path / "dmd2_checkpoint_step_1.pt"
+    other.write_bytes(b"another stage's file")
+    succeed(*arguments, "--step_number", 4, "--resume_from_checkpoint", tmp_path / "teacher_checkpoint_step_2.pt")
+    names = {file.name for file in tmp_path.glob("*.pt*")} - {other.name}
+    assert names == {f"teacher_{what}" for what in ("checkpoint_step_2.pt", "checkpoint_step_4.pt", "final.pt")} | {
+        f"teacher_{what}.old" for what in ("checkpoint_step_4.pt", "checkpoint_step_6.pt", "final.pt")
+    }
+    assert other.exists() and load(tmp_path / "teacher_final.pt")["step"] == 4
 
 
 def test_one_folder_holds_one_run(runs, tmp_path):
