@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def save(path, state):
         os.fsync(folder)  # the new name, too, survives a power cut
         os.close(folder)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         cause = error if isinstance(error, OSError) else error.__context__  # torch wraps what the file object raised
         if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise

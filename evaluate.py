@@ -31,7 +31,7 @@ def main():
         return
 
     found = checkpoint.by_step(path, "dmd2") or checkpoint.by_step(path, "teacher")
-    files = [file for _, file in found] if path.is_dir() else [path]
+    files = list(dict(found).values()) if path.is_dir() else [path]
     if not files:
         raise UserError(f"--checkpoint {path}: no checkpoints in this folder")
     models = []  # the teacher, where named, then one entry a checkpoint
