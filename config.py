@@ -338,3 +338,5 @@ def run(main):
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # outside the training loop, which handles it
+        sys.exit(130)

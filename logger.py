@@ -54,7 +54,8 @@ class Logger:
         except BlockingIOError:
             raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
         self.take_over(start_step)
-        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(public(args), sort_keys=False))
+        afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}  # config.yaml repeats the run from its start
+        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
 
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
         self.sums, self.counts = {}, {}
