@@ -28,7 +28,7 @@ echo "== 3. images"
 .venv/bin/python generate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --output_dir ./generated/mnist
 echo "== 4. teacher and one-step student compared"
 .venv/bin/python evaluate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --teacher_checkpoint $log/mnist_teacher/teacher_final.pt \
-    --features classifier --num_samples 1000
+    --features classifier --num_samples 2000
 echo
 echo "Pictures:"
 echo "  ./generated/mnist/overview.png             the student's digits, one network evaluation each"

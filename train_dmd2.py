@@ -159,7 +159,8 @@ def main():
         metrics |= {"guidance_grad_norm": norms[-1]}
 
         if ema and generator_updates:
-            update_ema(ema, generator, args.ema_decay, step // args.dfake_gen_update_ratio + 1)
+            # The generator wanders at a constant learning rate: a long average, from early on.
+            update_ema(ema, generator, args.ema_decay, step // args.dfake_gen_update_ratio + 1, ramp=2)
         step += 1
 
         bad_steps.add(*norms)

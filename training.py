@@ -95,8 +95,10 @@ def accumulate(totals, values, parts):
 
 
 @torch.no_grad()
-def update_ema(ema, net, decay, updates):
-    """ema <- decay * ema + (1 - decay) * net, the network's update number `updates` (from 1); early on the decay is smaller, which
-    forgets the start sooner."""
-    decay = min(decay, updates / (updates + 10))
+def update_ema(ema, net, decay, updates, ramp=10):
+    """ema <- decay * ema + (1 - decay) * net, after the network's update number `updates` (from 1).
+
+    Until `decay` is reached it is updates / (updates + ramp), by which the average covers about the last 1 / ramp of the updates.
+    """
+    decay = min(decay, updates / (updates + ramp))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
