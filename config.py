@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
 
 import yaml
 
@@ -329,6 +330,15 @@ def make_folder(source, path):
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"{source} {path}: {error.strerror}") from None
+
+
+@contextmanager
+def writing(path):
+    """Turns the failure of writing to `path` (full disk, read-only folder) into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
 
 
 def run(main):

@@ -1,6 +1,6 @@
 """Generate images of each class from a generator (one network evaluation an image) or a teacher (Heun's method)."""
 
-from config import GENERATE, UserError, did_you_mean, make_folder, parse_args, run
+from config import GENERATE, UserError, did_you_mean, make_folder, parse_args, run, writing
 
 
 def main():
@@ -45,7 +45,8 @@ def main():
 
     if args.format == "npz":
         pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-        np.savez(output_dir / "samples.npz", images=pixels, labels=labels.numpy())
+        with writing(output_dir / "samples.npz"):
+            np.savez(output_dir / "samples.npz", images=pixels, labels=labels.numpy())
         print(f"wrote {output_dir / 'samples.npz'}")
         return
     by_class = images.split(args.num_samples)
@@ -55,9 +56,11 @@ def main():
         if args.format == "grid":
             save_grid(output_dir / f"{name}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
             continue
-        (output_dir / name).mkdir(exist_ok=True)  # a folder a class, as --dataset folder reads it
+        make_folder("--output_dir", output_dir / name)  # a folder a class, as --dataset folder reads it
         for index, pixels in enumerate(to_uint8(class_images).permute(0, 2, 3, 1).numpy()):
-            Image.fromarray(pixels.squeeze()).save(output_dir / name / f"{index:06d}.png")
+            file = output_dir / name / f"{index:06d}.png"
+            with writing(file):
+                Image.fromarray(pixels.squeeze()).save(file)
     if args.format == "grid":
         overview = torch.cat([class_images[:16] for class_images in by_class])
         save_grid(output_dir / "overview.png", overview, columns=min(args.num_samples, 16))

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
-from config import UserError, make_folder
+from config import UserError, make_folder, writing
 from data import to_uint8
 
 
@@ -34,7 +34,8 @@ def save_grid(path, *blocks, columns):
     picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
     picture = Image.fromarray(picture.squeeze(2).numpy())
     scale = max(1, 64 // blocks[0].shape[-1])
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+    with writing(path):
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
 
 
 class Logger:
@@ -48,14 +49,16 @@ class Logger:
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
         make_folder("--output_dir", self.output_dir / "samples")
-        try:
-            self.lock = (self.output_dir / ".lock").open("w")  # held, through the open file, until the process ends
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
-        self.take_over(start_step)
         afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}  # config.yaml repeats the run from its start
-        (self.output_dir / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
+        with writing(self.output_dir):
+            (self.output_dir / ".lock").touch()
+            self.lock = (self.output_dir / ".lock").open()  # locked, through the open file, until the process ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
+            self.take_over(start_step)
+            (self.output_dir / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
 
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
         self.sums, self.counts = {}, {}
@@ -131,8 +134,8 @@ class Logger:
         now = time.perf_counter()
         images_per_second = (step - self.last_step) * self.args.batch_size / (now - self.last_time)
         self.sums, self.counts, self.last_step, self.last_time = {}, {}, step, now
-        with open(self.metrics_path, "a") as file:
-            row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
+        row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
+        with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON knows no NaN
 
         losses = {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}

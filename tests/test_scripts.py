@@ -105,7 +105,7 @@ def test_latest_without_checkpoints_is_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("what", ["missing", "text", "truncated", "foreign", "hostile"])
+@pytest.mark.parametrize("what", ["missing", "text", "truncated", "bit flip", "foreign", "architecture", "hostile"])
 def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
     file, trace = tmp_path / "bad.pt", tmp_path / "it-ran"
     good = (runs / "teacher" / "teacher_final.pt").read_bytes()
@@ -113,6 +113,11 @@ def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
         file.write_text("no checkpoint")
     elif what == "truncated":
         file.write_bytes(good[: len(good) // 2])
+    elif what == "bit flip":
+        file.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
+    elif what == "architecture":
+        state = load(runs / "teacher" / "teacher_final.pt")
+        checkpoint.save(file, {**state, "model_config": {**state["model_config"], "num_blocks": 2}})
     elif what == "foreign":
         torch.save({"weights": torch.zeros(3)}, file)
     elif what == "hostile":

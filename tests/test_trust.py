@@ -44,7 +44,7 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
     """Signals at several points, `--resume_from_checkpoint latest` after each: the final checkpoints are equal to the bit."""
-    base = TEACHER if stage == "teacher" else dmd2(runs)
+    base = [*TEACHER, "--grad_accum", 2] if stage == "teacher" else dmd2(runs)
     arguments = [*base, "--step_number", 60, "--log_every", 1, "--save_every", 7]
     succeed(*arguments, "--output_dir", tmp_path / "straight")
     folder, resumed = tmp_path / "broken", []
@@ -114,39 +114,54 @@ def limit_file_size():
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def full_disk(folder):
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small disk needs root")
-
-
-@pytest.mark.parametrize("how", ["file-size limit", "full disk"])
-def test_failed_save_says_so_and_leaves_the_checkpoint_before(tmp_path, how):
-    folder = tmp_path / "out"
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1.5 MB, room for two checkpoints."""
+    folder = tmp_path / "disk"
     folder.mkdir()
-    if how == "full disk":
-        full_disk(folder)
-    try:
-        arguments = [*TEACHER, "--output_dir", folder, "--save_every", 1, "--sample_every", 1000]
-        if how == "full disk":
-            done = run_script(*arguments, "--step_number", 50, "--keep_last", 50)
-            expected = "No space left on device"
-        else:
-            succeed(*arguments, "--step_number", 2)
-            process = start(*arguments, "--step_number", 5, "--resume_from_checkpoint", "latest", preexec_fn=limit_file_size)
-            out, err = process.communicate(timeout=120)
-            done = subprocess.CompletedProcess([], process.returncode, out, err)
-            expected = "File too large"
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        assert done.returncode == 2 and len(lines) == 1 and ".pt: " in lines[0] and expected in lines[0], done.stderr
-        assert "Traceback" not in done.stderr and not list(folder.glob("*.tmp"))
-        files = list(folder.glob("teacher_checkpoint_step_*.pt"))
-        assert files and all(load(file)["step"] for file in files)
-    finally:
-        if how == "full disk":
-            subprocess.run(["umount", folder], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def assert_stopped(done, folder, cause):
+    """One line that names a file in the folder and the cause; no temporary file; the checkpoints there are whole."""
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(lines) == 1 and f"{folder}/" in lines[0] and cause in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+    files = list(folder.glob("teacher_checkpoint_step_*.pt"))
+    assert files and all(load(file)["step"] for file in files)
+
+
+def test_file_size_limit_while_saving(tmp_path):
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 1]
+    succeed(*arguments, "--step_number", 2)
+    process = start(*arguments, "--step_number", 5, "--resume_from_checkpoint", "latest", preexec_fn=limit_file_size)
+    out, err = process.communicate(timeout=120)
+    assert_stopped(subprocess.CompletedProcess([], process.returncode, out, err), tmp_path, "File too large")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_full_disk_while_saving(small_disk):
+    arguments = ["--output_dir", small_disk, "--save_every", 1, "--step_number", 50, "--keep_last", 50]
+    assert_stopped(run_script(*TEACHER, *arguments), small_disk, "No space left on device")
+    assert not list(small_disk.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("first", ["--log_every", "--save_every"])
+def test_folder_that_becomes_read_only(small_disk, first):
+    """As a failing disk does it; whether metrics or a checkpoint are what is written next."""
+    often = {"--log_every": 1000, "--save_every": 2000} | {first: 200}
+    arguments = [str(word) for pair in often.items() for word in pair]
+    process = start(*TEACHER, "--output_dir", small_disk, "--step_number", 100_000, *arguments, "--keep_last", 1)
+    succeeded = small_disk / ("metrics.jsonl" if first == "--log_every" else "teacher_checkpoint_step_200.pt")
+    wait_for(lambda: succeeded.exists() and succeeded.stat().st_size, process)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and len(lines) == 1 and f"{small_disk}/" in lines[0] and "Read-only file system" in lines[0], err
 
 
 def test_output_folder_that_cannot_be_written_is_refused(tmp_path):
