@@ -14,16 +14,18 @@ fi
 echo "== installing requirements.txt (what is installed is skipped)"
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 
-stage() { # stage NAME FINAL_CHECKPOINT COMMAND...: skipped where the final checkpoint is there
+stage() { # stage NAME FOLDER FINAL_CHECKPOINT COMMAND...: skipped where that checkpoint is in the folder, gone on with where others are
     echo "== $1"
-    if [ -e "$2" ]; then
-        echo "   skipped: $2 is there (delete it to train again)"
+    if [ -e "$2/$3" ]; then
+        echo "   skipped: $2/$3 is there (delete $2 to train again)"
+    elif compgen -G "$2/*_checkpoint_step_*.pt" > /dev/null; then
+        .venv/bin/python "${@:4}" --resume_from_checkpoint latest
     else
-        .venv/bin/python "${@:3}"
+        .venv/bin/python "${@:4}"
     fi
 }
-stage "1. teacher" $log/mnist_teacher/teacher_final.pt train_teacher.py --config config_mnist0.yaml --no-wandb
-stage "2. DMD2" $log/mnist_dmd2/dmd2_final.pt train_dmd2.py --config config_mnist1.yaml --no-wandb
+stage "1. teacher" $log/mnist_teacher teacher_final.pt train_teacher.py --config config_mnist0.yaml --no-wandb
+stage "2. DMD2" $log/mnist_dmd2 dmd2_final.pt train_dmd2.py --config config_mnist1.yaml --no-wandb
 echo "== 3. images"
 .venv/bin/python generate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --output_dir ./generated/mnist
 echo "== 4. teacher and one-step student compared"
