@@ -2,12 +2,15 @@ import gzip
 import io
 import json
 import pickle
+import re
+import runpy
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_images, write_zip
+from conftest import ROOT, write_images, write_zip
 from PIL import Image
 from torchvision import datasets
 
@@ -218,10 +221,17 @@ def truncated_image(path):
         (lambda p: write_zip(p, labels=(0, 0, 0)), "only one class"),
     ],
 )
-def test_wrong_folders_and_zips_are_refused(tmp_path, make, message):
+def test_wrong_folders_and_zips_are_refused(tmp_path, monkeypatch, capsys, make, message):
+    """By the real script, run here rather than in a process of its own, which would import torch every time."""
     make(tmp_path / "data")
-    with pytest.raises(UserError, match=message):
-        load_dataset("folder", tmp_path / "data", 16)
+    out = tmp_path / "out"
+    arguments = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--output_dir", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train_teacher.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "train_teacher.py"), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
+    assert lines[0].startswith("train_teacher.py: error: ") and not out.exists()
 
 
 @pytest.mark.parametrize("name", ["../escape.png", "/root.png"])
