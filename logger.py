@@ -64,7 +64,7 @@ class Logger:
         self.sums, self.counts = {}, {}
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.last_wandb_step = start_step
+        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
         self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb else None
 
     def take_over(self, start_step):
@@ -151,9 +151,10 @@ class Logger:
                 sep="  ",
                 flush=True,
             )
+        self.for_wandb |= row
         if self.wandb_run and step - self.last_wandb_step >= self.args.wandb_log_every:
-            self.send(lambda run: run.log({**means, "images_per_second": images_per_second}, step=step))
-            self.last_wandb_step = step
+            self.send(lambda run: run.log(self.for_wandb, step=step))
+            self.last_wandb_step, self.for_wandb = step, {}
 
     def wants_samples(self, step):
         return step % self.args.sample_every == 0 or step == self.args.step_number or self.wandb_wants("samples", step)
