@@ -70,8 +70,8 @@ class Classifier(nn.Module):
         self.out = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images):
-        """uint8 images to (penultimate features, logits)."""
-        features = self.layers(to_float(images)).mean(dim=(2, 3))
+        """Images in [-1, 1] to (penultimate features, logits)."""
+        features = self.layers(images).mean(dim=(2, 3))
         return features, self.out(features)
 
 
@@ -123,7 +123,7 @@ def classifier(dataset, cache, device, steps=1500, batch_size=128):
     network.eval()
 
     def judge(images):
-        return apply(network, images, device)
+        return apply(lambda batch: network(to_float(batch)), images, device)
 
     accuracy = (judge(held_out.images)[1].argmax(1) == held_out.labels.cpu()).float().mean().item()
     return judge, accuracy
@@ -137,8 +137,7 @@ def train_classifier(dataset, device, steps, batch_size):
     for _ in range(steps):
         images, labels = next(batches)
         images = augment(images).contiguous(memory_format=torch.channels_last)
-        features = network.layers(images).mean(dim=(2, 3))
-        loss = F.cross_entropy(network.out(features), labels)
+        loss = F.cross_entropy(network(images)[1], labels)
         loss.backward()
         optimizer.step()
         schedule.step()
