@@ -87,13 +87,15 @@ DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
     Option("device", "auto", device_name, "auto (CUDA where there is one), cpu, cuda or cuda:N"),
+    Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "of the networks; tf32 is fp32 but on CUDA; bf16 is autocast"),
+    Option("compile", False, flag, "have torch.compile fuse the networks: slow to start, then faster"),
 ]
 DATA = [
     Option("dataset", "cifar10", choice(*DATASETS), f"one of {', '.join(DATASETS)}"),
     Option("data_dir", "./data", text, "where data sets are kept and downloaded to; for `folder`: the folder or ZIP itself"),
 ]
 TRAINING = [
-    Option("batch_size", 128, count, "images a step"),
+    Option("batch_size", 128, count, "images a step, over all processes"),
     Option("grad_accum", 1, count, "parts in which a batch passes through the networks, where it does not fit in one"),
     Option("step_number", 100_000, count, "steps to train, in all"),
     Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its value"),
@@ -122,7 +124,7 @@ TRAINING = [
 ]
 SAMPLING = [
     Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
-    Option("batch_size", 250, count, "images generated at once"),
+    Option("batch_size", 250, count, "images generated at once, over all processes"),
 ]
 
 TEACHER = [
@@ -314,8 +316,15 @@ def check(args):
                 f"--img_resolution {args.img_resolution} must be divisible by {divisor}: channel_mult has "
                 f"{len(args.channel_mult)} resolutions, each half of the one before"
             )
-    if hasattr(args, "grad_accum") and args.batch_size % args.grad_accum:
-        raise UserError(f"--grad_accum {args.grad_accum} must divide --batch_size {args.batch_size}")
+    if hasattr(args, "grad_accum"):
+        if args.batch_size % args.grad_accum:
+            raise UserError(f"--grad_accum {args.grad_accum} must divide --batch_size {args.batch_size}")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if args.batch_size // args.grad_accum % processes:
+            raise UserError(
+                f"--batch_size {args.batch_size} in {args.grad_accum} parts (--grad_accum) must be divisible by torchrun's "
+                f"{processes} processes, which share each part"
+            )
     if getattr(args, "inception_score", False) and args.features != "inception":
         raise UserError("--inception_score needs --features inception")
     if getattr(args, "overwrite", False) and args.resume_from_checkpoint:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from config import UserError
+from parallel import one_first
 from sampling import random_stream
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string a class
@@ -56,7 +57,8 @@ def load_torchvision(name, data_dir):
 
     build = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
     try:
-        dataset = build(data_dir, train=True, download=True)
+        with one_first():
+            dataset = build(data_dir, train=True, download=True)
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision's own are RuntimeErrors
         raise UserError(
             f"data set {name} is not in {data_dir} and could not be downloaded ({error}); "
@@ -167,8 +169,8 @@ def to_uint8(images):
 class Batches:
     """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1], int64 `[B]`, on the data set's device.
 
-    Each epoch is a permutation drawn from `seed` and the epoch's number, so `images_seen` alone is the position: set it to go on
-    from there. Flips, where asked for, come from torch's global random state. Raises UserError for too small a data set.
+    Each epoch is a permutation, and a flip of half of the images where asked for, drawn from `seed` and the epoch's number, so
+    `images_seen` alone is the position: set it to go on from there. Raises UserError for too small a data set.
     """
 
     def __init__(self, dataset, batch_size, seed, hflip=False):
@@ -176,24 +178,25 @@ class Batches:
             raise UserError(f"--batch_size {batch_size} is more than the {len(dataset.labels)} images of the data set")
         self.dataset, self.batch_size, self.seed, self.hflip = dataset, batch_size, seed, hflip
         self.images_seen = 0
-        self.orders = {}  # permutations of the epochs in use
+        self.epochs = {}  # permutations and flips of the epochs in use
 
-    def order(self, epoch):
-        if epoch not in self.orders:
-            order = torch.randperm(len(self.dataset.labels), generator=random_stream(self.seed, epoch))
-            self.orders[epoch] = order.to(self.dataset.labels.device)
-            self.orders.pop(epoch - 2, None)
-        return self.orders[epoch]
+    def epoch(self, number):
+        if number not in self.epochs:
+            stream, size = random_stream(self.seed, number), len(self.dataset.labels)
+            drawn = torch.stack([torch.randperm(size, generator=stream), torch.rand(size, generator=stream) < 0.5])
+            self.epochs[number] = drawn.to(self.dataset.labels.device)
+            self.epochs.pop(number - 2, None)
+        return self.epochs[number]
 
     def __next__(self):
-        epoch, start = divmod(self.images_seen, len(self.dataset.labels))
-        index = self.order(epoch)[start : start + self.batch_size]
-        if len(index) < self.batch_size:
-            index = torch.cat([index, self.order(epoch + 1)[: self.batch_size - len(index)]])
+        number, start = divmod(self.images_seen, len(self.dataset.labels))
+        drawn = self.epoch(number)[:, start : start + self.batch_size]
+        if drawn.shape[1] < self.batch_size:
+            drawn = torch.cat([drawn, self.epoch(number + 1)[:, : self.batch_size - drawn.shape[1]]], dim=1)
         self.images_seen += self.batch_size
 
+        index, flipped = drawn
         images, labels = to_float(self.dataset.images[index]), self.dataset.labels[index]
         if self.hflip:
-            flipped = torch.rand(len(images), device=images.device) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+            images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
         return images, labels

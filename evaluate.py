@@ -16,12 +16,13 @@ def main():
     import checkpoint
     import judge
     from data import load_dataset, to_uint8
+    from parallel import rank
     from plots import loss_ends, plot_metrics, plot_steps
     from sampling import sample_in_batches
-    from training import choose_device
+    from training import autocast, choose_device, compile_networks
 
     # ---- what is compared -----------------------------------------------------------------------------------------------
-    device = choose_device(args.device)
+    device = choose_device(args)
     path = Path(args.checkpoint)
     output_dir = Path(args.output_dir or (path if path.is_dir() else path.parent))
     if args.plot:
@@ -41,6 +42,7 @@ def main():
             raise UserError(f"--teacher_checkpoint {file}: a generator; it takes what train_teacher.py writes")
         sampler, evaluations = checkpoint.sampler(state, args.steps)
         net = checkpoint.network(state, file).to(device)
+        compile_networks(args, net)
         models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
         models[-1] |= {"net": net, "sampler": sampler, "images": [], "seconds": []}
         differs = [k for k in ("img_resolution", "img_channels", "label_dim") if net.config[k] != models[0]["net"].config[k]]
@@ -73,7 +75,8 @@ def main():
         noise = torch.randn(len(batch_labels), *dataset.images.shape[1:], generator=generator)
         for model in models:  # in turn, from the same noise, so that a machine's moods meet all alike
             start = perf_counter()
-            images = sample_in_batches(model["sampler"], model["net"], noise, batch_labels, args.batch_size)
+            with autocast(args, device):
+                images = sample_in_batches(model["sampler"], model["net"], noise, batch_labels, args.batch_size)
             model["seconds"].append((perf_counter() - start) / len(images))
             model["images"].append(to_uint8(images))
     for model in models:
@@ -84,6 +87,8 @@ def main():
         rows.append(row | judge.scores(measure(model["images"]), labels, real, args))
 
     # ---- what is told ---------------------------------------------------------------------------------------------------
+    if rank():
+        return
     result = {"features": args.features, "num_samples": args.num_samples, "device": str(device), "rows": rows}
     columns = [key for key in rows[-1] if key not in ("checkpoint", "step", "name")]
     print(f"{'':24}" + "".join(f"{column:>19}" for column in columns))

@@ -17,12 +17,14 @@ def main():
     import checkpoint
     from data import to_uint8
     from logger import save_grid
+    from parallel import rank
     from sampling import class_noise, sample_in_batches
-    from training import choose_device
+    from training import autocast, choose_device, compile_networks
 
-    device = choose_device(args.device)
+    device = choose_device(args)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint).to(device)
+    compile_networks(args, net)
     names = state["class_names"]
     classes = list(range(len(names)))
     if args.classes:
@@ -39,7 +41,10 @@ def main():
 
     start = time.perf_counter()
     sampler, evaluations = checkpoint.sampler(state, args.steps)
-    images = sample_in_batches(sampler, net, noise, labels, args.batch_size)
+    with autocast(args, device):
+        images = sample_in_batches(sampler, net, noise, labels, args.batch_size)
+    if rank():
+        return
     seconds = time.perf_counter() - start
     print(f"{len(images)} images in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} an image")
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import denoising_loss, get_sigmas_karras, group_norm
+from parallel import own_rows, world_size
 
 
 class GuidanceModel(nn.Module):
@@ -67,10 +68,18 @@ class GuidanceModel(nn.Module):
         self.real_unet.eval()
         return self
 
-    def draw_sigma(self, batch_size, first=0, last=None):
-        """`[batch_size]` noise levels, uniform over `karras_sigmas[first : last + 1]`."""
-        end = self.num_train_timesteps if last is None else last + 1
-        return self.karras_sigmas[torch.randint(first, end, (batch_size,), device=self.karras_sigmas.device)]
+    def add_noise(self, images, sigma, noise, first=0, last=None):
+        """`images` `[B, C, H, W]` plus `sigma` `[B]` times standard normal `noise`, and that `sigma`.
+
+        Where they are None they are drawn for all processes' batches, `sigma` uniformly over `karras_sigmas[first : last + 1]`.
+        """
+        global_batch = len(images) * world_size()
+        if sigma is None:
+            end = self.num_train_timesteps if last is None else last + 1
+            sigma = self.karras_sigmas[own_rows(torch.randint(first, end, (global_batch,), device=images.device))]
+        if noise is None:
+            noise = own_rows(torch.randn(global_batch, *images.shape[1:], device=images.device))
+        return images + sigma.reshape(-1, 1, 1, 1) * noise, sigma
 
     def compute_distribution_matching_loss(self, images, labels, sigma=None, noise=None):
         """The loss whose gradient with respect to `images` is the difference of the two scores (DMD2 eq. 1).
@@ -79,9 +88,7 @@ class GuidanceModel(nn.Module):
         unless given. Returns (`loss_dm` in a dict, what was computed on the way, detached, in a dict).
         """
         with torch.no_grad():
-            sigma = self.draw_sigma(len(images), self.min_step, self.max_step) if sigma is None else sigma
-            noise = torch.randn_like(images) if noise is None else noise
-            noisy = images + sigma.reshape(-1, 1, 1, 1) * noise
+            noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
             pred_real = self.real_unet(noisy, sigma, labels)
             pred_fake = self.fake_unet(noisy, sigma, labels)
 
@@ -108,9 +115,7 @@ class GuidanceModel(nn.Module):
         and in a dict, where the GAN head can use them, the `bottleneck` features of the same pass).
         """
         images = images.detach()
-        sigma = self.draw_sigma(len(images)) if sigma is None else sigma
-        noise = torch.randn_like(images) if noise is None else noise
-        noisy = images + sigma.reshape(-1, 1, 1, 1) * noise
+        noisy, sigma = self.add_noise(images, sigma, noise)
         log_dict = {}
         if self.gan_classifier and self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps:
             # The head wants the same images at the same noise levels: one pass serves both losses.
@@ -122,8 +127,7 @@ class GuidanceModel(nn.Module):
     def compute_cls_logits(self, images, labels):
         """The head's logits `[B]`, positive for "real", of `images` at random noise levels (the least, without `diffusion_gan`)."""
         if self.diffusion_gan:
-            sigma = self.draw_sigma(len(images), 0, self.diffusion_gan_max_timestep - 1)
-            images = images + sigma.reshape(-1, 1, 1, 1) * torch.randn_like(images)
+            images, sigma = self.add_noise(images, None, None, 0, self.diffusion_gan_max_timestep - 1)
         else:
             sigma = self.karras_sigmas[:1].expand(len(images))
         return self.cls_pred_branch(self.fake_unet(images, sigma, labels, return_bottleneck=True)).squeeze(1)
@@ -148,11 +152,10 @@ class GuidanceModel(nn.Module):
         real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_bottleneck`: the features of the fake
         images, where `compute_loss_fake` has them. Returns (`guidance_cls_loss` in a dict, mean logits in a dict).
         """
+        real_logits = self.compute_cls_logits(real, real_labels)
         if fake_bottleneck is None:
-            both = self.compute_cls_logits(torch.cat([real, fake]).detach(), torch.cat([real_labels, fake_labels]))
-            real_logits, fake_logits = both.split([len(real), len(fake)])
+            fake_logits = self.compute_cls_logits(fake.detach(), fake_labels)
         else:
-            real_logits = self.compute_cls_logits(real, real_labels)
             fake_logits = self.cls_pred_branch(fake_bottleneck).squeeze(1)
         loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
         return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}

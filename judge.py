@@ -18,15 +18,16 @@ import checkpoint
 from config import UserError
 from data import Batches, Dataset, to_float
 from logger import save_grid
+from parallel import broadcast, gather_rows, one_first, own_rows, rank
 
 BATCH_SIZE = 250
 
 
 def apply(network, images, device):
-    """A judge's features and logits of all `images`, in batches."""
+    """A judge's features and logits of all `images`, in batches, shared by torchrun's processes."""
     with torch.inference_mode():
-        outputs = [network(batch.to(device)) for batch in images.split(BATCH_SIZE)]
-    return tuple(torch.cat([output[i].float().cpu() for output in outputs]) for i in range(2))
+        outputs = [network(batch.to(device)) for batch in own_rows(images).split(BATCH_SIZE)]
+    return tuple(gather_rows(torch.cat([output[i].float().cpu() for output in outputs])) for i in range(2))
 
 
 def inception(weights, device):
@@ -39,13 +40,14 @@ def inception(weights, device):
     try:
         if weights:
             torch.load(weights, weights_only=True)  # torch-fidelity's own loader would run code from a hostile file
-        network = create_feature_extractor(
-            "inception-v3-compat",
-            ["2048", "logits_unbiased"],
-            feature_extractor_weights_path=weights,
-            cuda=False,
-            verbose=False,
-        ).to(device)
+        with one_first():
+            network = create_feature_extractor(
+                "inception-v3-compat",
+                ["2048", "logits_unbiased"],
+                feature_extractor_weights_path=weights,
+                cuda=False,
+                verbose=False,
+            ).to(device)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         if weights:
@@ -117,9 +119,11 @@ def classifier(dataset, cache, device, steps=1500, batch_size=128):
             torch.manual_seed(0)
             network = train_classifier(train_set, device, steps, min(batch_size, len(train_set.labels)))
         try:
-            checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+            if not rank():
+                checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
         except UserError as error:  # no place to keep it: it serves this time
             print(error, file=sys.stderr)
+    broadcast(network)
     network.eval()
 
     def judge(images):

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 from config import UserError, make_folder, writing
 from data import to_uint8
 
@@ -41,31 +42,40 @@ def save_grid(path, *blocks, columns):
 class Logger:
     """Metrics of one run. `log` costs no synchronisation with the device except every `log_every` steps, when it writes means.
 
+    Under torchrun rank 0 alone writes and prints; the others only give it their metrics.
+
     args: the script's options; kind: teacher or dmd2; start_step: the step that a resumed run goes on from.
     """
 
     def __init__(self, args, kind, start_step=0, wandb_run_id=None):
-        self.args, self.kind = args, kind
+        self.args, self.kind, self.writes = args, kind, parallel.rank() == 0
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
+        parallel.barrier()  # all have read what they go on from
+        if self.writes:
+            self.occupy_folder(start_step)
+        silent = None if self.writes else True  # None: where there is no terminal
+        self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
+        self.sums, self.counts = {}, {}
+        self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
+        self.last_step, self.last_time = start_step, time.perf_counter()
+        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
+        self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb and self.writes else None
+
+    def occupy_folder(self, start_step):
+        """Makes the folder this run's alone."""
         make_folder("--output_dir", self.output_dir / "samples")
-        afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}  # config.yaml repeats the run from its start
+        # config.yaml repeats the run from its start
+        afresh = public(self.args) | {"resume_from_checkpoint": None, "overwrite": False}
         with writing(self.output_dir):
             (self.output_dir / ".lock").touch()
             self.lock = (self.output_dir / ".lock").open()  # locked, through the open file, until the process ends
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"--output_dir {args.output_dir}: another process trains there; take another folder") from None
+                raise UserError(f"--output_dir {self.output_dir}: another process trains there; take another folder") from None
             self.take_over(start_step)
             (self.output_dir / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
-
-        self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=None, dynamic_ncols=True)
-        self.sums, self.counts = {}, {}
-        self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
-        self.last_step, self.last_time = start_step, time.perf_counter()
-        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
-        self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb else None
 
     def take_over(self, start_step):
         """Refuses a folder with another run's checkpoints; cleans up after a kill; sets aside what is after `start_step`."""
@@ -130,10 +140,14 @@ class Logger:
         if step % self.log_every and step != self.args.step_number:
             return
 
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        values = torch.tensor([float(total) / self.counts[name] for name, total in self.sums.items()], dtype=torch.float64)
+        parallel.average([values])
+        means = dict(zip(self.sums, values.tolist(), strict=True))
         now = time.perf_counter()
         images_per_second = (step - self.last_step) * self.args.batch_size / (now - self.last_time)
         self.sums, self.counts, self.last_step, self.last_time = {}, {}, step, now
+        if not self.writes:
+            return
         row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON knows no NaN
@@ -157,7 +171,8 @@ class Logger:
             self.last_wandb_step, self.for_wandb = step, {}
 
     def wants_samples(self, step):
-        return step % self.args.sample_every == 0 or step == self.args.step_number or self.wandb_wants("samples", step)
+        due = step % self.args.sample_every == 0 or step == self.args.step_number or self.wandb_wants("samples", step)
+        return due and self.writes
 
     def wandb_wants(self, what, step):
         """Whether W&B is to get `what`, samples or images, at this step."""

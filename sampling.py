@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from model import get_sigmas_karras
+from parallel import gather_rows, own_rows, world_size
 
 
 def one_step_sampler(net, noise, labels, conditioning_sigma=80.0):
@@ -37,15 +38,19 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
 
 @torch.inference_mode()
 def sample_in_batches(sampler, net, noise, labels, batch_size):
-    """`sampler(net, noise, labels)` on the network's device, `batch_size` images at once. Returns `[B, C, H, W]` on the CPU."""
+    """`sampler(net, noise, labels)` on the network's device, `batch_size` images at once. Returns `[B, C, H, W]` on the CPU.
+
+    Under torchrun the processes share the images, and each gets all.
+    """
     device = next(net.parameters()).device
-    batches = zip(noise.split(batch_size), labels.split(batch_size), strict=True)
-    return torch.cat([sampler(net, z.to(device), y.to(device)).cpu() for z, y in batches])
+    share = -(-batch_size // world_size())
+    batches = zip(own_rows(noise).split(share), own_rows(labels).split(share), strict=True)
+    return gather_rows(torch.cat([sampler(net, z.to(device), y.to(device)).cpu() for z, y in batches]))
 
 
-def random_stream(seed, index):
-    """The CPU generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed."""
-    return torch.Generator().manual_seed((seed * 1000003 + index) % 2**32)
+def random_stream(seed, index, device="cpu"):
+    """The random generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed."""
+    return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)
 
 
 def class_noise(classes, num_samples, shape, seed):

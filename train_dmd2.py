@@ -16,12 +16,24 @@ def main():
     from data import Batches, load_dataset
     from guidance import GuidanceModel
     from logger import Logger, public
+    from parallel import micro_batches, rank
     from sampling import class_noise, heun_sampler, one_step_sampler
-    from training import BadSteps, Stop, accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from training import (
+        BadSteps,
+        Stop,
+        accumulate,
+        adamw,
+        autocast,
+        choose_device,
+        compile_networks,
+        lr_factor,
+        optimizer_step,
+        update_ema,
+    )
     from unified_model import UnifiedModel
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
-    device = choose_device(args.device)
+    device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load(args.teacher_checkpoint)
     if checkpoint.kind(teacher_state) != "teacher":
@@ -66,6 +78,7 @@ def main():
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
     optimizer_generator = adamw(generator.parameters(), args.generator_lr)
     optimizer_guidance = adamw([p for p in guidance.parameters() if p.requires_grad], args.guidance_lr)
+    compile_networks(args, teacher, guidance.fake_unet, generator)
     step = 0
 
     if resumed:
@@ -86,6 +99,8 @@ def main():
         checkpoint.set_random_state(resumed["random_state"], device)
 
     def save(name):
+        if rank():
+            return
         path = Path(args.output_dir) / name
         state = {
             "feedforward_model_state_dict": generator.state_dict(),
@@ -128,9 +143,10 @@ def main():
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
         generator_updates = step % args.dfake_gen_update_ratio == 0
         metrics, fake_images = {"real_std": real_images.std(0).mean()}, []
-        for z, y in zip(noise.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
+        for z, y in micro_batches(args.grad_accum, noise, labels):
             if generator_updates:
-                loss_dict, seen, images = model.generator_turn(z, y)
+                with autocast(args, device):
+                    loss_dict, seen, images = model.generator_turn(z, y)
                 loss = loss_dict["loss_dm"]
                 if args.gan_classifier:
                     loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
@@ -138,7 +154,7 @@ def main():
                 accumulate(metrics, loss_dict, args.grad_accum)
                 accumulate(metrics, {"dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}, args.grad_accum)
             else:
-                with torch.no_grad():
+                with torch.no_grad(), autocast(args, device):
                     images = model.generate(z, y)
             fake_images.append(images)
         norms = []
@@ -147,9 +163,9 @@ def main():
             metrics |= {"generator_grad_norm": norms[-1], "fake_std": torch.cat(fake_images).std(0).mean()}
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
-        chunks = zip(fake_images, labels.chunk(args.grad_accum), real_images.chunk(args.grad_accum), strict=True)
-        for fake, y, real in chunks:
-            loss_dict, logits = model.guidance_turn(fake, y, real, y)
+        for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
+            with autocast(args, device):
+                loss_dict, logits = model.guidance_turn(fake, y, real, y)
             loss = loss_dict["loss_fake_mean"]
             if args.gan_classifier:
                 loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]

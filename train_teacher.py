@@ -16,11 +16,23 @@ def main():
     from data import Batches, load_dataset
     from logger import Logger, public
     from model import SimpleUNet, denoising_loss
-    from sampling import class_noise, heun_sampler
-    from training import BadSteps, Stop, accumulate, adamw, choose_device, lr_factor, optimizer_step, update_ema
+    from parallel import micro_batches, rank
+    from sampling import class_noise, heun_sampler, random_stream
+    from training import (
+        BadSteps,
+        Stop,
+        accumulate,
+        adamw,
+        autocast,
+        choose_device,
+        compile_networks,
+        lr_factor,
+        optimizer_step,
+        update_ema,
+    )
 
     # ---- setup ----------------------------------------------------------------------------------------------------------
-    device = choose_device(args.device)
+    device = choose_device(args)
     torch.manual_seed(args.seed)
     resumed = None
     if args.resume_from_checkpoint:
@@ -46,6 +58,7 @@ def main():
     ).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = adamw(net.parameters(), args.lr)
+    compile_networks(args, net)
     step = 0
 
     if resumed:
@@ -57,7 +70,13 @@ def main():
         step, batches.images_seen = resumed["step"], resumed["images_seen"]
         checkpoint.set_random_state(resumed["random_state"], device)
 
+    if rank():
+        # Dropout alone draws from torch's own stream: in each process differently.
+        torch.manual_seed(args.seed + 1000003 * step + rank())
+
     def save(name):
+        if rank():
+            return
         path = Path(args.output_dir) / name
         state = {
             "model_state_dict": net.state_dict(),
@@ -88,12 +107,15 @@ def main():
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while step < args.step_number and not stop.due:
         images, labels = next(batches)
+        random = random_stream(args.seed, step, device)
+        # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
+        sigmas = (args.P_mean + args.P_std * torch.randn(len(images), generator=random, device=device)).exp()
+        noise = torch.randn(images.shape, generator=random, device=device)
         metrics = {}
-        for x, y in zip(images.chunk(args.grad_accum), labels.chunk(args.grad_accum), strict=True):
-            # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
-            sigma = (args.P_mean + args.P_std * torch.randn(len(x), device=device)).exp()
-            noisy = x + sigma[:, None, None, None] * torch.randn_like(x)
-            denoised = net(noisy, sigma, y)
+        for x, y, sigma, n in micro_batches(args.grad_accum, images, labels, sigmas, noise):
+            noisy = x + sigma[:, None, None, None] * n
+            with autocast(args, device):
+                denoised = net(noisy, sigma, y)
             loss = denoising_loss(denoised, x, sigma, args.sigma_data)
             (loss / args.grad_accum).backward()
             accumulate(metrics, {"loss": loss}, args.grad_accum)

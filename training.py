@@ -1,4 +1,4 @@
-"""What the two training loops share: device, learning rate, optimizer step, averaged weights, stopping."""
+"""What the two training loops share: device and precision, learning rate, optimizer step, averaged weights, stopping."""
 
 import os
 import signal
@@ -6,19 +6,52 @@ import time
 
 import torch
 
+import parallel
 from config import UserError
 
 
-def choose_device(name):
-    """The torch device of `--device`. Raises UserError where CUDA is asked for and absent."""
+def choose_device(args):
+    """The torch device of `--device`, ready for `--precision`; under torchrun a GPU a process. Joins torchrun's processes.
+
+    Raises UserError where CUDA is asked for and absent.
+    """
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{parallel.LOCAL_RANK}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # shapes never change
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    parallel.start()
     return device
+
+
+def autocast(args, device):
+    """The context in which networks run: bfloat16 where `--precision bf16` asks for it.
+
+    It reaches convolutions and products of matrices; weights, preconditioning and losses stay in float32. Its cache of cast weights
+    is off, since it would hand those cast without gradients to a pass that needs them.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
+
+
+def compile_networks(args, *networks):
+    """Has torch.compile fuse the networks, in place, where `--compile` asks for it and this machine has a compiler."""
+    if not args.compile:
+        return
+    try:
+        torch.compile(torch.sin)(next(networks[0].parameters()).detach())
+    except Exception as error:  # whatever the compilers of this machine raise
+        print(f"--compile: not here, going on without ({' '.join(str(error).split())[:120]})")
+        return
+    torch._dynamo.config.recompile_limit = 64  # one for each network, batch size and kind of pass
+    for network in networks:
+        network.compile()
 
 
 def adamw(parameters, lr):
@@ -35,10 +68,12 @@ def lr_factor(step, warmup_steps, decay, step_number):
 def optimizer_step(optimizer, lr, clip_grad_norm):
     """One step at learning rate `lr` on the gradients at hand, clipped to a total norm; clears them. Returns the norm before.
 
-    Where that norm is not finite nothing moves, weights and moments alike; `BadSteps` counts such steps.
+    Under torchrun the gradients are averaged first. Where the norm is not finite nothing moves, weights and moments alike;
+    `BadSteps` counts such steps.
     """
     group = optimizer.param_groups[0]
     group["lr"] = lr
+    parallel.average([parameter.grad for parameter in group["params"]])
     norm = torch.nn.utils.clip_grad_norm_(group["params"], clip_grad_norm)
     optimizer.found_inf = (~norm.isfinite()).float()  # what GradScaler tells fused AdamW: skip this step, without a synchronisation
     optimizer.step()
@@ -66,10 +101,13 @@ class BadSteps:
 
 
 class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once."""
+    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
+
+    Under torchrun `due` asks all processes, so that they stop after the same step.
+    """
 
     def __init__(self, max_minutes=None):
-        self.signal = 0
+        self.signal = self.reason = 0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
@@ -81,11 +119,12 @@ class Stop:
 
     @property
     def due(self):
-        return bool(self.signal) or time.monotonic() > self.deadline
+        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
+        return self.reason > 0
 
     @property
     def exit_status(self):
-        return 128 + self.signal if self.signal else 0
+        return 128 + self.reason if self.reason > 1 else 0
 
 
 def accumulate(totals, values, parts):

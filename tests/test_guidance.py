@@ -51,9 +51,9 @@ def test_noise_levels_are_ascending_and_drawn_from_their_range():
     assert sigmas.shape == (200,) and (sigmas.diff() > 0).all()
     torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([0.002, 80.0]))
     assert (guidance.min_step, guidance.max_step) == (58, 100)
-    drawn = guidance.draw_sigma(5000, guidance.min_step, guidance.max_step)
+    drawn = guidance.add_noise(torch.zeros(5000, 1, 1, 1), None, None, guidance.min_step, guidance.max_step)[1]
     assert drawn.min() == sigmas[58] and drawn.max() == sigmas[100]
-    drawn = guidance.draw_sigma(5000)
+    drawn = guidance.add_noise(torch.zeros(5000, 1, 1, 1), None, None)[1]
     assert drawn.min() == sigmas[0] and drawn.max() == sigmas[-1]
     top = GuidanceModel(GaussianDenoiser(0.0, 1.0), min_step_percent=0.9996, max_step_percent=1.0)
     assert (top.min_step, top.max_step) == (999, 999)
