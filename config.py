@@ -179,6 +179,12 @@ GENERATE = [
     *SAMPLING,
     *MACHINE,
 ]
+BENCHMARK = [
+    *TEACHER,
+    Option("repeats", 7, count, "how often everything is timed, in turn; medians are told"),
+    Option("output", "benchmark.json", text, "file of the results"),
+    Option("peers", False, flag, "time diffusers' UNet2DModel too, at equal arithmetic (needs pip install diffusers)"),
+]
 EVALUATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher, or a folder of checkpoints"),
     Option("teacher_checkpoint", None, text, "teacher to compare with"),
@@ -209,10 +215,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_args(table, description, argv=None):
+def parse_args(table, description, argv=None, config=None):
     """The options of `table` as a namespace, from the command line, `--config` and the defaults, each checked.
 
-    Raises UserError for the first value, key or flag that is wrong.
+    config: the YAML file that is read where `--config` names none. Raises UserError for the first value, key or flag that is wrong.
     """
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags beat it")
@@ -229,7 +235,7 @@ def parse_args(table, description, argv=None):
         known = [f"--{option.name}" for option in table]
         raise UserError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
 
-    path = given.pop("config", None)
+    path = given.pop("config", config)
     from_file = read_yaml(path) if path else {}
     names = [option.name for option in table]
     for key in from_file:

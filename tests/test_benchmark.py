@@ -1,0 +1,38 @@
+"""What DMD2 costs, counted, and the benchmark as a user runs it."""
+
+import json
+
+import torch
+from conftest import succeed, tiny_unet
+
+from benchmark import count
+from guidance import GuidanceModel
+from unified_model import UnifiedModel
+
+
+def test_an_iteration_at_ratio_10_costs_at_most_four_and_a_half_forward_passes():
+    net = tiny_unet(model_channels=16, channel_mult=(1, 2, 2), img_channels=3)
+    model = UnifiedModel(GuidanceModel(net))
+    noise, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    forward = count(lambda: net(noise, torch.ones(4), labels))[0]
+    generate = count(lambda: model.generate(noise, labels))[0]
+    generator_turn = count(lambda: model.generator_turn(noise, labels)[0]["loss_dm"].backward())[0]
+    guidance_turn = count(lambda: model.guidance_turn(noise, labels)[0]["loss_fake_mean"].backward())[0]
+    assert generate == forward
+    assert 4.9 * forward < generator_turn <= 5 * forward
+    assert 2.9 * forward < guidance_turn <= 3 * forward
+    assert (generator_turn + 9 * generate + 10 * guidance_turn) / 10 <= 4.5 * forward
+
+
+def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
+    network = ["--img_resolution", 8, "--model_channels", 16, "--channel_mult", 1, 2, "--batch_size", 32]
+    told = succeed("benchmark.py", "--device", "cpu", *network, "--repeats", 2, "--output", tmp_path / "b.json", cwd=tmp_path)
+    result = json.loads((tmp_path / "b.json").read_text())
+    rows = result["rows"]
+    for name in ("teacher step", "guidance turn", "generator turn", "one step", "Heun, 18 steps"):
+        assert name in told and rows[name]["images_per_second"] > 0 and 0 < rows[name]["share_of_ceiling"]
+    assert rows["Heun, 18 steps"]["images_per_second"] < rows["one step"]["images_per_second"]
+    assert max(row["share_of_ceiling"] for name, row in rows.items() if name.startswith("convolution")) == 1
+    assert abs(result["dmd2_memory"]["measured"] / result["dmd2_memory"]["counted"] - 1) < 0.15
+    assert 0 < result["not_network"] < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]

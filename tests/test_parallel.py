@@ -1,0 +1,99 @@
+"""Two processes on a CPU are one run: the same losses, the same files, the same images."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_NET, metrics, run_script, succeed
+
+import checkpoint
+
+RUN = ["--dataset", "mnist5k", "--batch_size", "16", "--step_number", "20", "--device", "cpu"]
+RUN += ["--log_every", "1", "--lr_warmup_steps", "0"]
+TEACHER = [*RUN, *TINY_NET, "--dropout", "0"]
+DMD2 = [*RUN, "--generator_lr", "1e-3", "--guidance_lr", "1e-3", "--dfake_gen_update_ratio", "2"]
+DMD2 += ["--gan_classifier", "--ema_decay", "0.9", "--grad_accum", "2", "--diffusion_gan_max_timestep", "500"]
+
+
+def torchrun(script, *arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folder with `one/` and `two/`, a teacher and a generator in each, trained by one process and by two."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, run in (("one", run_script), ("two", torchrun)):
+        for script, options in (
+            ("train_teacher.py", [*TEACHER, "--output_dir", folder / name / "teacher"]),
+            ("train_dmd2.py", [*DMD2, "--output_dir", folder / name / "dmd2"]),
+        ):
+            teacher = ["--teacher_checkpoint", folder / "one" / "teacher" / "teacher_final.pt"] * (script == "train_dmd2.py")
+            done = run(script, *options, *teacher)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_two_processes_train_like_one(both, stage):
+    one, two = metrics(both / "one" / stage), metrics(both / "two" / stage)
+    assert len(one) == len(two) == 20
+    for row, other in zip(one, two, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            if "loss" in name or "norm" in name:
+                assert other[name] == pytest.approx(row[name], rel=1e-5), (row["step"], name)
+    networks = [checkpoint.load_network(both / name / stage / f"{stage}_final.pt") for name in ("one", "two")]
+    for a, b in zip(*[net.parameters() for net in networks], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(both, tmp_path):
+    source = both / "two" / "dmd2" / "dmd2_final.pt"
+    options = ["--teacher_checkpoint", both / "one" / "teacher" / "teacher_final.pt", "--resume_from_checkpoint", source]
+    succeed("train_dmd2.py", *DMD2, *options, "--step_number", 24, "--output_dir", tmp_path / "one")
+    done = torchrun("train_dmd2.py", *DMD2, *options, "--step_number", 24, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    one, two = ([row["loss_fake_mean"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-5) and len(one) == 4
+
+
+def test_two_processes_share_generation_and_evaluation(both, tmp_path):
+    student, teacher = both / "one" / "dmd2" / "dmd2_final.pt", both / "one" / "teacher" / "teacher_final.pt"
+    generate = [
+        "--checkpoint",
+        student,
+        "--format",
+        "npz",
+        "--num_samples",
+        3,
+        "--classes",
+        "1,2,7",
+        "--device",
+        "cpu",
+        "--output_dir",
+    ]
+    assert "9 images" in succeed("generate.py", *generate, tmp_path / "one")
+    done = torchrun("generate.py", *generate, tmp_path / "two")
+    assert done.stdout.count("9 images") == 1, done.stderr
+    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
+    assert (one["labels"] == two["labels"]).all() and abs(one["images"].astype(int) - two["images"]).max() <= 1
+
+    evaluate = ["--checkpoint", teacher, "--features", "classifier", "--num_samples", 41, "--steps", 2, "--batch_size", 20]
+    evaluate += ["--data_dir", tmp_path, "--device", "cpu"]
+    told = [run("evaluate.py", *evaluate, "--output_dir", tmp_path).stdout for run in (run_script, torchrun)]
+    numbers = [[line.split() for line in text.splitlines() if line.startswith(("judge", "real", "teacher"))] for text in told]
+    assert len(numbers[0]) == len(numbers[1]) == 3
+    assert numbers[0][:2] == numbers[1][:2]
+    assert [float(x) for x in numbers[0][2][-2:]] == pytest.approx([float(x) for x in numbers[1][2][-2:]], rel=0.01)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    done = run_script("train_teacher.py", *TEACHER, "--output_dir", tmp_path / "run", env={"WORLD_SIZE": "3"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "--batch_size 16" in done.stderr and "3 processes" in done.stderr and not (tmp_path / "run").exists()
