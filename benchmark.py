@@ -127,6 +127,14 @@ def main():
         weight = torch.randn(out_channels, in_channels, 3, 3).to(**channels_last).requires_grad_()
         tasks[f"convolution {in_channels} to {out_channels} at {height}"] = partial(convolution, x=x, weight=weight)
 
+    # Counted: weights of four networks (teacher, fake_unet, generator, average) and Adam's two moments of two. Gradients come as
+    # the activations of the one network in training go; a block of the others, which run without gradients, comes on top.
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    with autocast(args, device):
+        activations = saved_for_backward(net, images, 1.0, labels)
+    widest = 4 * args.batch_size * max(in_channels * height * width for _, in_channels, height, width in shapes)
+    counted = 8 * weights + max(weights, activations + 4 * widest)
+
     # ---- timing: in turn, so that a machine's moods meet all alike -------------------------------------------------------
     counts = {name: count(partial(task, lambda part: None)) for name, task in tasks.items()}
     flops, memory = ({name: count[i] for name, count in counts.items()} for i in range(2))
@@ -171,12 +179,6 @@ def main():
             "seconds": time[name],
         }
     step = time["teacher step"]
-    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
-    # Counted: weights of four networks (teacher, fake_unet, generator, average) and Adam's two moments of two. Gradients come as
-    # the activations of the one network in training go; a block of the others, which run without gradients, comes on top.
-    activations = saved_for_backward(net, images, 1.0, labels)
-    widest = 4 * args.batch_size * max(in_channels * height * width for _, in_channels, height, width in shapes)
-    counted = 8 * weights + max(weights, activations + 4 * widest)
     measured = 8 * weights + max(memory["guidance turn"], memory["generator turn"])
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",

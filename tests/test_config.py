@@ -159,7 +159,7 @@ def test_wrong_yaml_gets_one_line(tmp_path, content, message):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
-@pytest.mark.parametrize("script", [T, D, G, E])
+@pytest.mark.parametrize("script", [T, D, G, E, "benchmark.py"])
 def test_help_answers_at_once(script):
     """In a fraction of a second, as torch is not imported; the bound leaves room for a busy machine."""
     start = time.perf_counter()

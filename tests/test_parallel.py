@@ -97,3 +97,29 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     done = run_script("train_teacher.py", *TEACHER, "--output_dir", tmp_path / "run", env={"WORLD_SIZE": "3"})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--batch_size 16" in done.stderr and "3 processes" in done.stderr and not (tmp_path / "run").exists()
+
+
+# ---- precision and compilation ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_trains_nearly_like_fp32(runs, tmp_path):
+    options = [*DMD2, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--step_number", 6]
+    for precision in ("fp32", "bf16"):
+        succeed("train_dmd2.py", *options, "--precision", precision, "--output_dir", tmp_path / precision)
+    full, half = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
+    for name in ("loss_fake_mean", "guidance_cls_loss"):
+        a, b = [row[name] for row in full], [row[name] for row in half]
+        assert a != b and b == pytest.approx(a, rel=0.05)
+    state = checkpoint.load(tmp_path / "bf16" / "dmd2_final.pt")
+    assert {tensor.dtype for tensor in state["feedforward_model_state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same_images(runs, tmp_path):
+    options = ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--format", "npz", "--num_samples", 2, "--device", "cpu"]
+    no_compiler = {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    for name, more, environment in (("eager", [], {}), ("compiled", ["--compile"], {}), ("without", ["--compile"], no_compiler)):
+        told = succeed("generate.py", *options, *more, "--output_dir", tmp_path / name, env=environment)
+        assert ("--compile: not here, going on without" in told) == (name == "without")
+    eager, compiled, without = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("eager", "compiled", "without"))
+    assert (eager == without).all() and abs(eager.astype(int) - compiled).max() <= 1

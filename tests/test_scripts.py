@@ -320,9 +320,10 @@ def readme_commands():
 
 def test_readme_commands_parse():
     """Each command of the README is accepted by its script's options, with files and values as written there."""
-    from config import DMD2, EVALUATE, GENERATE, TEACHER, parse_args
+    from config import BENCHMARK, DMD2, EVALUATE, GENERATE, TEACHER, parse_args
 
     tables = {"train_teacher.py": TEACHER, "train_dmd2.py": DMD2, "generate.py": GENERATE, "evaluate.py": EVALUATE}
+    tables |= {"benchmark.py": BENCHMARK}
     commands = readme_commands()
     assert {command[1] for command in commands} == set(tables)
     folder = os.getcwd()
