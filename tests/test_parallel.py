@@ -1,13 +1,9 @@
 """Two processes on a CPU are one run: the same losses, the same files, the same images."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_NET, metrics, run_script, succeed
+from conftest import TINY_NET, metrics, run_script, succeed, torchrun
 
 import checkpoint
 
@@ -16,12 +12,6 @@ RUN += ["--log_every", "1", "--lr_warmup_steps", "0"]
 TEACHER = [*RUN, *TINY_NET, "--dropout", "0"]
 DMD2 = [*RUN, "--generator_lr", "1e-3", "--guidance_lr", "1e-3", "--dfake_gen_update_ratio", "2"]
 DMD2 += ["--gan_classifier", "--ema_decay", "0.9", "--grad_accum", "2", "--diffusion_gan_max_timestep", "500"]
-
-
-def torchrun(script, *arguments, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, write_images, write_zip
+from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun, write_images, write_zip
 from PIL import Image
 from test_config import assert_refused
 
@@ -312,10 +312,11 @@ def test_cifar10_from_torchvisions_files(tmp_path):
 
 
 def readme_commands():
-    """Every command of the README's shell blocks that runs one of our scripts, as lists of words."""
+    """Every command of the README's shell blocks that runs one of our scripts, as lists of words: runner, script, arguments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].split() for line in lines if re.match(r"python \w+\.py", line)]
+    lines = [line.replace("torchrun --nproc_per_node=8", "torchrun") for line in lines]
+    return [line.split("#")[0].split() for line in lines if re.match(r"(python|torchrun) \w+\.py", line)]
 
 
 def test_readme_commands_parse():
@@ -343,14 +344,21 @@ def test_readme_commands_run_in_order(tmp_path):
         "train_teacher.py": [*TINY, *TINY_NET, "--save_every", "2"],
         "train_dmd2.py": [*TINY, "--save_every", "2"],
         "evaluate.py": ["--num_samples", "40", "--features", "classifier", "--steps", "2"],
+        "benchmark.py": [*TINY_NET, "--repeats", "1"],
     }
-    for _, script, *arguments in readme_commands():
+    for runner, script, *arguments in readme_commands():
         if "--wandb" in arguments:
             arguments += ["--wandb_mode", "offline"]
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         if script.startswith("train") and "--resume_from_checkpoint" not in arguments:
             arguments += ["--overwrite"]  # the README gives the same run by flags, by YAML, and with W&B
-        succeed(script, *arguments, *small.get(script, []), cwd=tmp_path)
+        if runner == "python":
+            succeed(script, *arguments, *small.get(script, []), cwd=tmp_path)
+        else:
+            done = torchrun(
+                script, *arguments, *small.get(script, []), *["--grad_accum", 1] * script.startswith("train"), cwd=tmp_path
+            )
+            assert done.returncode == 0, done.stderr
     assert (tmp_path / "generated").is_dir()
 
 
