@@ -49,7 +49,8 @@ def main():
     folder = tempfile.TemporaryDirectory()
     args.output_dir = folder.name
     logger = Logger(args, "teacher")
-    logger.message = logger.bar.update = lambda *_: None
+    logger.bar.leave = False
+    logger.bar.close()
 
     # ---- what is timed: each calls `mark(part)` after each part of it ----------------------------------------------------
     def teacher_step(mark):
