@@ -26,6 +26,10 @@ BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 
 
+class Refused(ValueError):
+    """The pickle is not of the harmless kind that `read` reads."""
+
+
 class Name:
     """A class or function that the pickle names; not imported."""
 
@@ -47,13 +51,15 @@ class Record:
 def read(data):
     """What the pickle `data` (bytes) describes: dicts, lists, tuples, text, numbers, bytes and `Record`s; sets come as lists.
 
-    Instances of any class become `Record`s. Raises ValueError, with the reason, for a pickle that names something of Python's
-    own library or asks to call a function, in each case outside the short lists above, and for one that is damaged.
+    Instances of any class become `Record`s. Raises Refused, with the reason, for a pickle that names something of Python's own
+    library or asks to call a function, in each case outside the short lists above, and for one that is damaged.
     """
     try:
         return run(data)
-    except (IndexError, KeyError, AttributeError, TypeError, OverflowError, MemoryError):
-        raise ValueError("damaged, or no pickle") from None
+    except Refused:
+        raise
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError, MemoryError):
+        raise Refused("damaged, or no pickle") from None
 
 
 def run(data):
@@ -122,18 +128,18 @@ def run(data):
             case name if name in TEXT | BYTES | NUMBERS:
                 stack.append(arg)
             case name:
-                raise ValueError(f"it has the opcode {name}, which files of this kind do without")
+                raise Refused(f"it has the opcode {name}, which files of this kind do without")
 
 
 def set_items(target, keys, values):
     if not all(isinstance(key, (str, int, float)) for key in keys):  # to hash a tuple nested a million deep would crash Python
-        raise ValueError("it has a dict whose keys are neither text nor numbers")
+        raise Refused("it has a dict whose keys are neither text nor numbers")
     target.update(zip(keys, values, strict=True))
 
 
 def named(name):
     if name.partition(".")[0] in sys.stdlib_module_names and name not in DICTS | SETS:
-        raise ValueError(f"it asks for {name!r:.60}; nothing in it was run")
+        raise Refused(f"it asks for {name!r:.60}; nothing in it was run")
     return Name(name)
 
 
@@ -143,5 +149,5 @@ def record(name, args, called):
     if name in SETS:
         return list(args[0])
     if called and name not in CALLS:
-        raise ValueError(f"it asks to call {name!r:.60}; nothing in it was run")
+        raise Refused(f"it asks to call {name!r:.60}; nothing in it was run")
     return Record(name, args)
