@@ -325,7 +325,7 @@ def test_default_is_the_published_cifar10_network():
         left_out = theirs.pop("map_augment.weight")
         assert ours == theirs and len(ours) == len(net.state_dict())
         assert round((sum(p.numel() for p in net.parameters()) + left_out.numel()) / 1e6, 3) == millions
-        assert net.bottleneck_channels == 256
+        assert net.bottleneck_channels == 256 and net.norm_out.num_groups == 32
 
 
 def test_call_signature_is_simple_unets(tmp_path):
