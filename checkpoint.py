@@ -15,8 +15,12 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from edm_model import SongUNet
 from model import SimpleUNet
 from sampling import heun_sampler, one_step_sampler
+
+# `model_config` names the class under `network`; SimpleUNet's has no such key.
+NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet}
 
 
 def save(path, state):
@@ -72,11 +76,14 @@ def network(state, path):
     """The network of the state loaded from `path`, averaged weights where there are any, in eval mode, without gradients."""
     raw = "feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"
     try:
-        net = SimpleUNet(**state["model_config"])
+        config = dict(state["model_config"])
+        net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
         net.load_state_dict(state.get("ema_state_dict") or state[raw])
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path}: does not hold a SimpleUNet ({str(error).splitlines()[0]})") from None
-    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
+    # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
+    layout = torch.channels_last if torch.cuda.is_available() or isinstance(net, SimpleUNet) else torch.contiguous_format
+    return net.to(memory_format=layout).eval().requires_grad_(False)
 
 
 def load_network(path, device="cpu"):

@@ -200,6 +200,14 @@ EVALUATE = [
     *SAMPLING,
     *MACHINE,
 ]
+IMPORT_EDM = [
+    Option("source", "./edm-cifar10-32x32-cond-vp.pkl", text, "NVIDIA's pickle, or a state_dict of the same network (.pth)"),
+    Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", text, "teacher checkpoint to write; must not exist"),
+]
+EXPORT = [
+    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator"),
+    Option("output", "./generator.onnx", text, "ONNX file to write"),
+]
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------

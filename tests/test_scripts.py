@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun, write_images, write_zip
 from PIL import Image
 from test_config import assert_refused
+from test_edm import write_edm
 
 import checkpoint
 from sampling import class_noise, heun_sampler, one_step_sampler
@@ -321,10 +323,10 @@ def readme_commands():
 
 def test_readme_commands_parse():
     """Each command of the README is accepted by its script's options, with files and values as written there."""
-    from config import BENCHMARK, DMD2, EVALUATE, GENERATE, TEACHER, parse_args
+    from config import BENCHMARK, DMD2, EVALUATE, EXPORT, GENERATE, IMPORT_EDM, TEACHER, parse_args
 
     tables = {"train_teacher.py": TEACHER, "train_dmd2.py": DMD2, "generate.py": GENERATE, "evaluate.py": EVALUATE}
-    tables |= {"benchmark.py": BENCHMARK}
+    tables |= {"benchmark.py": BENCHMARK, "import_edm.py": IMPORT_EDM, "export.py": EXPORT}
     commands = readme_commands()
     assert {command[1] for command in commands} == set(tables)
     folder = os.getcwd()
@@ -336,10 +338,15 @@ def test_readme_commands_parse():
         os.chdir(folder)
 
 
-def test_readme_commands_run_in_order(tmp_path):
-    """The README's commands, one after the other in an empty folder, each on what the one before wrote; scaled down by flags."""
+@pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
+def test_readme_commands_run_in_order(group, runs, tmp_path):
+    """The README's commands, one after the other, each on what the one before wrote; scaled down by flags."""
+    for name in ("teacher", "dmd2"):
+        shutil.copytree(runs / name, tmp_path / "log" / "checkpoints" / name)
     for path in ROOT.glob("config_*.yaml"):
         (tmp_path / path.name).write_text(path.read_text())
+    write_edm(tmp_path / "edm-cifar10-32x32-cond-vp.pkl")
+    write_zip(tmp_path / "cifar10.zip", labels=[*range(10)] * 10, size=8)
     small = {
         "train_teacher.py": [*TINY, *TINY_NET, "--save_every", "2"],
         "train_dmd2.py": [*TINY, "--save_every", "2"],
@@ -347,19 +354,23 @@ def test_readme_commands_run_in_order(tmp_path):
         "benchmark.py": [*TINY_NET, "--repeats", "1"],
     }
     for runner, script, *arguments in readme_commands():
+        pretrained = script in ("import_edm.py", "export.py", "benchmark.py") or "edm_cifar10" in " ".join(arguments)
+        if group != ("pretrained" if pretrained else runner):
+            continue
         if "--wandb" in arguments:
             arguments += ["--wandb_mode", "offline"]
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         if script.startswith("train") and "--resume_from_checkpoint" not in arguments:
             arguments += ["--overwrite"]  # the README gives the same run by flags, by YAML, and with W&B
+        arguments += small.get(script, [])
+        if script == "train_dmd2.py" and any("edm_cifar10" in argument for argument in arguments):
+            arguments += ["--dataset", "folder", "--data_dir", "cifar10.zip"]  # that teacher knows no digits
         if runner == "python":
-            succeed(script, *arguments, *small.get(script, []), cwd=tmp_path)
+            succeed(script, *arguments, cwd=tmp_path)
         else:
-            done = torchrun(
-                script, *arguments, *small.get(script, []), *["--grad_accum", 1] * script.startswith("train"), cwd=tmp_path
-            )
+            done = torchrun(script, *arguments, *["--grad_accum", 1] * script.startswith("train"), cwd=tmp_path)
             assert done.returncode == 0, done.stderr
-    assert (tmp_path / "generated").is_dir()
+    assert (tmp_path / {"python": "generated", "torchrun": "log", "pretrained": "generator.onnx"}[group]).exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,233 @@
+"""SongUNet: the network of EDM's CIFAR-10 teachers (Karras et al. 2022, arXiv 2206.00364, appendix F), for imported weights.
+
+These are the DDPM++ and NCSN++ of Song et al. 2021 (arXiv 2011.13456) in EDM's preconditioning. Images and `sigma`: see `model.py`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import preconditioning
+
+SKIP_SCALE = math.sqrt(0.5)  # the sum of two branches keeps the variance of one
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def lowpass(resample_filter):
+    """The filter in two dimensions, `[1, 1, k, k]`, with sum 1: the outer product of its `k` taps with themselves."""
+    taps = torch.tensor(resample_filter, dtype=torch.float32)
+    return torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+
+
+def downsample(x, kernel, padding=None):
+    """`[B, C, H, W]` at half the resolution, through the low-pass `kernel` `[1, 1, k, k]`; k even."""
+    channels, k = x.shape[1], kernel.shape[-1]
+    padding = (k - 1) // 2 if padding is None else padding
+    return F.conv2d(x, kernel.to(x.dtype).expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
+
+
+def upsample(x, kernel):
+    """`[B, C, H, W]` at twice the resolution: zeros between the pixels, then the low-pass `kernel` `[1, 1, k, k]`; k even."""
+    channels, k = x.shape[1], kernel.shape[-1]
+    weight = 4 * kernel.to(x.dtype).expand(channels, -1, -1, -1)  # three pixels of four are zeros
+    return F.conv_transpose2d(x, weight, stride=2, padding=(k - 1) // 2, groups=channels)
+
+
+class Attention(nn.Module):
+    """Residual self-attention over the pixels with one head; query, key and value lie interleaved in the channels of `qkv`."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 1, C, 3, H * W).transpose(2, -1).unbind(3)  # each [B, 1, H*W, C]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return SKIP_SCALE * (x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W)))
+
+
+class ResBlock(nn.Module):
+    """Residual block; noise level and class are added before the second norm. `resample`: `downsample` or `upsample`, or None."""
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention=False, resample=None, kernel=None):
+        super().__init__()
+        self.resample = resample
+        self.register_buffer("kernel", kernel, persistent=False)
+        self.norm0 = group_norm(in_channels)
+        self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.affine = nn.Linear(emb_channels, out_channels)
+        self.norm1 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels or resample else nn.Identity()
+        self.attention = Attention(out_channels) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        h = F.silu(self.norm0(x))
+        if self.resample:
+            x, h = self.resample(x, self.kernel), self.resample(h, self.kernel)
+        h = self.conv0(h) + self.affine(emb)[:, :, None, None]
+        h = self.conv1(self.dropout(F.silu(self.norm1(h))))
+        return self.attention(SKIP_SCALE * (self.skip(x) + h))
+
+
+class SongUNet(nn.Module):
+    """D(x; sigma, class): predicts the clean image (EDM eq. 7). Arguments bear EDM's names; the defaults are the CIFAR-10 teacher.
+
+    img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_channels:       1 or 3
+    label_dim:          number of classes
+    model_channels:     base width
+    channel_mult:       width of each resolution, from the finest, in units of `model_channels`
+    channel_mult_emb:   width of the embedding of noise level and class, in the same units
+    num_blocks:         residual blocks at each resolution on the way down; one more on the way up
+    attn_resolutions:   resolutions whose blocks attend: all on the way down, the last on the way up
+    dropout:            probability, inside the residual blocks
+    sigma_data:         standard deviation of the data
+    embedding_type:     of the noise level: positional (DDPM++) or fourier (NCSN++)
+    channel_mult_noise: its width, in units of `model_channels`: 1 (DDPM++) or 2 (NCSN++)
+    encoder_type:       standard (DDPM++), or residual (NCSN++): the noisy image itself also comes down, beside the features
+    resample_filter:    taps of the low-pass in halving and doubling: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++)
+
+    EDM's input for augmentation labels is left out: it has no bias and is zero in sampling and distillation. `net.config` rebuilds
+    the network, less its key `network`, by which a checkpoint tells this class from SimpleUNet. Initial weights are torch's, not
+    EDM's. Raises ValueError where `img_resolution` cannot be halved often enough or a width does not fit its norm.
+    """
+
+    def __init__(
+        self,
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        model_channels=128,
+        channel_mult=(2, 2, 2),
+        channel_mult_emb=4,
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.13,
+        sigma_data=0.5,
+        embedding_type="positional",
+        channel_mult_noise=1,
+        encoder_type="standard",
+        resample_filter=(1, 1),
+    ):
+        super().__init__()
+        halvings = len(channel_mult) - 1
+        if img_resolution % 2**halvings:
+            raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
+        self.config = dict(
+            network="SongUNet",
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            model_channels=model_channels,
+            channel_mult=list(channel_mult),
+            channel_mult_emb=channel_mult_emb,
+            num_blocks=num_blocks,
+            attn_resolutions=list(attn_resolutions),
+            dropout=dropout,
+            sigma_data=sigma_data,
+            embedding_type=embedding_type,
+            channel_mult_noise=channel_mult_noise,
+            encoder_type=encoder_type,
+            resample_filter=list(resample_filter),
+        )
+        self.label_dim, self.sigma_data = label_dim, sigma_data
+
+        noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
+        half = noise_channels // 2
+        if embedding_type == "positional":  # 1 to 1/10000 radian a unit of ln(sigma)/4
+            self.radians = 1.0
+            self.register_buffer("freqs", (1 / 10000) ** (torch.arange(half) / (half - 1)), persistent=False)
+        else:  # random, in whole waves a unit; kept with the weights
+            self.radians = 2 * math.pi
+            self.register_buffer("freqs", 16 * torch.randn(half))
+        self.embed_class = nn.Linear(label_dim, noise_channels)
+        self.embed_hidden = nn.Linear(noise_channels, emb_channels)
+        self.embed_out = nn.Linear(emb_channels, emb_channels)
+        self.register_buffer("kernel", lowpass(resample_filter), persistent=False)
+
+        def block(in_channels, out_channels, attention=False, resample=None):
+            return ResBlock(in_channels, out_channels, emb_channels, dropout, attention, resample, resample and self.kernel)
+
+        width = model_channels
+        self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
+        self.encoder, self.image_down, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        skip_widths = [width]
+        image_width = img_channels
+        for level, mult in enumerate(channel_mult):
+            blocks = nn.ModuleList()
+            if level:
+                blocks.append(block(width, width, resample=downsample))
+                skip_widths.append(width)
+            if level and encoder_type == "residual":  # the low-pass, behind this convolution, takes the padding off
+                self.image_down.append(nn.Conv2d(image_width, width, 3, padding=len(resample_filter) // 2))
+                image_width = width
+            for _ in range(num_blocks):
+                blocks.append(block(width, model_channels * mult, img_resolution >> level in attn_resolutions))
+                width = model_channels * mult
+                skip_widths.append(width)
+            self.encoder.append(blocks)
+
+        self.bottleneck_channels = width
+        self.middle = nn.ModuleList([block(width, width, attention=True), block(width, width)])
+
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            blocks = nn.ModuleList()
+            if level < halvings:
+                blocks.append(block(width, width, resample=upsample))
+            for index in range(num_blocks + 1):
+                attention = index == num_blocks and img_resolution >> level in attn_resolutions
+                blocks.append(block(width + skip_widths.pop(), model_channels * mult, attention))
+                width = model_channels * mult
+            self.decoder.append(blocks)
+
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, img_channels, 3, padding=1)
+
+    def forward(self, x, sigma, class_labels, return_bottleneck=False):
+        """The denoised image D(x; sigma), `[B, C, H, W]`.
+
+        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`.
+        return_bottleneck: True for the middle blocks' features `[B, bottleneck_channels, h, w]` instead, without the cost of the
+        decoder; "both" for the pair (image, features).
+        """
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
+
+        angle = c_noise.flatten(1) * (self.freqs * self.radians)
+        if class_labels.dim() == 1:
+            class_labels = F.one_hot(class_labels, self.label_dim)
+        one_hot = class_labels.to(angle.dtype) * math.sqrt(self.label_dim)  # of unit mean square
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1) + self.embed_class(one_hot)
+        emb = F.silu(self.embed_hidden(emb))
+        emb = F.silu(self.embed_out(emb))
+
+        image = c_in * x  # the layout in memory is that of the weights, which convolutions pass on
+        h = self.conv_in(image)
+        skips = [h]
+        for level, blocks in enumerate(self.encoder):
+            for index, block in enumerate(blocks):
+                h = block(h, emb)
+                if self.image_down and level and index == 0:
+                    h = image = SKIP_SCALE * (h + downsample(self.image_down[level - 1](image), self.kernel, padding=0))
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        bottleneck = h
+        if return_bottleneck is True:
+            return bottleneck
+        for blocks in self.decoder:
+            for block in blocks:
+                h = block(h if block.resample else torch.cat([h, skips.pop()], dim=1), emb)
+        F_x = self.conv_out(F.silu(self.norm_out(h)))
+        denoised = c_skip * x + c_out * F_x  # EDM eq. 7
+        return (denoised, bottleneck) if return_bottleneck == "both" else denoised
