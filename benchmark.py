@@ -30,6 +30,8 @@ def main():
 
     # ---- setup: what the two training scripts build, on images of noise --------------------------------------------------
     device = choose_device(args)
+    with writing(args.output), open(args.output, "a"):
+        pass  # better now than after minutes of timing
     torch.manual_seed(args.seed)
     names = ["img_resolution", "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "sigma_data"]
     image_shape = (args.img_channels or (1 if "mnist" in args.dataset else 3), args.img_resolution, args.img_resolution)

@@ -72,8 +72,8 @@ def kind(state):
     return "dmd2" if "feedforward_model_state_dict" in state else "teacher"
 
 
-def network(state, path):
-    """The network of the state loaded from `path`, averaged weights where there are any, in eval mode, without gradients."""
+def network(state, path, device="cpu"):
+    """The network of the state loaded from `path` on `device`: averaged weights where there are any, in eval mode, frozen."""
     raw = "feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"
     try:
         config = dict(state["model_config"])
@@ -82,8 +82,9 @@ def network(state, path):
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
-    layout = torch.channels_last if torch.cuda.is_available() or isinstance(net, SimpleUNet) else torch.contiguous_format
-    return net.to(memory_format=layout).eval().requires_grad_(False)
+    tensor_cores = torch.device(device).type == "cuda"
+    layout = torch.channels_last if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
+    return net.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
 def load_network(path, device="cpu"):
@@ -91,7 +92,7 @@ def load_network(path, device="cpu"):
 
     A teacher goes to `sampling.heun_sampler`, a generator to `sampling.one_step_sampler`. Raises UserError as `load` does.
     """
-    return network(load(path, device), path).to(device)
+    return network(load(path, device), path, device)
 
 
 def sampler(state, steps):

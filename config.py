@@ -369,7 +369,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes on a machine make the same mistake
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # outside the training loop, which handles it
         sys.exit(130)

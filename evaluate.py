@@ -41,7 +41,7 @@ def main():
         if file is args.teacher_checkpoint and checkpoint.kind(state) != "teacher":
             raise UserError(f"--teacher_checkpoint {file}: a generator; it takes what train_teacher.py writes")
         sampler, evaluations = checkpoint.sampler(state, args.steps)
-        net = checkpoint.network(state, file).to(device)
+        net = checkpoint.network(state, file, device)
         compile_networks(args, net)
         models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
         models[-1] |= {"net": net, "sampler": sampler, "images": [], "seconds": []}
@@ -63,7 +63,9 @@ def main():
         print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
         training_part, held_out = judge.split(dataset)
         real = measure(training_part.images)[0]
-        rows.append({"name": "real, held out"} | judge.scores(measure(held_out.images), held_out.labels, real, args))
+        judged = measure(held_out.images)
+        if not rank():
+            rows.append({"name": "real, held out"} | judge.scores(judged, held_out.labels, real, args))
     else:
         measure = judge.inception(args.inception_weights, device)
         real = measure(dataset.images)[0]
@@ -84,7 +86,9 @@ def main():
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
         rate = 1 / median(model["seconds"])
         row |= {"evaluations": model["evaluations"], "seconds": args.num_samples / rate, "images_per_second": rate}
-        rows.append(row | judge.scores(measure(model["images"]), labels, real, args))
+        judged = measure(model["images"])
+        if not rank():
+            rows.append(row | judge.scores(judged, labels, real, args))
 
     # ---- what is told ---------------------------------------------------------------------------------------------------
     if rank():

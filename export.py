@@ -41,6 +41,8 @@ def main():
     model = Deployed(checkpoint.network(state, args.checkpoint)).eval()
     shape = [model.net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")]
     output = Path(args.output)
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file, such as generator.onnx")
     temporary = output.with_name(output.name + ".tmp")
     any_size = {0: torch.export.Dim.DYNAMIC}
     try:

@@ -23,7 +23,7 @@ def main():
 
     device = choose_device(args)
     state = checkpoint.load(args.checkpoint)
-    net = checkpoint.network(state, args.checkpoint).to(device)
+    net = checkpoint.network(state, args.checkpoint, device)
     compile_networks(args, net)
     names = state["class_names"]
     classes = list(range(len(names)))

@@ -130,7 +130,7 @@ class GuidanceModel(nn.Module):
             images, sigma = self.add_noise(images, None, None, 0, self.diffusion_gan_max_timestep - 1)
         else:
             sigma = self.karras_sigmas[:1].expand(len(images))
-        return self.cls_pred_branch(self.fake_unet(images, sigma, labels, return_bottleneck=True)).squeeze(1)
+        return self.cls_pred_branch(self.fake_unet(images, sigma, labels, return_bottleneck=True)).squeeze(1).float()
 
     def compute_generator_clean_cls_loss(self, fake, labels):
         """The generator's non-saturating GAN loss, mean of softplus(-logit) (DMD2 eq. 4).
@@ -156,6 +156,6 @@ class GuidanceModel(nn.Module):
         if fake_bottleneck is None:
             fake_logits = self.compute_cls_logits(fake.detach(), fake_labels)
         else:
-            fake_logits = self.cls_pred_branch(fake_bottleneck).squeeze(1)
+            fake_logits = self.cls_pred_branch(fake_bottleneck).squeeze(1).float()
         loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
         return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}

@@ -168,6 +168,7 @@ def architecture(tensors):
     model_channels, img_channels = shape(f"{first}_conv.weight")[:2]
     noise_channels, label_dim = shape("map_label.weight")
     kernels = [tensor for name, tensor in tensors.items() if name.endswith(".resample_filter")]
+    residual = any("_aux_residual." in name for name in tensors)
     return {
         "img_resolution": sides[0],
         "img_channels": img_channels,
@@ -179,8 +180,8 @@ def architecture(tensors):
         "attn_resolutions": [side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in tensors],
         "embedding_type": "fourier" if "map_noise.freqs" in tensors else "positional",
         "channel_mult_noise": noise_channels // model_channels,
-        "encoder_type": "residual" if any("_aux_residual." in name for name in tensors) else "standard",
-        "resample_filter": [1, 3, 3, 1] if kernels and kernels[0].shape[-1] == 4 else [1, 1],
+        "encoder_type": "residual" if residual else "standard",
+        "resample_filter": [1, 3, 3, 1] if (kernels[0].shape[-1] == 4 if kernels else residual) else [1, 1],
     }
 
 

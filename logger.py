@@ -51,7 +51,8 @@ class Logger:
         self.args, self.kind, self.writes = args, kind, parallel.rank() == 0
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
-        parallel.barrier()  # all have read what they go on from
+        if parallel.agree(start_step) != start_step:  # they meet here, too, so that all have read what they go on from
+            raise UserError("the processes go on from different checkpoints; --output_dir must be one folder for all machines")
         if self.writes:
             self.occupy_folder(start_step)
         silent = None if self.writes else True  # None: where there is no terminal

@@ -65,11 +65,14 @@ def average(tensors):
 
 
 def agree(value):
-    """The largest of the processes' integers `value`: what they all act on."""
+    """The largest of the processes' integers `value`: what they all act on. Ends this process where another is gone."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    try:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    except RuntimeError:  # that process has told why
+        sys.exit(1)
     return int(largest)
 
 

@@ -16,7 +16,7 @@ def main():
     from data import Batches, load_dataset
     from guidance import GuidanceModel
     from logger import Logger, public
-    from parallel import micro_batches, rank
+    from parallel import broadcast, micro_batches, own_rows, rank
     from sampling import class_noise, heun_sampler, one_step_sampler
     from training import (
         BadSteps,
@@ -26,6 +26,7 @@ def main():
         autocast,
         choose_device,
         compile_networks,
+        load_optimizer,
         lr_factor,
         optimizer_step,
         update_ema,
@@ -42,7 +43,7 @@ def main():
     if args.resume_from_checkpoint:
         resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, "dmd2")
 
-    teacher = checkpoint.network(teacher_state, args.teacher_checkpoint).to(device)
+    teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     if len(dataset.class_names) != teacher.label_dim:
         raise UserError(
@@ -73,6 +74,7 @@ def main():
         diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
     )
     model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
+    broadcast(model)
     model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
     generator = model.feedforward_model
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
@@ -93,8 +95,8 @@ def main():
             guidance.cls_pred_branch.load_state_dict(resumed["guidance_cls_state_dict"])
         if ema:
             ema.load_state_dict(resumed["ema_state_dict"] or resumed["feedforward_model_state_dict"])
-        optimizer_generator.load_state_dict(resumed["optimizer_generator_state_dict"])
-        optimizer_guidance.load_state_dict(resumed["optimizer_guidance_state_dict"])
+        load_optimizer(optimizer_generator, resumed["optimizer_generator_state_dict"])
+        load_optimizer(optimizer_guidance, resumed["optimizer_guidance_state_dict"])
         step, batches.images_seen = resumed["step"], resumed["images_seen"]
         checkpoint.set_random_state(resumed["random_state"], device)
 
@@ -142,7 +144,7 @@ def main():
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
         generator_updates = step % args.dfake_gen_update_ratio == 0
-        metrics, fake_images = {"real_std": real_images.std(0).mean()}, []
+        metrics, fake_images = {"real_std": own_rows(real_images).std(0, correction=0).mean()}, []
         for z, y in micro_batches(args.grad_accum, noise, labels):
             if generator_updates:
                 with autocast(args, device):
@@ -160,7 +162,7 @@ def main():
         norms = []
         if generator_updates:
             norms += [optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)]
-            metrics |= {"generator_grad_norm": norms[-1], "fake_std": torch.cat(fake_images).std(0).mean()}
+            metrics |= {"generator_grad_norm": norms[-1], "fake_std": torch.cat(fake_images).std(0, correction=0).mean()}
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
         for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):

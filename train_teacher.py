@@ -16,7 +16,7 @@ def main():
     from data import Batches, load_dataset
     from logger import Logger, public
     from model import SimpleUNet, denoising_loss
-    from parallel import micro_batches, rank
+    from parallel import broadcast, micro_batches, rank
     from sampling import class_noise, heun_sampler, random_stream
     from training import (
         BadSteps,
@@ -26,6 +26,7 @@ def main():
         autocast,
         choose_device,
         compile_networks,
+        load_optimizer,
         lr_factor,
         optimizer_step,
         update_ema,
@@ -56,6 +57,7 @@ def main():
         dropout=args.dropout,
         sigma_data=args.sigma_data,
     ).to(device, memory_format=torch.channels_last)
+    broadcast(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = adamw(net.parameters(), args.lr)
     compile_networks(args, net)
@@ -66,7 +68,7 @@ def main():
             raise UserError(f"checkpoint {resume_path}: not a teacher with this network ({net.config})")
         net.load_state_dict(resumed["model_state_dict"])
         ema.load_state_dict(resumed["ema_state_dict"])
-        optimizer.load_state_dict(resumed["optimizer_state_dict"])
+        load_optimizer(optimizer, resumed["optimizer_state_dict"])
         step, batches.images_seen = resumed["step"], resumed["images_seen"]
         checkpoint.set_random_state(resumed["random_state"], device)
 
@@ -107,7 +109,7 @@ def main():
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while step < args.step_number and not stop.due:
         images, labels = next(batches)
-        random = random_stream(args.seed, step, device)
+        random = random_stream(args.seed, 10**9 + step, device)  # far from the numbers of epochs, which shuffle by `seed` too
         # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
         sigmas = (args.P_mean + args.P_std * torch.randn(len(images), generator=random, device=device)).exp()
         noise = torch.randn(images.shape, generator=random, device=device)

@@ -15,12 +15,14 @@ def choose_device(args):
 
     Raises UserError where CUDA is asked for and absent.
     """
-    name = args.device
+    name, processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{parallel.LOCAL_RANK}"
-    device = torch.device(name)
+    if name.startswith("cuda:") and processes > 1:
+        raise UserError(f"--device {name}: {processes} processes take a GPU each; use --device cuda or auto")
+    if name == "cuda" and processes > max(1, torch.cuda.device_count()):
+        raise UserError(f"{processes} processes for the {torch.cuda.device_count()} GPUs here; start no more, or use --device cpu")
+    device = torch.device(f"cuda:{parallel.LOCAL_RANK}" if name == "cuda" else name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
@@ -51,13 +53,21 @@ def compile_networks(args, *networks):
     except Exception as error:  # whatever the compilers of this machine raise
         print(f"--compile: not here, going on without ({' '.join(str(error).split())[:120]})")
         return
-    torch._dynamo.config.recompile_limit = 64  # one for each network, batch size and kind of pass
+    torch._dynamo.config.cache_size_limit = 64  # one for each network, batch size and kind of pass
     for network in networks:
         network.compile()
 
 
 def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+
+
+def load_optimizer(optimizer, state):
+    """Loads `state`, its moments laid out in memory as the parameters are, which fused AdamW takes for granted."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
 def lr_factor(step, warmup_steps, decay, step_number):
@@ -105,7 +115,8 @@ class BadSteps:
 class Stop:
     """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
 
-    Under torchrun `due` asks all processes, so that they stop after the same step.
+    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
+    asks all processes, so that they stop after the same step.
     """
 
     def __init__(self, max_minutes=None):
@@ -115,9 +126,10 @@ class Stop:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.signal:
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + 1:
             os._exit(128 + number)
-        self.signal = number
 
     @property
     def due(self):

@@ -32,7 +32,6 @@ def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
     for name in ("teacher step", "guidance turn", "generator turn", "one step", "Heun, 18 steps"):
         assert name in told and rows[name]["images_per_second"] > 0 and rows[name]["share_of_ceiling"] > 0
     assert rows["Heun, 18 steps"]["images_per_second"] < rows["one step"]["images_per_second"]
-    assert max(row["share_of_ceiling"] for name, row in rows.items() if name.startswith("convolution")) == 1
     assert abs(result["dmd2_memory"]["measured"] / result["dmd2_memory"]["counted"] - 1) < 0.15
-    assert 0 < result["not_network"] < 1
+    assert set(rows["teacher step"]["seconds"]) == {"data and noise", "network", "clipping and optimizer", "average", "logging"}
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]

@@ -370,7 +370,8 @@ def test_readme_commands_run_in_order(group, runs, tmp_path):
         else:
             done = torchrun(script, *arguments, *["--grad_accum", 1] * script.startswith("train"), cwd=tmp_path)
             assert done.returncode == 0, done.stderr
-    assert (tmp_path / {"python": "generated", "torchrun": "log", "pretrained": "generator.onnx"}[group]).exists()
+    evaluated = "log/checkpoints/dmd2/evaluation.json"
+    assert (tmp_path / {"python": "generated", "torchrun": evaluated, "pretrained": "generator.onnx"}[group]).exists()
 
 
 @pytest.mark.slow
