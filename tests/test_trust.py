@@ -18,6 +18,7 @@ from test_scripts import assert_same, load
 
 import checkpoint
 from sampling import class_noise, one_step_sampler
+from training import adamw, load_optimizer
 
 TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
 
@@ -325,3 +326,17 @@ def test_a_torn_line_of_metrics_is_dropped(tmp_path):
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["resume_from_checkpoint"] is None
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 0
+
+
+def test_moments_take_the_layout_of_the_weights():
+    """Fused AdamW reads weights and moments in the order of memory, which a checkpoint of another machine may not share."""
+    layers = [torch.nn.Conv2d(8, 8, 3).to(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last)]
+    optimizers = [adamw(layer.parameters(), 1e-3) for layer in layers]
+    for parameter in layers[0].parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers[0].step()
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    theirs, ours = (optimizer.state[layer.weight] for optimizer, layer in zip(optimizers, layers, strict=True))
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+        assert ours[name].stride() == layers[1].weight.stride() != theirs[name].stride()
