@@ -6,4 +6,4 @@ cd "$(dirname "$0")"
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto "$@" # a process a core, one thread each: several threads would slow each other
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal "$@" # a process a core, one thread each: several threads would slow each other
