@@ -23,7 +23,7 @@ def choose_device(args):
     if name == "cuda" and processes > max(1, torch.cuda.device_count()):
         raise UserError(f"{processes} processes for the {torch.cuda.device_count()} GPUs here; start no more, or use --device cpu")
     device = torch.device(f"cuda:{parallel.LOCAL_RANK}" if name == "cuda" else name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise UserError(
             f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
         )
