@@ -141,6 +141,7 @@ def main():
     # ---- timing: in turn, so that a machine's moods meet all alike -------------------------------------------------------
     counts = {name: count(partial(task, lambda part: None)) for name, task in tasks.items()}
     flops, memory = ({name: count[i] for name, count in counts.items()} for i in range(2))
+    by_operator = seconds_by_operator(partial(teacher_step, lambda part: None), 5, device)
     compile_networks(args, net, ema, generator, model.guidance_model.real_unet, fake_unet)
     seconds = {name: defaultdict(list) for name in tasks}  # by task and part
     for repeat in range(args.repeats + 1):
@@ -194,6 +195,7 @@ def main():
         "ceilings": ceilings,
         "rows": rows,
         "dmd2_memory": {"counted": counted, "measured": measured},
+        "operators": {name: spent / sum(by_operator.values()) for name, spent in by_operator.items()},
         "not_network": 1 - step["network"] / sum(step.values()),
         "speed_ratio": rows["one step"]["images_per_second"] / rows["Heun, 18 steps"]["images_per_second"],
     }
@@ -205,6 +207,8 @@ def main():
         print(f"{name:34}" + "".join(f"{cell:12.4g}" for cell in cells))
     shares = ", ".join(f"{part} {seconds / sum(step.values()):.1%}" for part, seconds in step.items())
     print(f"teacher step: {shares}")
+    operators = sorted(result["operators"].items(), key=lambda item: -item[1])[:8]
+    print("by operator, before compiling: " + ", ".join(f"{name} {share:.1%}" for name, share in operators))
     print(f"peak memory of DMD2: {measured / 1e6:.0f} MB, of tensors; counted on paper {counted / 1e6:.0f} MB")
     print(f"one step is {result['speed_ratio']:.1f} times as fast as Heun's 18")
     with writing(args.output):
@@ -242,6 +246,32 @@ def count(task):
     with FlopCounterMode(display=False) as flops, Memory() as memory:
         task()
     return flops.get_total_flops(), memory.peak
+
+
+def seconds_by_operator(task, repeats, device):
+    """The seconds that `repeats` calls of `task` spend in each of torch's operators, its backward pass included, by name."""
+    from collections import defaultdict
+    from time import perf_counter
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seconds = defaultdict(float)
+
+    class Timer(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            start = perf_counter()
+            result = function(*args, **(kwargs or {}))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            name = function.overloadpacket.__name__.removeprefix("native_").removesuffix("_backward").rstrip("_")
+            seconds[name] += perf_counter() - start
+            return result
+
+    with Timer():
+        for _ in range(repeats):
+            task()
+    return seconds
 
 
 def saved_for_backward(net, *inputs):

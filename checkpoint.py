@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def load(path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True) if intact else None
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError):
+    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError):
         intact = False
     if not intact:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
@@ -79,6 +80,8 @@ def network(state, path, device="cpu"):
         config = dict(state["model_config"])
         net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
         net.load_state_dict(state.get("ema_state_dict") or state[raw])
+        if "conditioning_sigma" in state["config"]:  # a generator's; `one_step_sampler` looks for it there
+            net.conditioning_sigma = state["config"]["conditioning_sigma"]
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
@@ -90,7 +93,8 @@ def network(state, path, device="cpu"):
 def load_network(path, device="cpu"):
     """The network of a teacher's or generator's checkpoint (averaged weights where there are any), in eval mode.
 
-    A teacher goes to `sampling.heun_sampler`, a generator to `sampling.one_step_sampler`. Raises UserError as `load` does.
+    A teacher goes to `sampling.heun_sampler`, a generator to `sampling.one_step_sampler`, which calls it at the noise level that it
+    was trained at. Raises UserError as `load` does.
     """
     return network(load(path, device), path, device)
 
@@ -98,10 +102,10 @@ def load_network(path, device="cpu"):
 def sampler(state, steps):
     """The sampler `f(net, noise, labels)` that suits a loaded checkpoint, and its network evaluations an image.
 
-    One step for a generator, at the noise level it was trained at; `steps` steps of Heun's method for a teacher.
+    One step for a generator; `steps` steps of Heun's method for a teacher.
     """
     if kind(state) == "dmd2":
-        return partial(one_step_sampler, conditioning_sigma=state["config"]["conditioning_sigma"]), 1
+        return one_step_sampler, 1
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
 
 

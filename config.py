@@ -71,7 +71,7 @@ def flag(value):
 
 
 def device_name(value):
-    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,3}", value):
+    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,2}", value):
         raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
     return value
 
@@ -343,7 +343,7 @@ def check(args):
         raise UserError("--inception_score needs --features inception")
     if getattr(args, "overwrite", False) and args.resume_from_checkpoint:
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
-    if getattr(args, "dataset", None) == "folder" and not os.path.exists(args.data_dir):
+    if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
 
 

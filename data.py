@@ -59,10 +59,11 @@ def load_torchvision(name, data_dir):
     try:
         with one_first():
             dataset = build(data_dir, train=True, download=True)
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision's own are RuntimeErrors
+    # urllib's errors are OSErrors, torchvision's own RuntimeErrors; the others are what it makes of half a file.
+    except (OSError, RuntimeError, AssertionError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"data set {name} is not in {data_dir} and could not be downloaded ({error}); "
-            "put torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
+            f"data set {name} is not in {data_dir}, or damaged there, and could not be downloaded ({error}); delete what is "
+            "damaged and put torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
         ) from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
@@ -127,8 +128,10 @@ def zip_labels(path, archive):
         raise UserError(f"{path}: no images in it")
     for name in files:
         label = labels.get(name)
-        if not isinstance(label, int) or label < 0:
-            raise UserError(f"{path}: dataset.json gives {name} the label {label}; each image needs a class index from 0")
+        if not isinstance(label, int) or not 0 <= label < len(files):
+            raise UserError(
+                f"{path}: dataset.json gives {name} the label {label}; each image needs a class index, from 0 without gaps"
+            )
     return [(name, labels[name]) for name in files]
 
 

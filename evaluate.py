@@ -1,6 +1,6 @@
 """Measure a generator, beside its teacher where one is named: Frechet distance, class accuracy, speed; or plot a run's curves."""
 
-from config import EVALUATE, UserError, make_folder, parse_args, run
+from config import EVALUATE, UserError, make_folder, parse_args, run, writing
 
 
 def main():
@@ -49,12 +49,14 @@ def main():
         if differs:
             raise UserError(f"{file}: another {differs[0]} than {models[0]['file']}; they cannot be compared")
 
-    make_folder("--output_dir", output_dir)
     shape = net.config
-    name, data_dir = args.dataset or state["config"]["dataset"], args.data_dir or state["config"]["data_dir"]
+    name, data_dir = args.dataset or state["config"].get("dataset"), args.data_dir or state["config"].get("data_dir")
+    if not name or not data_dir:
+        raise UserError(f"{file} does not say what it was trained on: name that by --dataset and --data_dir")
     dataset = load_dataset(name, data_dir, shape["img_resolution"], shape["img_channels"], device)
     if len(dataset.class_names) != shape["label_dim"]:
         raise UserError(f"--dataset {name} has {len(dataset.class_names)} classes; {file} knows {shape['label_dim']}")
+    make_folder("--output_dir", output_dir)
 
     # ---- the judge ------------------------------------------------------------------------------------------------------
     rows = []
@@ -120,7 +122,8 @@ def main():
         )
         student = models[1 + evaluated.index(best)]["images"]
         judge.save_comparison(output_dir / "comparison.png", models[0]["images"], student, labels)
-    (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    with writing(output_dir / "evaluation.json"):
+        (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {output_dir / 'evaluation.json'}")
 
 

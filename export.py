@@ -8,7 +8,8 @@ TOLERANCE = 1e-4  # of images in [-1, 1]; one step of 8 bits is 8e-3
 def main():
     args = parse_args(EXPORT, __doc__)
 
-    from importlib.util import find_spec  # heavy modules come after the options, so that --help and mistakes answer at once
+    from contextlib import suppress  # heavy modules come after the options, so that --help and mistakes answer at once
+    from importlib.util import find_spec
     from pathlib import Path
 
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
@@ -25,7 +26,6 @@ def main():
     state = checkpoint.load(args.checkpoint)
     if checkpoint.kind(state) != "dmd2":
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; only a generator makes an image in one step")
-    sigma = state["config"]["conditioning_sigma"]
 
     class Deployed(torch.nn.Module):
         """Noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in [-1, 1] and pixels, uint8 `[B, H, W, C]`."""
@@ -35,7 +35,7 @@ def main():
             self.net = net
 
         def forward(self, noise, labels):
-            images = one_step_sampler(self.net, noise, labels, sigma)
+            images = one_step_sampler(self.net, noise, labels)
             return images, to_uint8(images).permute(0, 2, 3, 1)
 
     model = Deployed(checkpoint.network(state, args.checkpoint)).eval()
@@ -65,7 +65,8 @@ def main():
         with writing(output):
             temporary.replace(output)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     print(f"images at most {difference:.1e} away from PyTorch's (on a scale of -1 to 1)")
     print(f"wrote {output}: noise {['batch', *shape]}, labels ['batch'] -> images, pixels")
 

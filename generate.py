@@ -25,7 +25,7 @@ def main():
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
     compile_networks(args, net)
-    names = state["class_names"]
+    names = state.get("class_names") or [str(label) for label in range(net.label_dim)]
     classes = list(range(len(names)))
     if args.classes:
         wanted = dict.fromkeys(name.strip() for name in args.classes.split(","))

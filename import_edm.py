@@ -56,6 +56,7 @@ def read_source(path):
     """
     import io
     import zipfile
+    import zlib
     from pathlib import Path
 
     import torch
@@ -79,7 +80,7 @@ def read_source(path):
         raise UserError(f"--source {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"--source {path}: {str(error).splitlines()[0]}") from None
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, RecursionError, zipfile.BadZipFile):
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"--source {path}: damaged, or not a network of EDM's") from None
 
 

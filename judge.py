@@ -151,7 +151,7 @@ def train_classifier(dataset, device, steps, batch_size):
 
 def cache_path(dataset_name, data_dir, config):
     """Where the classifier of a data set is kept: beside the data."""
-    path = Path(data_dir) if dataset_name == "folder" else Path(data_dir) / dataset_name
+    path = Path(data_dir).resolve() if dataset_name == "folder" else Path(data_dir) / dataset_name
     return path.with_name(f"{path.stem}_judge_{config['img_resolution']}x{config['img_channels']}.pt")
 
 

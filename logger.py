@@ -81,11 +81,13 @@ class Logger:
     def take_over(self, start_step):
         """Refuses a folder with another run's checkpoints; cleans up after a kill; sets aside what is after `start_step`."""
         present = checkpoint.by_step(self.output_dir, self.kind)
-        if present and not self.args.resume_from_checkpoint and not self.args.overwrite:
-            raise UserError(
-                f"--output_dir {self.output_dir} holds another run ({present[-1][1].name}); "
-                "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
-            )
+        if not self.args.resume_from_checkpoint and not self.args.overwrite:
+            holds = present or checkpoint.by_step(self.output_dir, "dmd2" if self.kind == "teacher" else "teacher")
+            if holds:
+                raise UserError(
+                    f"--output_dir {self.output_dir} holds another run ({holds[-1][1].name}); "
+                    "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
+                )
         for file in self.output_dir.glob(f"{self.kind}_*.pt.tmp"):
             file.unlink()
         for step, file in present:
@@ -95,7 +97,9 @@ class Logger:
                 file.rename(file.with_name(file.name + ".old"))
         lines = self.metrics_path.read_text().splitlines(keepends=True) if start_step and self.metrics_path.exists() else []
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start_step]
-        self.metrics_path.write_text("".join(kept))
+        temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self.metrics_path)
 
     def start_wandb(self, run_id):
         """The W&B run, continued where `run_id` is given; None, said once, where W&B cannot be had: training goes on without."""

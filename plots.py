@@ -4,7 +4,7 @@ import json
 
 import matplotlib
 
-from config import UserError
+from config import UserError, writing
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -79,5 +79,6 @@ def plot_steps(rows, path):
 
 def save(figure, path):
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    with writing(path):
+        figure.savefig(path, dpi=100)
     plt.close(figure)

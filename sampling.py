@@ -9,11 +9,13 @@ from model import get_sigmas_karras
 from parallel import gather_rows, own_rows, world_size
 
 
-def one_step_sampler(net, noise, labels, conditioning_sigma=80.0):
+def one_step_sampler(net, noise, labels, conditioning_sigma=None):
     """Images of a distilled generator in one forward pass: G(z) = D(sigma z; sigma) at sigma = `conditioning_sigma`.
 
     noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]`. Gradients flow (DMD2 section 3).
+    Without `conditioning_sigma` it is the network's own, where it came from a generator's checkpoint, and else 80.
     """
+    conditioning_sigma = conditioning_sigma or getattr(net, "conditioning_sigma", 80.0)
     sigma = noise.new_full((noise.shape[0],), conditioning_sigma)
     return net(noise * conditioning_sigma, sigma, labels)
 

@@ -50,7 +50,7 @@ def main():
             f"--teacher_checkpoint {args.teacher_checkpoint}: knows {teacher.label_dim} classes; "
             f"the data set {args.dataset} has {len(dataset.class_names)}"
         )
-    class_names, taught_on = teacher_state["class_names"], teacher_state["config"]["dataset"]
+    class_names, taught_on = teacher_state.get("class_names") or dataset.class_names, teacher_state["config"].get("dataset")
     numbers = [str(label) for label in range(teacher.label_dim)]  # the names that a ZIP gives its classes
     same_names = dataset.class_names == class_names
     if not same_names and ("folder" not in (args.dataset, taught_on) or numbers not in (dataset.class_names, class_names)):
@@ -159,10 +159,10 @@ def main():
                 with torch.no_grad(), autocast(args, device):
                     images = model.generate(z, y)
             fake_images.append(images)
-        norms = []
+        norms = {}
         if generator_updates:
-            norms += [optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)]
-            metrics |= {"generator_grad_norm": norms[-1], "fake_std": torch.cat(fake_images).std(0, correction=0).mean()}
+            norms["generator_grad_norm"] = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
+            metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
         for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
@@ -173,18 +173,17 @@ def main():
                 loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
             (loss / args.grad_accum).backward()
             accumulate(metrics, loss_dict | logits, args.grad_accum)
-        norms += [optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)]
-        metrics |= {"guidance_grad_norm": norms[-1]}
+        norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
 
         if ema and generator_updates:
             # The generator wanders at a constant learning rate: a long average, from early on.
             update_ema(ema, generator, args.ema_decay, step // args.dfake_gen_update_ratio + 1, ramp=2)
         step += 1
 
-        bad_steps.add(*norms)
-        if step % args.log_every == 0:
+        bad_steps.add(norms)
+        if step % args.log_every == 0 or step == args.step_number:
             bad_steps.check(step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
-        logger.log(step, metrics)
+        logger.log(step, metrics | norms)
         if logger.wants_samples(step):
             with torch.no_grad():
                 student_grid = one_step_sampler(ema or generator, grid_noise, grid_labels, args.conditioning_sigma)

@@ -123,14 +123,14 @@ def main():
             accumulate(metrics, {"loss": loss}, args.grad_accum)
 
         lr = args.lr * lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
-        grad_norm = optimizer_step(optimizer, lr, args.clip_grad_norm)
+        norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
         step += 1
         update_ema(ema, net, args.ema_decay, step)
 
-        bad_steps.add(grad_norm)
-        if step % args.log_every == 0:
+        bad_steps.add(norms)
+        if step % args.log_every == 0 or step == args.step_number:
             bad_steps.check(step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
-        logger.log(step, metrics | {"grad_norm": grad_norm, "lr": lr})
+        logger.log(step, metrics | norms | {"lr": lr})
         if logger.wants_samples(step):
             logger.samples(step, heun_sampler(ema, grid_noise, grid_labels), columns=8)
         if logger.wandb_wants("images", step):

@@ -94,20 +94,22 @@ def optimizer_step(optimizer, lr, clip_grad_norm):
 
 
 class BadSteps:
-    """Counts steps in a row with a gradient that is not finite, on the device; `check` reads the count, seldom."""
+    """Counts each optimizer's steps in a row with a gradient that is not finite, on the device; `check` reads the most, seldom."""
 
     def __init__(self, most, device):
-        self.most, self.streak = most, torch.zeros((), device=device)
+        self.most, self.streaks, self.longest = most, {}, torch.zeros((), device=device)
 
-    def add(self, *norms):
-        bad = ~torch.stack(norms).isfinite().all()
-        self.streak = (self.streak + 1) * bad
+    def add(self, norms):
+        """`norms`: a dict of the gradient norms, by optimizer, of those that made a step."""
+        for name, norm in norms.items():
+            self.streaks[name] = (self.streaks.get(name, 0) + 1) * ~norm.isfinite()
+            self.longest = torch.maximum(self.longest, self.streaks[name])
 
     def check(self, step, folder, sigmas):
         """Raises UserError after `most` or more bad steps in a row; `sigmas` says in words what noise levels were trained."""
-        if self.streak >= self.most:
+        if self.longest >= self.most:
             raise UserError(
-                f"step {step}: the last {int(self.streak)} steps had gradients that are not finite and were skipped "
+                f"step {step}: {int(self.longest)} steps in a row had gradients that are not finite and were skipped "
                 f"(sigma {sigmas}); go on from the last checkpoint in {folder}, with a lower learning rate"
             )
 

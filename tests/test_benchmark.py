@@ -34,4 +34,7 @@ def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
     assert rows["Heun, 18 steps"]["images_per_second"] < rows["one step"]["images_per_second"]
     assert abs(result["dmd2_memory"]["measured"] / result["dmd2_memory"]["counted"] - 1) < 0.15
     assert set(rows["teacher step"]["seconds"]) == {"data and noise", "network", "clipping and optimizer", "average", "logging"}
+    operators = result["operators"]
+    assert abs(sum(operators.values()) - 1) < 1e-6 and {"convolution", "group_norm", "silu"} <= operators.keys()
+    assert max(operators, key=operators.get) == "convolution"
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]

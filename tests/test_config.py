@@ -1,5 +1,3 @@
-import time
-
 import pytest
 from conftest import ROOT, run_script
 
@@ -104,6 +102,7 @@ WRONG = [  # script, arguments, what the one line must say
     (G, "--format gif", "--format must be one of grid, png, npz"),
     (G, "--steps 0", "--steps must be at least 1"),
     (E, "--features resnet", "--features must be one of inception, classifier"),
+    (T, "--device cuda:200", "--device must be auto, cpu, cuda or cuda:N"),
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda or cuda:N"),
     (T, "--batch_size 10 --grad_accum 3", "--grad_accum 3 must divide --batch_size 10"),
     (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
@@ -147,9 +146,8 @@ def assert_refused(done, message):
 
 @pytest.mark.parametrize("script, arguments, message", WRONG)
 def test_wrong_options_get_one_line(tmp_path, script, arguments, message):
-    start = time.perf_counter()
     assert_refused(run_script(script, *arguments.split(), cwd=tmp_path), message)
-    assert time.perf_counter() - start < 10 and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content, message", WRONG_YAML)
@@ -160,11 +158,11 @@ def test_wrong_yaml_gets_one_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("script", [T, D, G, E, "benchmark.py"])
-def test_help_answers_at_once(script):
-    """In a fraction of a second, as torch is not imported; the bound leaves room for a busy machine."""
-    start = time.perf_counter()
-    done = run_script(script, "--help")
-    assert done.returncode == 0 and "--config" in done.stdout and time.perf_counter() - start < 5
+def test_help_answers_at_once(script, tmp_path):
+    """In a fraction of a second, as torch is not imported."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = run_script(script, "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0 and "--config" in done.stdout, done.stderr
 
 
 def test_parse_errors_are_user_errors():

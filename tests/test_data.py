@@ -154,6 +154,10 @@ def test_idx_files_through_torchvision(tmp_path, name, first):
     assert dataset.class_names[0] == first and dataset.labels.tolist() == list(range(5))
     np.testing.assert_array_equal(dataset.images[:, 0], pixels)
 
+    (raw / "train-images-idx3-ubyte").write_bytes((raw / "train-images-idx3-ubyte").read_bytes()[:2000])
+    with pytest.raises(UserError, match=f"{name} is not in .* or damaged there"):
+        load_dataset(name, tmp_path, 28)
+
 
 def test_missing_download_says_what_to_do(tmp_path, monkeypatch):
     def offline(*arguments, **options):
@@ -211,7 +215,8 @@ def truncated_image(path):
         (sixteen_bits, r"cat/1.png: I;16 pixels"),
         (empty_class, "class bird has no images"),
         (damaged_zip, "not a readable"),
-        (lambda p: write_zip(p, labels=(0, 5, 0)), "class 1 has no images"),
+        (lambda p: write_zip(p, labels=(0, 2, 0)), "class 1 has no images"),
+        (lambda p: write_zip(p, labels=(0, 2_000_000_000, 0)), "label 2000000000"),
         (lambda p: write_zip(p, listed={"labels": [[1, 0]]}), "pairs of file name and class index"),
         (lambda p: p.write_bytes(b"neither"), "neither a folder nor a ZIP"),
         (lambda p: write_zip(p, listed={}), "no dataset.json with labels"),

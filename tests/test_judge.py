@@ -134,6 +134,8 @@ def test_evaluate_a_folder_beside_its_teacher(runs, tmp_path):
     succeed("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", *out)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *out), "no checkpoints in this folder")
+    done = run_script("evaluate.py", "--checkpoint", teacher, "--dataset", "folder", *out, cwd=tmp_path)  # where no ./data is
+    assert_refused(done, "data: neither a folder nor a ZIP")
 
 
 def test_shipped_pictures_are_in_the_readme():

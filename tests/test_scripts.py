@@ -12,6 +12,7 @@ from test_config import assert_refused
 from test_edm import write_edm
 
 import checkpoint
+from data import to_uint8
 from sampling import class_noise, heun_sampler, one_step_sampler
 
 TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
@@ -291,11 +292,11 @@ def test_without_wandb_it_is_not_imported(tmp_path):
     succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
 
 
-def test_cifar10_from_torchvisions_files(tmp_path):
+def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     """The default data set through the real script, with torchvision's checksums put out of the way in a sitecustomize."""
     from test_data import fabricated_cifar10
 
-    fabricated_cifar10(tmp_path, pytest.MonkeyPatch(), n=40)
+    fabricated_cifar10(tmp_path, monkeypatch, n=40)
     (tmp_path / "sitecustomize.py").write_text(
         "from torchvision.datasets import CIFAR10 as C\n"
         "C.train_list = [[name, None] for name, _ in C.train_list]\n"
@@ -395,10 +396,17 @@ def test_teacher_learns_real_digits(tmp_path):
 
 
 def test_load_network_in_a_notebook(tmp_path):
+    """A checkpoint of only what every one has: its generator is called at its own noise level, in a notebook and by generate.py."""
     net = tiny_unet()
-    state = {"model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config, "config": {}}
-    checkpoint.save(tmp_path / "x.pt", state)
+    state = {"feedforward_model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config}
+    checkpoint.save(tmp_path / "x.pt", state | {"config": {"conditioning_sigma": 3.0}})
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # no temporary file stays
     loaded, noise, labels = checkpoint.load_network(tmp_path / "x.pt"), torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
-    torch.testing.assert_close(one_step_sampler(loaded, noise, labels), one_step_sampler(net, noise, labels))
+    images = one_step_sampler(loaded, noise, labels)
+    torch.testing.assert_close(images, one_step_sampler(net, noise, labels, 3.0))
+    assert not torch.allclose(images, one_step_sampler(net, noise, labels), atol=0.01)  # any other network is called at 80
     assert json.dumps(loaded.config)
+    succeed("generate.py", "--checkpoint", tmp_path / "x.pt", "--output_dir", tmp_path, "--num_samples", 1, "--format", "npz")
+    expected = to_uint8(one_step_sampler(net, *class_noise(range(10), 1, (1, 8, 8), 0), 3.0)).int()
+    made = torch.from_numpy(np.load(tmp_path / "samples.npz")["images"]).permute(0, 3, 1, 2).int()
+    assert (made - expected).abs().max() <= 1

@@ -17,8 +17,9 @@ from test_config import assert_refused
 from test_scripts import assert_same, load
 
 import checkpoint
+from config import UserError
 from sampling import class_noise, one_step_sampler
-from training import adamw, load_optimizer
+from training import BadSteps, adamw, load_optimizer
 
 TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
 
@@ -172,14 +173,16 @@ def test_output_folder_that_cannot_be_written_is_refused(tmp_path):
     assert_refused(done, "Not a directory")
 
 
-@pytest.mark.parametrize("damage", ["bit flip", "truncation"])
+@pytest.mark.parametrize("damage", ["bit flip", "truncation", "compression"])
 def test_latest_falls_back_to_the_newest_whole_checkpoint(runs, tmp_path, damage):
     for step in (2, 4):
         content = bytearray((runs / "teacher" / f"teacher_checkpoint_step_{step}.pt").read_bytes())
         if step == 4 and damage == "bit flip":
             content[len(content) // 2] ^= 1
+        if step == 4 and damage == "compression":
+            content[content.index(b"PK\1\2") + 10] = 8  # the directory now calls its first file deflated, which it is not
         (tmp_path / f"teacher_checkpoint_step_{step}.pt").write_bytes(
-            content[: len(content) // 2 if step == 4 and damage != "bit flip" else None]
+            content[: len(content) // 2 if step == 4 and damage == "truncation" else None]
         )
     done = run_script(*TEACHER, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", "--log_every", 1)
     assert done.returncode == 0 and "teacher_checkpoint_step_4.pt: damaged" in done.stderr
@@ -191,7 +194,8 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
     arguments = [*TEACHER, "--output_dir", tmp_path, "--log_every", 1, "--save_every", 1, "--lr_warmup_steps", 0]
     done = run_script(*arguments, "--lr", 1e30, "--step_number", 50, "--max_bad_steps", 5, "--keep_last", 50)
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 2 and "steps had gradients that are not finite" in line and "sigma" in line and str(tmp_path) in line
+    assert done.returncode == 2 and "steps in a row had gradients that are not finite" in line
+    assert "sigma" in line and str(tmp_path) in line
     last = max(tmp_path.glob("*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
     state = load(last)
     for key in ("model_state_dict", "ema_state_dict"):
@@ -199,6 +203,20 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
     for moments in state["optimizer_state_dict"]["state"].values():
         assert all(value.isfinite().all() for value in moments.values())
     assert state["step"] < 10 and metrics(tmp_path)[-1]["grad_norm"] is None
+
+
+def test_bad_steps_are_counted_for_each_optimizer(tmp_path):
+    """A generator that never moves is told, though the guidance's good steps come between; so are bad steps amid good ones."""
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    bad_steps = BadSteps(3, torch.device("cpu"))
+    for _ in range(2):
+        bad_steps.add({"generator": bad, "guidance": good})
+        bad_steps.add({"guidance": good})
+    bad_steps.check(4, tmp_path, "")
+    bad_steps.add({"generator": bad, "guidance": good})
+    bad_steps.add({"generator": good, "guidance": good})
+    with pytest.raises(UserError, match="3 steps in a row"):
+        bad_steps.check(6, tmp_path, "")
 
 
 def test_retention_keeps_the_newest_and_every_mth(tmp_path):
@@ -230,7 +248,8 @@ def test_one_folder_holds_one_run(runs, tmp_path):
     first.communicate(timeout=120)
     assert first.returncode == 130
 
-    assert_refused(run_script(*TEACHER, "--output_dir", tmp_path), "holds another run")
+    for script in (TEACHER, dmd2(runs)):
+        assert_refused(run_script(*script, "--output_dir", tmp_path), "holds another run")
     assert_refused(
         run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--resume_from_checkpoint", "latest"), "give one of them"
     )
