@@ -18,6 +18,10 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on it
 def start():
     """Joins the processes that torchrun started: gloo for tensors on the CPU, NCCL for those on GPUs. Only rank 0 prints."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Imported later (as torch's optimizers do), its functions would keep the group, which then outlives the interpreter;
+        # its threads, with tensors to let go of, abort the process now and then.
+        import torch.distributed.nn  # noqa: F401
+
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
         if rank():

@@ -1,9 +1,12 @@
 """Two processes on a CPU are one run: the same losses, the same files, the same images."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun
+from conftest import ROOT, TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun
 
 import checkpoint
 from guidance import GuidanceModel
@@ -106,6 +109,31 @@ def test_bf16_trains_nearly_like_fp32(runs, tmp_path):
         assert a != b and b == pytest.approx(a, rel=0.05)
     state = checkpoint.load(tmp_path / "bf16" / "dmd2_final.pt")
     assert {tensor.dtype for tensor in state["feedforward_model_state_dict"].values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' names from /proc")
+def test_the_threads_of_the_group_end_before_the_interpreter(tmp_path):
+    """Where they outlive it, letting go of a tensor aborts the process (pytorch/pytorch issue 190489)."""
+    (tmp_path / "script.py").write_text(f"""
+import atexit, sys
+from pathlib import Path
+
+def report():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    print("threads:", sum("gloo" in name for name in names), file=sys.stderr)
+
+atexit.register(report)  # before the group's own, so that it comes after it
+sys.path.insert(0, {str(ROOT)!r})
+import parallel
+parallel.start()
+report()
+import torch._dynamo  # as torch's optimizers do
+parallel.barrier()
+""")
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode == 0, done.stderr
+    counts = re.findall(r"threads: (\d+)", done.stderr)
+    assert len(counts) == 4 and counts.count("0") == 2, done.stderr
 
 
 def test_a_mistake_under_torchrun_is_told_once(both):
