@@ -99,13 +99,13 @@ def test_without_the_packages_export_says_what_to_install(tmp_path, monkeypatch)
 
 
 @needs_onnx
-@needs_onnx
 def test_a_file_in_the_place_of_a_folder_is_told(tmp_path):
     generator = write_generator(tmp_path / "x.pt", tiny_unet())
     done = run_script("export.py", "--checkpoint", generator, "--output", generator / "x.onnx")
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
 
 
+@needs_onnx
 def test_a_teacher_is_not_exported(tmp_path):
     teacher = write_generator(tmp_path / "x.pt", tiny_unet(), raw="model_state_dict")
     done = run_script("export.py", "--checkpoint", teacher, "--output", tmp_path / "x.onnx")
