@@ -115,14 +115,25 @@ def test_bf16_trains_nearly_like_fp32(runs, tmp_path):
 def test_the_threads_of_the_group_end_before_the_interpreter(tmp_path):
     """Where they outlive it, letting go of a tensor aborts the process (pytorch/pytorch issue 190489)."""
     (tmp_path / "script.py").write_text(f"""
-import atexit, sys
+import atexit, os, sys, time
 from pathlib import Path
 
-def report():
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    print("threads:", sum("gloo" in name for name in names), file=sys.stderr)
+def count():
+    try:
+        return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    except OSError:  # one ended meanwhile
+        return count()
 
-atexit.register(report)  # before the group's own, so that it comes after it
+def report():
+    os.write(2, b"threads: %d\\n" % count())  # at once: two processes write
+
+def report_the_end():
+    deadline = time.monotonic() + 2
+    while count() and time.monotonic() < deadline:  # a thread that has been joined may be listed a moment longer
+        time.sleep(0.01)
+    report()
+
+atexit.register(report_the_end)  # before the group's own, so that it comes after it
 sys.path.insert(0, {str(ROOT)!r})
 import parallel
 parallel.start()
