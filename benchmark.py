@@ -141,7 +141,7 @@ def main():
     # ---- timing: in turn, so that a machine's moods meet all alike -------------------------------------------------------
     counts = {name: count(partial(task, lambda part: None)) for name, task in tasks.items()}
     flops, memory = ({name: count[i] for name, count in counts.items()} for i in range(2))
-    by_operator = seconds_by_operator(partial(teacher_step, lambda part: None), 5, device)
+    by_operator = shares_by_operator(partial(teacher_step, lambda part: None), 5, device)
     compile_networks(args, net, ema, generator, model.guidance_model.real_unet, fake_unet)
     seconds = {name: defaultdict(list) for name in tasks}  # by task and part
     for repeat in range(args.repeats + 1):
@@ -195,7 +195,7 @@ def main():
         "ceilings": ceilings,
         "rows": rows,
         "dmd2_memory": {"counted": counted, "measured": measured},
-        "operators": {name: spent / sum(by_operator.values()) for name, spent in by_operator.items()},
+        "operators": by_operator,
         "not_network": 1 - step["network"] / sum(step.values()),
         "speed_ratio": rows["one step"]["images_per_second"] / rows["Heun, 18 steps"]["images_per_second"],
     }
@@ -207,8 +207,7 @@ def main():
         print(f"{name:34}" + "".join(f"{cell:12.4g}" for cell in cells))
     shares = ", ".join(f"{part} {seconds / sum(step.values()):.1%}" for part, seconds in step.items())
     print(f"teacher step: {shares}")
-    operators = sorted(result["operators"].items(), key=lambda item: -item[1])[:8]
-    print("by operator, before compiling: " + ", ".join(f"{name} {share:.1%}" for name, share in operators))
+    print("by operator, before compiling: " + ", ".join(f"{name} {share:.1%}" for name, share in list(by_operator.items())[:8]))
     print(f"peak memory of DMD2: {measured / 1e6:.0f} MB, of tensors; counted on paper {counted / 1e6:.0f} MB")
     print(f"one step is {result['speed_ratio']:.1f} times as fast as Heun's 18")
     with writing(args.output):
@@ -248,8 +247,8 @@ def count(task):
     return flops.get_total_flops(), memory.peak
 
 
-def seconds_by_operator(task, repeats, device):
-    """The seconds that `repeats` calls of `task` spend in each of torch's operators, its backward pass included, by name."""
+def shares_by_operator(task, repeats, device):
+    """The shares of the time of `repeats` calls of `task` that torch's operators take, backward passes included, largest first."""
     from collections import defaultdict
     from time import perf_counter
 
@@ -271,7 +270,8 @@ def seconds_by_operator(task, repeats, device):
     with Timer():
         for _ in range(repeats):
             task()
-    return seconds
+    total = sum(seconds.values())
+    return {name: spent / total for name, spent in sorted(seconds.items(), key=lambda item: -item[1])}
 
 
 def saved_for_backward(net, *inputs):

@@ -81,13 +81,12 @@ class Logger:
     def take_over(self, start_step):
         """Refuses a folder with another run's checkpoints; cleans up after a kill; sets aside what is after `start_step`."""
         present = checkpoint.by_step(self.output_dir, self.kind)
-        if not self.args.resume_from_checkpoint and not self.args.overwrite:
-            holds = present or checkpoint.by_step(self.output_dir, "dmd2" if self.kind == "teacher" else "teacher")
-            if holds:
-                raise UserError(
-                    f"--output_dir {self.output_dir} holds another run ({holds[-1][1].name}); "
-                    "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
-                )
+        holds = present or checkpoint.by_step(self.output_dir, "dmd2" if self.kind == "teacher" else "teacher")
+        if holds and not self.args.resume_from_checkpoint and not self.args.overwrite:
+            raise UserError(
+                f"--output_dir {self.output_dir} holds another run ({holds[-1][1].name}); "
+                "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
+            )
         for file in self.output_dir.glob(f"{self.kind}_*.pt.tmp"):
             file.unlink()
         for step, file in present:
