@@ -14,6 +14,7 @@ def main():
     import tempfile
     from collections import defaultdict
     from functools import partial
+    from inspect import signature
     from statistics import median
     from time import perf_counter
 
@@ -33,7 +34,7 @@ def main():
     with writing(args.output), open(args.output, "a"):
         pass  # better now than after minutes of timing
     torch.manual_seed(args.seed)
-    names = ["img_resolution", "model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout", "sigma_data"]
+    names = signature(SimpleUNet).parameters.keys() - {"img_channels", "label_dim"}
     image_shape = (args.img_channels or (1 if "mnist" in args.dataset else 3), args.img_resolution, args.img_resolution)
     net = SimpleUNet(img_channels=image_shape[0], **{name: getattr(args, name) for name in names})
     net = net.to(device, memory_format=torch.channels_last)

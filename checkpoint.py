@@ -63,8 +63,11 @@ def load(path, device="cpu"):
         intact = False
     if not intact:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
-    if not isinstance(state, dict) or not {"step", "model_config", "config"} <= state.keys():
+    complete = isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys()
+    if not complete or not isinstance(state["model_config"], dict):
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
+    if "network" not in state["model_config"]:
+        state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's, until it was recorded
     return state
 
 

@@ -145,6 +145,7 @@ TEACHER = [
     Option("attn_resolutions", [16], count, "resolutions with self-attention", "*"),
     Option("dropout", 0.1, number(0, 0.99), "dropout probability"),
     Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
+    Option("channels_per_group", 16, count, "least width of the groups in the network's norms"),
     *MACHINE,
 ]
 DMD2 = [

@@ -39,8 +39,9 @@ def denoising_loss(denoised, images, sigma, sigma_data=0.5):
     return (weight * (denoised - images) ** 2).mean()
 
 
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(channels // 4, 32), channels, eps=1e-6)  # 4 or more channels a group
+def group_norm(channels, channels_per_group=16):
+    """At most 32 groups, of `channels_per_group` or more where there are so many."""
+    return nn.GroupNorm(math.gcd(max(1, channels // channels_per_group), 32, channels), channels, eps=1e-6)
 
 
 def zero_init(layer):
@@ -53,10 +54,10 @@ def zero_init(layer):
 class Attention(nn.Module):
     """Residual self-attention over the pixels, 64 channels a head or somewhat more."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, channels_per_group):
         super().__init__()
         self.num_heads = max(heads for heads in range(1, max(1, channels // 64) + 1) if channels % heads == 0)
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, channels_per_group)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -65,22 +66,22 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).flatten(2).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
         out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W))
+        return x + self.proj(out.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))  # channels last without a copy
 
 
 class ResBlock(nn.Module):
     """Residual block; noise level and class enter as a scale and a shift of the second norm (FiLM)."""
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention):
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention, channels_per_group):
         super().__init__()
-        self.norm0 = group_norm(in_channels)
+        self.norm0 = group_norm(in_channels, channels_per_group)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_channels, 2 * out_channels)
-        self.norm1 = group_norm(out_channels)
+        self.norm1 = group_norm(out_channels, channels_per_group)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = Attention(out_channels) if attention else nn.Identity()
+        self.attention = Attention(out_channels, channels_per_group) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -92,15 +93,16 @@ class ResBlock(nn.Module):
 class SimpleUNet(nn.Module):
     """D(x; sigma, class): predicts the clean image (EDM eq. 7). Arguments bear EDM's names.
 
-    img_resolution:    side of the square images; `len(channel_mult) - 1` halvings must divide it
-    img_channels:      1 or 3
-    label_dim:         number of classes
-    model_channels:    base width, a multiple of 8
-    channel_mult:      width of each resolution, from the finest, in units of `model_channels`
-    num_blocks:        residual blocks at each resolution, on the way down and again on the way up
-    attn_resolutions:  resolutions, of those that occur, whose blocks attend
-    dropout:           probability, inside the residual blocks
-    sigma_data:        standard deviation of the data
+    img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_channels:       1 or 3
+    label_dim:          number of classes
+    model_channels:     base width, a multiple of 8
+    channel_mult:       width of each resolution, from the finest, in units of `model_channels`
+    num_blocks:         residual blocks at each resolution, on the way down and again on the way up
+    attn_resolutions:   resolutions, of those that occur, whose blocks attend
+    dropout:            probability, inside the residual blocks
+    sigma_data:         standard deviation of the data
+    channels_per_group: least width of a norm's groups; a CPU is slow at fewer than 16, in bfloat16 several times
 
     The default is a DDPM-sized network for CIFAR-10. `net.config` rebuilds it: `SimpleUNet(**net.config)`.
     Raises ValueError where `img_resolution` cannot be halved often enough or `model_channels` is no multiple of 8.
@@ -117,6 +119,7 @@ class SimpleUNet(nn.Module):
         attn_resolutions=(16,),
         dropout=0.1,
         sigma_data=0.5,
+        channels_per_group=16,
     ):
         super().__init__()
         halvings = len(channel_mult) - 1
@@ -134,6 +137,7 @@ class SimpleUNet(nn.Module):
             attn_resolutions=list(attn_resolutions),
             dropout=dropout,
             sigma_data=sigma_data,
+            channels_per_group=channels_per_group,
         )
         self.label_dim, self.sigma_data = label_dim, sigma_data
 
@@ -145,7 +149,8 @@ class SimpleUNet(nn.Module):
         self.embed_out = nn.Linear(emb_channels, emb_channels)
 
         def block(in_channels, out_channels, resolution):
-            return ResBlock(in_channels, out_channels, emb_channels, dropout, resolution in attn_resolutions)
+            attention = resolution in attn_resolutions
+            return ResBlock(in_channels, out_channels, emb_channels, dropout, attention, channels_per_group)
 
         width = model_channels * channel_mult[0]
         self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
@@ -171,7 +176,7 @@ class SimpleUNet(nn.Module):
                 width = model_channels * mult
             self.decoder.append(blocks)
 
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, channels_per_group)
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
 
     def forward(self, x, sigma, class_labels, return_bottleneck=False):

@@ -56,6 +56,7 @@ def main():
         attn_resolutions=args.attn_resolutions,
         dropout=args.dropout,
         sigma_data=args.sigma_data,
+        channels_per_group=args.channels_per_group,
     ).to(device, memory_format=torch.channels_last)
     broadcast(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 
-from model import SimpleUNet, denoising_loss, get_sigmas_karras, preconditioning
+from model import SimpleUNet, denoising_loss, get_sigmas_karras, group_norm, preconditioning
 from training import lr_factor, update_ema
 
 
@@ -79,6 +79,17 @@ def test_resolutions_config_and_bottleneck(resolution, channels):
     assert features.shape == (2, net.bottleneck_channels, resolution // 2, resolution // 2)
     both = net(x, sigma, labels, return_bottleneck="both")
     torch.testing.assert_close(both, (out, features))
+
+
+def test_groups_of_the_norms():
+    """As wide as asked for, or somewhat wider; narrower only where there are too few channels; never more than 32 of them."""
+    assert [group_norm(channels).num_groups for channels in (8, 16, 32, 64, 128, 1024)] == [1, 1, 2, 4, 8, 32]
+    assert [group_norm(channels, 4).num_groups for channels in (8, 32, 128, 256)] == [2, 8, 32, 32]
+    for channels in range(8, 1100, 8):
+        assert channels // group_norm(channels).num_groups >= min(16, channels)
+    tight, wide = (tiny_unet(model_channels=32, attn_resolutions=[4], channels_per_group=width) for width in (4, 16))
+    groups = [{m.num_channels // m.num_groups for m in net.modules() if hasattr(m, "num_groups")} for net in (tight, wide)]
+    assert max(groups[0]) < 16 <= min(groups[1])
 
 
 def test_default_network_is_ddpm_sized():

@@ -78,6 +78,21 @@ def test_averaged_weights_are_what_is_loaded(runs):
         assert any(not torch.equal(state["ema_state_dict"][key], value) for key, value in state[raw].items())
 
 
+def test_checkpoints_from_before_groups_were_recorded_are_what_they_were(runs, tmp_path):
+    """They are generated from and resumed with the 4 channels a group that networks had then."""
+    arguments = [*TINY, *TINY_NET, "--model_channels", 16, "--output_dir", tmp_path / "run"]
+    succeed("train_teacher.py", *arguments, "--channels_per_group", 4)
+    state = torch.load(tmp_path / "run" / "teacher_final.pt", weights_only=True)
+    assert state["model_config"].pop("channels_per_group") == 4
+    checkpoint.save(tmp_path / "earlier.pt", state)
+    inputs = torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([0, 1])
+    earlier, today = (checkpoint.load_network(tmp_path / name) for name in ("earlier.pt", "run/teacher_final.pt"))
+    assert torch.equal(earlier(*inputs), today(*inputs))
+    resume = [*arguments, "--resume_from_checkpoint", tmp_path / "earlier.pt", "--step_number", 5]
+    assert_refused(run_script("train_teacher.py", *resume), "not a teacher with this network")
+    succeed("train_teacher.py", *resume, "--channels_per_group", 4)
+
+
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_resume_is_bit_identical(runs, tmp_path, stage):
     """Stopped after 2 of 4 steps and after 3, against the run that never stopped."""
