@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 
-from model import SimpleUNet, denoising_loss, get_sigmas_karras, group_norm, preconditioning
+from model import Attention, SimpleUNet, denoising_loss, get_sigmas_karras, group_norm, preconditioning
 from training import lr_factor, update_ema
 
 
@@ -65,6 +65,19 @@ def test_labels_sigma_and_batch():
 def test_any_width_can_attend(width):
     net = tiny_unet(model_channels=width, channel_mult=(1,), attn_resolutions=[8])
     assert net(torch.randn(1, 1, 8, 8), 1.0, torch.tensor([0])).isfinite().all()
+
+
+def test_attention_is_softmax_attention_a_head():
+    """Each head of 64 channels: the values, weighted by softmax(q k / 8); the heads' results side by side, then projected."""
+    torch.manual_seed(0)
+    layer, x = Attention(128, channels_per_group=16), torch.randn(2, 128, 3, 5).to(memory_format=torch.channels_last)
+    torch.nn.init.normal_(layer.proj.weight, std=0.1)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, dim=1)
+    heads = [slice(0, 64), slice(64, 128)]
+    weights = [torch.einsum("bci,bcj->bij", q[:, head], k[:, head]).div(8).softmax(-1) for head in heads]
+    mixed = torch.cat([torch.einsum("bij,bcj->bci", w, v[:, head]) for w, head in zip(weights, heads, strict=True)], dim=1)
+    torch.testing.assert_close(layer(x), x + layer.proj(mixed.reshape(x.shape)), rtol=1e-4, atol=1e-5)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (28, 1), (64, 3)])
