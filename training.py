@@ -2,7 +2,6 @@
 
 import os
 import signal
-import stat
 import time
 
 import torch
@@ -116,24 +115,19 @@ class BadSteps:
 
 
 class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT, SIGTERM or SIGHUP (the terminal is closed), or after `max_minutes`.
+    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
 
-    A second signal ends it at once; within a second it counts as the first: torchrun and a scheduler may both pass on the same.
-    Under torchrun `due` asks all processes, so that they stop after the same step.
+    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
+    asks all processes, so that they stop after the same step.
     """
 
     def __init__(self, max_minutes=None):
         self.signal = self.reason = 0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
-                signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if number == signal.SIGHUP:
-            for stream in (1, 2):
-                if stat.S_ISCHR(os.fstat(stream).st_mode):  # the terminal, where writing now fails
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
         elif time.monotonic() > self.since + 1:
@@ -141,12 +135,12 @@ class Stop:
 
     @property
     def due(self):
-        self.reason = parallel.agree(128 + self.signal if self.signal else int(time.monotonic() > self.deadline))
+        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
         return self.reason > 0
 
     @property
     def exit_status(self):
-        return self.reason if self.reason > 128 else 0
+        return 128 + self.reason if self.reason > 1 else 0
 
 
 def accumulate(totals, values, parts):

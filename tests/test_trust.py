@@ -1,15 +1,12 @@
 """The promises of the README's section "Your hours are safe", each done for real: signals, kills, full disks, damaged files."""
 
-import fcntl
 import json
 import os
 import random
 import resource
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -86,40 +83,6 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=5)
     assert process.returncode == 143
-
-
-def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path):
-    """The script has a terminal of its own, with its progress bar in it, which then goes as when a connection is lost."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # room for the bar
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / TEACHER[0]), *TEACHER[1:], "--step_number", "100000", "--output_dir", tmp_path / "run"],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(theirs)
-    seen = b""
-    while b"loss" not in seen:  # on the progress bar
-        assert process.poll() is None, seen
-        seen += os.read(ours, 10_000)
-    os.close(ours)
-    assert process.wait(120) == 128 + signal.SIGHUP
-    assert checkpoint.resume("latest", tmp_path / "run", "teacher")[1]["step"] >= 50
-
-
-def test_a_hangup_does_not_stop_what_nohup_started(tmp_path):
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = start(*TEACHER, "--step_number", 100_000, "--log_every", 1, "--output_dir", tmp_path / "run", preexec_fn=ignore)
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_for(log.exists, process)
-    process.send_signal(signal.SIGHUP)
-    lines = len(log.read_text().splitlines())
-    wait_for(lambda: len(log.read_text().splitlines()) > lines + 3, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=120) and process.returncode == 143
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path):
