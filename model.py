@@ -102,7 +102,7 @@ class SimpleUNet(nn.Module):
     attn_resolutions:   resolutions, of those that occur, whose blocks attend
     dropout:            probability, inside the residual blocks
     sigma_data:         standard deviation of the data
-    channels_per_group: least width of a norm's groups; a CPU is slow at fewer than 16, in bfloat16 several times
+    channels_per_group: least width of a norm's groups; a CPU is slow at fewer than 16, above all in bfloat16
 
     The default is a DDPM-sized network for CIFAR-10. `net.config` rebuilds it: `SimpleUNet(**net.config)`.
     Raises ValueError where `img_resolution` cannot be halved often enough or `model_channels` is no multiple of 8.
