@@ -6,7 +6,6 @@ import pickle
 import platform
 import re
 import subprocess
-import sys
 import zipfile
 import zlib
 from contextlib import suppress
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
-from edm_model import SongUNet
 from model import SimpleUNet
-from sampling import heun_sampler, one_step_sampler
+from networks.song_unet import SongUNet
+from sampling import few_step_sampler, heun_sampler
+from support.config import UserError
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key.
 NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet}
@@ -68,6 +67,10 @@ def load(path, device="cpu"):
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
     if "network" not in state["model_config"]:
         state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's, until it was recorded
+    if (
+        kind(state) == "dmd2" and "student_sigmas" not in state
+    ):  # as it was while generators had one level, which stood in the options
+        state["student_sigmas"] = [state["config"].get("conditioning_sigma", 80.0)]
     return state
 
 
@@ -83,8 +86,6 @@ def network(state, path, device="cpu"):
         config = dict(state["model_config"])
         net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
         net.load_state_dict(state.get("ema_state_dict") or state[raw])
-        if "conditioning_sigma" in state["config"]:  # a generator's; `one_step_sampler` looks for it there
-            net.conditioning_sigma = state["config"]["conditioning_sigma"]
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
@@ -96,20 +97,34 @@ def network(state, path, device="cpu"):
 def load_network(path, device="cpu"):
     """The network of a teacher's or generator's checkpoint (averaged weights where there are any), in eval mode.
 
-    A teacher goes to `sampling.heun_sampler`, a generator to `sampling.one_step_sampler`, which calls it at the noise level that it
-    was trained at. Raises UserError as `load` does.
+    Raises UserError as `load` does.
     """
     return network(load(path, device), path, device)
 
 
-def sampler(state, steps):
-    """The sampler `f(net, noise, labels)` that suits a loaded checkpoint, and its network evaluations an image.
+def check_teacher(state, path):
+    """Raises UserError unless `state`, loaded from `path`, which `--teacher_checkpoint` gave, is a teacher's."""
+    if kind(state) != "teacher":
+        raise UserError(f"--teacher_checkpoint {path}: a generator; it takes what train_teacher.py writes")
 
-    One step for a generator; `steps` steps of Heun's method for a teacher.
+
+def sampler(state, steps=18):
+    """The sampler `f(net, noise, labels)` that suits a loaded checkpoint, and its network evaluations per image.
+
+    A generator is called once at each of the noise levels that it was trained at; a teacher by `steps` steps of Heun's method.
     """
     if kind(state) == "dmd2":
-        return one_step_sampler, 1
+        return partial(few_step_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
+
+
+def load_sampler(path, device="cpu", steps=18):
+    """A function of standard normal noise `[B, C, H, W]` and labels `[B]` to images, by the checkpoint at `path`.
+
+    Raises UserError as `load` does.
+    """
+    state = load(path, device)
+    return partial(sampler(state, steps)[0], network(state, path, device))
 
 
 def numbered(folder, kind):
@@ -130,29 +145,6 @@ def by_step(folder, kind):
     return sorted(found)
 
 
-def resume(path, folder, kind):
-    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is whole.
-
-    Raises UserError where there is none.
-    """
-    if path != "latest":
-        return path, load(path)
-    for _, file in reversed(by_step(folder, kind)):
-        try:
-            return file, load(file)
-        except UserError as error:
-            print(f"{error}; going on from the one before", file=sys.stderr)
-    raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
-
-
-def prune(folder, kind, keep_last, keep_every):
-    """Deletes the step checkpoints in `folder` but the `keep_last` newest and, where given, each `keep_every`-th step."""
-    files = numbered(folder, kind)
-    for step in list(files)[:-keep_last]:
-        if not keep_every or step % keep_every:
-            files[step].unlink()
-
-
 def versions():
     """Python, torch, and the commit of this repository, where git knows it."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -161,14 +153,3 @@ def versions():
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit or "unknown"}
-
-
-def random_state(device):
-    """The state of torch's random generators, for `set_random_state`."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

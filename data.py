@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from config import UserError
-from parallel import one_first
 from sampling import random_stream
+from support.config import UserError
+from support.images import to_float
+from support.parallel import one_first
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string a class
 Dataset = namedtuple("Dataset", "images labels class_names")
@@ -159,14 +160,25 @@ def resize(images, resolution):
     return torch.cat([chunk.round().clamp(0, 255).to(torch.uint8) for chunk in chunks])
 
 
-def to_float(images):
-    """uint8 pixels to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def check_classes(args, dataset, teacher_state):
+    """The names of the teacher's classes, where the data set has the same; else raises UserError.
 
-
-def to_uint8(images):
-    """Float images, [-1, 1] and beyond, to the nearest uint8 pixels."""
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    A folder's classes may have other names where the folder or the teacher knows them by number alone, as a ZIP does.
+    """
+    ours, label_dim = dataset.class_names, teacher_state["model_config"]["label_dim"]
+    if len(ours) != label_dim:
+        raise UserError(
+            f"--teacher_checkpoint {args.teacher_checkpoint}: knows {label_dim} classes; "
+            f"the data set {args.dataset} has {len(ours)}"
+        )
+    theirs, taught_on = teacher_state.get("class_names") or ours, teacher_state["config"].get("dataset")
+    numbers = [str(label) for label in range(label_dim)]
+    if ours != theirs and ("folder" not in (args.dataset, taught_on) or numbers not in (ours, theirs)):
+        raise UserError(
+            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt {', '.join(theirs[:3])}, ... of {taught_on}; "
+            f"the data set {args.dataset} has {', '.join(ours[:3])}, ..."
+        )
+    return theirs
 
 
 class Batches:

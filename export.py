@@ -1,44 +1,45 @@
 """Write a one-step generator as an ONNX file: noise and class to image, for any batch size, checked against PyTorch."""
 
-from config import EXPORT, UserError, parse_args, run, writing
+from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
+
+args = exit_on_error(parse_args, EXPORT, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from sampling import class_noise
+from support.images import to_uint8
 
 TOLERANCE = 1e-4  # of images in [-1, 1]; one step of 8 bits is 8e-3
 
 
-def main():
-    args = parse_args(EXPORT, __doc__)
+class Deployed(torch.nn.Module):
+    """Noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in [-1, 1] and pixels, uint8 `[B, H, W, C]`."""
 
-    from contextlib import suppress  # heavy modules come after the options, so that --help and mistakes answer at once
-    from importlib.util import find_spec
-    from pathlib import Path
+    def __init__(self, net, sampler):
+        super().__init__()
+        self.net, self.sampler = net, sampler
 
+    def forward(self, noise, labels):
+        images = self.sampler(self.net, noise, labels)
+        return images, to_uint8(images).permute(0, 2, 3, 1)
+
+
+def main(args):
+    """Writes an ONNX file by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
-
-    import onnxruntime
-    import torch
-
-    import checkpoint
-    from data import to_uint8
-    from sampling import class_noise, one_step_sampler
+    import onnxruntime  # after the message about what is missing
 
     state = checkpoint.load(args.checkpoint)
     if checkpoint.kind(state) != "dmd2":
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; only a generator makes an image in one step")
-
-    class Deployed(torch.nn.Module):
-        """Noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in [-1, 1] and pixels, uint8 `[B, H, W, C]`."""
-
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
-        def forward(self, noise, labels):
-            images = one_step_sampler(self.net, noise, labels)
-            return images, to_uint8(images).permute(0, 2, 3, 1)
-
-    model = Deployed(checkpoint.network(state, args.checkpoint)).eval()
+    model = Deployed(checkpoint.network(state, args.checkpoint), checkpoint.sampler(state)[0]).eval()
     shape = [model.net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")]
     output = Path(args.output)
     if output.is_dir():
@@ -76,11 +77,6 @@ def check(session, model, shape):
 
     Where the pixels are not the images' own, it is infinite.
     """
-    import torch
-
-    from data import to_uint8
-    from sampling import class_noise
-
     worst = torch.tensor(0.0)
     for num_samples in (1, 3):
         noise, labels = class_noise(range(model.net.label_dim), num_samples, shape, seed=1)
@@ -95,4 +91,4 @@ def check(session, model, shape):
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_on_error(main, args)

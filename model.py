@@ -1,6 +1,7 @@
-"""SimpleUNet: a small class-conditional UNet with the preconditioning of EDM (Karras et al. 2022, arXiv 2206.00364).
+"""The noise schedule, the denoising loss, and the networks: `Denoiser`, what all have in common, and `SimpleUNet`.
 
-Images are float32 `[B, C, H, W]` in [-1, 1]; `sigma` is the standard deviation of the noise in x = x0 + sigma * n.
+The parametrisation is EDM's (Karras et al. 2022, arXiv 2206.00364): images are float32 `[B, C, H, W]` in [-1, 1]; `sigma` is the
+standard deviation of the noise in x = x0 + sigma * n.
 """
 
 import math
@@ -37,6 +38,73 @@ def denoising_loss(denoised, images, sigma, sigma_data=0.5):
     """
     weight = (sigma**-2 + sigma_data**-2).reshape(-1, 1, 1, 1)
     return (weight * (denoised - images) ** 2).mean()
+
+
+def resolutions(img_resolution, channel_mult):
+    """The side of the images at each of the `len(channel_mult)` levels of a UNet, each half of the one before.
+
+    Raises ValueError where `img_resolution` cannot be halved so often.
+    """
+    halvings = len(channel_mult) - 1
+    if img_resolution % 2**halvings:
+        raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
+    return [img_resolution >> level for level in range(halvings + 1)]
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma, class): predicts the clean image (EDM eq. 7). The base class of every network.
+
+    It does the preconditioning and takes noise levels and labels in all their forms. A network passes its constructor's arguments
+    to `super().__init__`, fills `feature_channels` (from each resolution of its encoder to the channels there), and defines
+
+    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise: ln(sigma) / 4,
+        `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: from each resolution in `features`
+        to the encoder's last feature map there; hidden: a tuple of whatever the decoder needs
+    run_decoder(*hidden) -> F_x, `[B, C, H, W]`
+
+    `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same network.
+    """
+
+    sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which a sampler may call it
+
+    def __init__(self, **config):
+        super().__init__()
+        self.config = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}
+        self.label_dim, self.sigma_data = config["label_dim"], config["sigma_data"]
+        self.feature_channels = {}
+
+    def forward(self, x, sigma, class_labels=None, features=None):
+        """The denoised image D(x; sigma), `[B, C, H, W]`.
+
+        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`; not used
+        where `label_dim` is 0. features: resolutions, such as [8, 4], for the pair (denoised image, list of the encoder's last
+        feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution that the encoder does not have.
+        """
+        c_skip, c_out, inputs = self.precondition(x, sigma, class_labels, features or [])
+        maps, hidden = self.run_encoder(*inputs)
+        F_x = self.run_decoder(*hidden)
+        denoised = c_skip * x + c_out * F_x  # EDM eq. 7
+        return denoised if features is None else (denoised, [maps[resolution] for resolution in features])
+
+    def encode(self, x, sigma, class_labels=None, features=()):
+        """The feature maps alone, as `forward` gives them, without the cost of the decoder."""
+        maps, _ = self.run_encoder(*self.precondition(x, sigma, class_labels, features)[2])
+        return [maps[resolution] for resolution in features]
+
+    def precondition(self, x, sigma, class_labels, features):
+        """(c_skip, c_out, the arguments of `run_encoder`) of the arguments of `forward`."""
+        unknown = [resolution for resolution in features if resolution not in self.feature_channels]
+        if unknown:
+            raise ValueError(f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}")
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
+        if not self.label_dim:
+            class_labels = None
+        elif class_labels is None:
+            raise ValueError(f"class_labels are missing: the network has {self.label_dim} classes")
+        else:
+            class_labels = (F.one_hot(class_labels, self.label_dim) if class_labels.dim() == 1 else class_labels).float()
+        return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
 def group_norm(channels, channels_per_group=16):
@@ -90,12 +158,12 @@ class ResBlock(nn.Module):
         return self.attention(self.skip(x) + self.conv1(self.dropout(h)))
 
 
-class SimpleUNet(nn.Module):
-    """D(x; sigma, class): predicts the clean image (EDM eq. 7). Arguments bear EDM's names.
+class SimpleUNet(Denoiser):
+    """A small UNet of residual blocks and self-attention. Arguments bear EDM's names.
 
     img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
     img_channels:       1 or 3
-    label_dim:          number of classes
+    label_dim:          number of classes; 0: unconditional
     model_channels:     base width, a multiple of 8
     channel_mult:       width of each resolution, from the finest, in units of `model_channels`
     num_blocks:         residual blocks at each resolution, on the way down and again on the way up
@@ -104,7 +172,7 @@ class SimpleUNet(nn.Module):
     sigma_data:         standard deviation of the data
     channels_per_group: least width of a norm's groups; a CPU is slow at fewer than 16, above all in bfloat16
 
-    The default is a DDPM-sized network for CIFAR-10. `net.config` rebuilds it: `SimpleUNet(**net.config)`.
+    The default is a DDPM-sized network for CIFAR-10.
     Raises ValueError where `img_resolution` cannot be halved often enough or `model_channels` is no multiple of 8.
     """
 
@@ -121,31 +189,27 @@ class SimpleUNet(nn.Module):
         sigma_data=0.5,
         channels_per_group=16,
     ):
-        super().__init__()
-        halvings = len(channel_mult) - 1
-        if img_resolution % 2**halvings:
-            raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
+        sides = resolutions(img_resolution, channel_mult)
         if model_channels % 8:
             raise ValueError(f"model_channels must be a multiple of 8, not {model_channels}")
-        self.config = dict(
+        super().__init__(
             img_resolution=img_resolution,
             img_channels=img_channels,
             label_dim=label_dim,
             model_channels=model_channels,
-            channel_mult=list(channel_mult),
+            channel_mult=channel_mult,
             num_blocks=num_blocks,
-            attn_resolutions=list(attn_resolutions),
+            attn_resolutions=attn_resolutions,
             dropout=dropout,
             sigma_data=sigma_data,
             channels_per_group=channels_per_group,
         )
-        self.label_dim, self.sigma_data = label_dim, sigma_data
 
         emb_channels = 4 * model_channels
         # ln(sigma)/4 spans [-1.6, 1.1]: from one slow wave across that range to 16 radians a unit.
         self.register_buffer("freqs", torch.logspace(-1, 4, model_channels // 2, base=2), persistent=False)
         self.embed_noise = nn.Linear(model_channels, emb_channels)
-        self.embed_class = nn.Linear(label_dim, emb_channels, bias=False)
+        self.embed_class = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
         self.embed_out = nn.Linear(emb_channels, emb_channels)
 
         def block(in_channels, out_channels, resolution):
@@ -156,20 +220,18 @@ class SimpleUNet(nn.Module):
         self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         skip_widths = []
-        for level, mult in enumerate(channel_mult):
-            resolution = img_resolution >> level
+        for resolution, mult in zip(sides, channel_mult, strict=True):
             blocks = nn.ModuleList()
             for _ in range(num_blocks):
                 blocks.append(block(width, model_channels * mult, resolution))
                 width = model_channels * mult
                 skip_widths.append(width)
             self.encoder.append(blocks)
+            self.feature_channels[resolution] = width
 
-        self.bottleneck_channels = width
         self.middle = nn.ModuleList([block(width, width, resolution), block(width, width, None)])
 
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            resolution = img_resolution >> level
+        for resolution, mult in zip(reversed(sides), reversed(channel_mult), strict=True):
             blocks = nn.ModuleList()
             for _ in range(num_blocks):
                 blocks.append(block(width + skip_widths.pop(), model_channels * mult, resolution))
@@ -179,41 +241,31 @@ class SimpleUNet(nn.Module):
         self.norm_out = group_norm(width, channels_per_group)
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
 
-    def forward(self, x, sigma, class_labels, return_bottleneck=False):
-        """The denoised image D(x; sigma), `[B, C, H, W]`.
-
-        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`.
-        return_bottleneck: True for the middle block's features `[B, bottleneck_channels, h, w]` instead, without the cost of the
-        decoder; "both" for the pair (image, features).
-        """
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
-
-        angle = c_noise.flatten(1) * self.freqs
+    def run_encoder(self, x, c_noise, class_labels, features):
+        angle = c_noise * self.freqs
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], dim=1))
-        if class_labels.dim() == 1:
-            class_labels = F.one_hot(class_labels, self.label_dim)
-        emb = F.silu(emb + self.embed_class(class_labels.to(emb.dtype)))
-        emb = F.silu(self.embed_out(emb))
+        if self.embed_class:
+            emb = emb + self.embed_class(class_labels)
+        emb = F.silu(self.embed_out(F.silu(emb)))
 
-        h = self.conv_in((c_in * x).contiguous(memory_format=torch.channels_last))
-        skips = []
+        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        skips, maps = [], {}
         for level, blocks in enumerate(self.encoder):
             if level:
                 h = F.avg_pool2d(h, 2)
             for block in blocks:
                 h = block(h, emb)
                 skips.append(h)
+            if h.shape[-1] in features:
+                maps[h.shape[-1]] = h
+        return maps, (h, skips, emb)
+
+    def run_decoder(self, h, skips, emb):
         for block in self.middle:
             h = block(h, emb)
-        bottleneck = h
-        if return_bottleneck is True:
-            return bottleneck
         for level, blocks in enumerate(self.decoder):
             if level:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        F_x = self.conv_out(F.silu(self.norm_out(h)))
-        denoised = c_skip * x + c_out * F_x  # EDM eq. 7
-        return (denoised, bottleneck) if return_bottleneck == "both" else denoised
+        return self.conv_out(F.silu(self.norm_out(h)))

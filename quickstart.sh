@@ -24,8 +24,8 @@ stage() { # stage NAME FOLDER FINAL_CHECKPOINT COMMAND...: skipped where that ch
         .venv/bin/python "${@:4}"
     fi
 }
-stage "1. teacher" $log/mnist_teacher teacher_final.pt train_teacher.py --config config_mnist0.yaml --no-wandb
-stage "2. DMD2" $log/mnist_dmd2 dmd2_final.pt train_dmd2.py --config config_mnist1.yaml --no-wandb
+stage "1. teacher" $log/mnist_teacher teacher_final.pt train_teacher.py --config configs/mnist0.yaml --no-wandb
+stage "2. DMD2" $log/mnist_dmd2 dmd2_final.pt train_dmd2.py --config configs/mnist1.yaml --no-wandb
 echo "== 3. images"
 .venv/bin/python generate.py --checkpoint $log/mnist_dmd2/dmd2_final.pt --output_dir ./generated/mnist
 echo "== 4. teacher and one-step student compared"

@@ -6,26 +6,38 @@ from itertools import pairwise
 import torch
 
 from model import get_sigmas_karras
-from parallel import gather_rows, own_rows, world_size
+from support.parallel import gather_rows, own_rows, world_size
 
 
-def one_step_sampler(net, noise, labels, conditioning_sigma=None):
-    """Images of a distilled generator in one forward pass: G(z) = D(sigma z; sigma) at sigma = `conditioning_sigma`.
+def few_step_sampler(net, noise, labels, sigmas, generator=None):
+    """Images of a distilled generator, in one forward pass for each noise level of `sigmas` (DMD2 section 4.5).
 
-    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]`. Gradients flow (DMD2 section 3).
-    Without `conditioning_sigma` it is the network's own, where it came from a generator's checkpoint, and else 80.
+    x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
+    noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: where
+    e is drawn from (default: torch's own). Returns `[B, C, H, W]`. Gradients flow.
     """
-    conditioning_sigma = conditioning_sigma or getattr(net, "conditioning_sigma", 80.0)
-    sigma = noise.new_full((noise.shape[0],), conditioning_sigma)
-    return net(noise * conditioning_sigma, sigma, labels)
+    x = noise * sigmas[0]
+    for index, sigma in enumerate(sigmas):
+        if index:
+            e = torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device)
+            x = x + sigma * e.to(x.device)
+        x = net(x, noise.new_full((len(noise),), sigma), labels)
+    return x
+
+
+def one_step_sampler(net, noise, labels, conditioning_sigma):
+    """Images in one forward pass, G(z) = D(sigma z; sigma) at sigma = `conditioning_sigma` (DMD2 section 3)."""
+    return few_step_sampler(net, noise, labels, [conditioning_sigma])
 
 
 @torch.no_grad()
 def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's deterministic sampler (algorithm 1): Heun's second-order method along dx/dsigma = (x - D(x; sigma)) / sigma.
 
-    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations.
+    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations, which keep
+    within `net.sigma_min` and `net.sigma_max` where the network has these.
     """
+    sigma_min, sigma_max = max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
     sigmas = [*get_sigmas_karras(num_steps, sigma_min, sigma_max, rho).tolist(), 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):

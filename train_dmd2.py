@@ -1,63 +1,50 @@
 """Distil a teacher into a one-step generator by DMD2 (Yin et al. 2024): two time-scale updates of generator and guidance."""
 
-from config import DMD2, UserError, parse_args, run
+from support.config import DMD2, UserError, exit_on_error, parse_args
+
+args = (
+    exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None
+)  # before torch: --help and mistakes answer at once
+
+import copy
+import sys
+
+import torch
+
+import checkpoint
+from data import Batches, check_classes, load_dataset
+from guidance import GuidanceModel
+from sampling import class_noise, few_step_sampler, heun_sampler
+from support.parallel import broadcast, micro_batches, own_rows, rows_of
+from support.runs import Run
+from support.training import (
+    BadSteps,
+    accumulate,
+    adamw,
+    autocast,
+    choose_device,
+    compile_networks,
+    lr_factor,
+    optimizer_step,
+    update_ema,
+)
+from unified_model import UnifiedModel
 
 
-def main():
-    args = parse_args(DMD2, __doc__)
-
-    import copy  # heavy modules come after the options, so that --help and mistakes answer at once
-    import sys
-    from pathlib import Path
-
-    import torch
-
-    import checkpoint
-    from data import Batches, load_dataset
-    from guidance import GuidanceModel
-    from logger import Logger, public
-    from parallel import broadcast, micro_batches, own_rows, rank
-    from sampling import class_noise, heun_sampler, one_step_sampler
-    from training import (
-        BadSteps,
-        Stop,
-        accumulate,
-        adamw,
-        autocast,
-        choose_device,
-        compile_networks,
-        load_optimizer,
-        lr_factor,
-        optimizer_step,
-        update_ema,
-    )
-    from unified_model import UnifiedModel
-
+def main(args):
+    """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load(args.teacher_checkpoint)
-    if checkpoint.kind(teacher_state) != "teacher":
-        raise UserError(f"--teacher_checkpoint {args.teacher_checkpoint}: a generator; it takes what train_teacher.py writes")
-    resumed = None
-    if args.resume_from_checkpoint:
-        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, "dmd2")
-
+    checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
+    run = Run(args, "dmd2")
+    if run.resumed and args.gan_classifier != ("guidance_cls_state_dict" in run.resumed):
+        how = "without" if args.gan_classifier else "with"
+        raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
-    if len(dataset.class_names) != teacher.label_dim:
-        raise UserError(
-            f"--teacher_checkpoint {args.teacher_checkpoint}: knows {teacher.label_dim} classes; "
-            f"the data set {args.dataset} has {len(dataset.class_names)}"
-        )
-    class_names, taught_on = teacher_state.get("class_names") or dataset.class_names, teacher_state["config"].get("dataset")
-    numbers = [str(label) for label in range(teacher.label_dim)]  # the names that a ZIP gives its classes
-    same_names = dataset.class_names == class_names
-    if not same_names and ("folder" not in (args.dataset, taught_on) or numbers not in (dataset.class_names, class_names)):
-        raise UserError(
-            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt {', '.join(class_names[:3])}, ... of {taught_on}; "
-            f"the data set {args.dataset} has {', '.join(dataset.class_names[:3])}, ..."
-        )
+    class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)
 
     guidance = GuidanceModel(
@@ -72,6 +59,8 @@ def main():
         gan_classifier=args.gan_classifier,
         diffusion_gan=args.diffusion_gan,
         diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
+        randint=rows_of(torch.randint),  # alike at any number of processes
+        randn=rows_of(torch.randn),
     )
     model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
     broadcast(model)
@@ -81,69 +70,34 @@ def main():
     optimizer_generator = adamw(generator.parameters(), args.generator_lr)
     optimizer_guidance = adamw([p for p in guidance.parameters() if p.requires_grad], args.guidance_lr)
     compile_networks(args, teacher, guidance.fake_unet, generator)
-    step = 0
 
-    if resumed:
-        if checkpoint.kind(resumed) != "dmd2" or resumed["model_config"] != generator.config:
-            raise UserError(f"checkpoint {resume_path}: not a generator with the teacher's network ({generator.config})")
-        generator.load_state_dict(resumed["feedforward_model_state_dict"])
-        guidance.fake_unet.load_state_dict(resumed["guidance_fake_unet_state_dict"])
-        if args.gan_classifier != ("guidance_cls_state_dict" in resumed):
-            how = "with" if "guidance_cls_state_dict" in resumed else "without"
-            raise UserError(f"checkpoint {resume_path}: trained {how} --gan_classifier; go on from it {how} it")
-        if args.gan_classifier:
-            guidance.cls_pred_branch.load_state_dict(resumed["guidance_cls_state_dict"])
-        if ema:
-            ema.load_state_dict(resumed["ema_state_dict"] or resumed["feedforward_model_state_dict"])
-        load_optimizer(optimizer_generator, resumed["optimizer_generator_state_dict"])
-        load_optimizer(optimizer_guidance, resumed["optimizer_guidance_state_dict"])
-        step, batches.images_seen = resumed["step"], resumed["images_seen"]
-        checkpoint.set_random_state(resumed["random_state"], device)
-
-    def save(name):
-        if rank():
-            return
-        path = Path(args.output_dir) / name
-        state = {
-            "feedforward_model_state_dict": generator.state_dict(),
-            "ema_state_dict": ema.state_dict() if ema else None,
-            "guidance_fake_unet_state_dict": guidance.fake_unet.state_dict(),
-            "optimizer_generator_state_dict": optimizer_generator.state_dict(),
-            "optimizer_guidance_state_dict": optimizer_guidance.state_dict(),
-            "step": step,
-            "model_config": generator.config,
-            "config": public(args),
-            "class_names": class_names,
-            "versions": versions,
-            "wandb_run_id": logger.wandb_run.id if logger.wandb_run else None,
-            "random_state": checkpoint.random_state(device),
-            "images_seen": batches.images_seen,
-        }
-        if args.gan_classifier:
-            state["guidance_cls_state_dict"] = guidance.cls_pred_branch.state_dict()
-        checkpoint.save(path, state)
-        logger.saved(path)
-
-    logger = Logger(args, "dmd2", step, resumed.get("wandb_run_id") if resumed else None)
-    versions = checkpoint.versions()
-    if step >= args.step_number:
-        logger.message(f"nothing left to train: {resume_path} is at step {step}; a larger --step_number goes on")
-    bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
+    parts = {
+        "feedforward_model_state_dict": generator,
+        "ema_state_dict": ema,
+        "guidance_fake_unet_state_dict": guidance.fake_unet,
+        "optimizer_generator_state_dict": optimizer_generator,
+        "optimizer_guidance_state_dict": optimizer_guidance,
+    }
+    if args.gan_classifier:
+        parts["guidance_cls_state_dict"] = guidance.cls_pred_branch
+    sigmas = model.student_sigmas
+    run.start(device, batches, parts, model_config=generator.config, class_names=class_names, student_sigmas=sigmas)
+    del teacher_state  # its optimizer's moments, above all
+    logger = run.logger
+    bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
-    grid_noise, grid_labels = class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)
-    grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
-    del teacher_state, resumed  # their optimizers' moments, above all
-    teacher_grid = heun_sampler(teacher, grid_noise, grid_labels)
+    grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
+    teacher_grid = heun_sampler(teacher, *grid)
     seen = None  # what the latest generator turn saw
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
-    while step < args.step_number and not stop.due:
+    while run.goes_on():
         real_images, labels = next(batches)  # the generator is asked for the classes of real images, in their proportions
         noise = torch.randn_like(real_images)
-        factor = lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+        factor = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
-        generator_updates = step % args.dfake_gen_update_ratio == 0
+        generator_updates = run.step % args.dfake_gen_update_ratio == 0
         metrics, fake_images = {"real_std": own_rows(real_images).std(0, correction=0).mean()}, []
         for z, y in micro_batches(args.grad_accum, noise, labels):
             if generator_updates:
@@ -177,30 +131,23 @@ def main():
 
         if ema and generator_updates:
             # The generator wanders at a constant learning rate: a long average, from early on.
-            update_ema(ema, generator, args.ema_decay, step // args.dfake_gen_update_ratio + 1, ramp=2)
-        step += 1
+            update_ema(ema, generator, args.ema_decay, run.step // args.dfake_gen_update_ratio + 1, ramp=2)
+        run.step += 1
 
         bad_steps.add(norms)
-        if step % args.log_every == 0 or step == args.step_number:
-            bad_steps.check(step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
-        logger.log(step, metrics | norms)
-        if logger.wants_samples(step):
+        if run.step % args.log_every == 0 or run.done:
+            bad_steps.check(run.step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
+        logger.log(run.step, metrics | norms)
+        if logger.wants_samples(run.step):
             with torch.no_grad():
-                student_grid = one_step_sampler(ema or generator, grid_noise, grid_labels, args.conditioning_sigma)
-            logger.samples(step, teacher_grid, student_grid, columns=8)
-        if seen and logger.wandb_wants("images", step):
-            logger.images(step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
-        if step % args.save_every == 0:
-            save(f"dmd2_checkpoint_step_{step}.pt")
+                student_grid = few_step_sampler(ema or generator, *grid, sigmas)
+            logger.samples(run.step, teacher_grid, student_grid, columns=8)
+        if seen and logger.wandb_wants("images", run.step):
+            logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
+        run.save_if_due()
 
-    if step < args.step_number:
-        save(f"dmd2_checkpoint_step_{step}.pt")
-        logger.message(f"stopped after step {step}; go on with --resume_from_checkpoint latest")
-        logger.close()
-        sys.exit(stop.exit_status)
-    save("dmd2_final.pt")
-    logger.close()
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(exit_on_error(main, args))

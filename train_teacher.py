@@ -1,44 +1,40 @@
 """Train the teacher: a class-conditional denoiser, by EDM's loss (Karras et al. 2022). DMD2 distils its averaged weights."""
 
-from config import TEACHER, UserError, parse_args, run
+from support.config import TEACHER, UserError, exit_on_error, parse_args
+
+args = (
+    exit_on_error(parse_args, TEACHER, __doc__) if __name__ == "__main__" else None
+)  # before torch: --help and mistakes answer at once
+
+import copy
+import sys
+
+import torch
+
+from data import Batches, load_dataset
+from model import SimpleUNet, denoising_loss
+from sampling import class_noise, heun_sampler, random_stream
+from support.parallel import broadcast, micro_batches, rank
+from support.runs import Run
+from support.training import (
+    BadSteps,
+    accumulate,
+    adamw,
+    autocast,
+    choose_device,
+    compile_networks,
+    lr_factor,
+    optimizer_step,
+    update_ema,
+)
 
 
-def main():
-    args = parse_args(TEACHER, __doc__)
-
-    import copy  # heavy modules come after the options, so that --help and mistakes answer at once
-    import sys
-    from pathlib import Path
-
-    import torch
-
-    import checkpoint
-    from data import Batches, load_dataset
-    from logger import Logger, public
-    from model import SimpleUNet, denoising_loss
-    from parallel import broadcast, micro_batches, rank
-    from sampling import class_noise, heun_sampler, random_stream
-    from training import (
-        BadSteps,
-        Stop,
-        accumulate,
-        adamw,
-        autocast,
-        choose_device,
-        compile_networks,
-        load_optimizer,
-        lr_factor,
-        optimizer_step,
-        update_ema,
-    )
-
+def main(args):
+    """Trains by the options `args`, as `parse_args(TEACHER, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    resumed = None
-    if args.resume_from_checkpoint:
-        resume_path, resumed = checkpoint.resume(args.resume_from_checkpoint, args.output_dir, "teacher")
-
+    run = Run(args, "teacher")
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
     batches = Batches(dataset, args.batch_size, args.seed, hflip)
@@ -62,55 +58,21 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = adamw(net.parameters(), args.lr)
     compile_networks(args, net)
-    step = 0
 
-    if resumed:
-        if checkpoint.kind(resumed) != "teacher" or resumed["model_config"] != net.config:
-            raise UserError(f"checkpoint {resume_path}: not a teacher with this network ({net.config})")
-        net.load_state_dict(resumed["model_state_dict"])
-        ema.load_state_dict(resumed["ema_state_dict"])
-        load_optimizer(optimizer, resumed["optimizer_state_dict"])
-        step, batches.images_seen = resumed["step"], resumed["images_seen"]
-        checkpoint.set_random_state(resumed["random_state"], device)
-
+    parts = {"model_state_dict": net, "ema_state_dict": ema, "optimizer_state_dict": optimizer}
+    run.start(device, batches, parts, model_config=net.config, class_names=dataset.class_names)
+    logger = run.logger
     if rank():
         # Dropout alone draws from torch's own stream: in each process differently.
-        torch.manual_seed(args.seed + 1000003 * step + rank())
-
-    def save(name):
-        if rank():
-            return
-        path = Path(args.output_dir) / name
-        state = {
-            "model_state_dict": net.state_dict(),
-            "ema_state_dict": ema.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "step": step,
-            "model_config": net.config,
-            "config": public(args),
-            "class_names": dataset.class_names,
-            "versions": versions,
-            "wandb_run_id": logger.wandb_run.id if logger.wandb_run else None,
-            "random_state": checkpoint.random_state(device),
-            "images_seen": batches.images_seen,
-        }
-        checkpoint.save(path, state)
-        logger.saved(path)
-
-    logger = Logger(args, "teacher", step, resumed.get("wandb_run_id") if resumed else None)
-    versions = checkpoint.versions()
-    if step >= args.step_number:
-        logger.message(f"nothing left to train: {resume_path} is at step {step}; a larger --step_number goes on")
-    bad_steps, stop = BadSteps(args.max_bad_steps, device), Stop(args.max_minutes)
+        torch.manual_seed(args.seed + 1000003 * run.step + rank())
+    bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(dataset.labels)} images, {device}")
-    grid_noise, grid_labels = class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)
-    grid_noise, grid_labels = grid_noise.to(device), grid_labels.to(device)
-    del resumed
+    grid = [part.to(device) for part in class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)]
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
-    while step < args.step_number and not stop.due:
+    while run.goes_on():
         images, labels = next(batches)
-        random = random_stream(args.seed, 10**9 + step, device)  # far from the numbers of epochs, which shuffle by `seed` too
+        random = random_stream(args.seed, 10**9 + run.step, device)  # far from the numbers of epochs, which shuffle by `seed` too
         # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
         sigmas = (args.P_mean + args.P_std * torch.randn(len(images), generator=random, device=device)).exp()
         noise = torch.randn(images.shape, generator=random, device=device)
@@ -123,30 +85,23 @@ def main():
             (loss / args.grad_accum).backward()
             accumulate(metrics, {"loss": loss}, args.grad_accum)
 
-        lr = args.lr * lr_factor(step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+        lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
-        step += 1
-        update_ema(ema, net, args.ema_decay, step)
+        run.step += 1
+        update_ema(ema, net, args.ema_decay, run.step)
 
         bad_steps.add(norms)
-        if step % args.log_every == 0 or step == args.step_number:
-            bad_steps.check(step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
-        logger.log(step, metrics | norms | {"lr": lr})
-        if logger.wants_samples(step):
-            logger.samples(step, heun_sampler(ema, grid_noise, grid_labels), columns=8)
-        if logger.wandb_wants("images", step):
-            logger.images(step, x, noisy, denoised.detach())
-        if step % args.save_every == 0:
-            save(f"teacher_checkpoint_step_{step}.pt")
+        if run.step % args.log_every == 0 or run.done:
+            bad_steps.check(run.step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
+        logger.log(run.step, metrics | norms | {"lr": lr})
+        if logger.wants_samples(run.step):
+            logger.samples(run.step, heun_sampler(ema, *grid), columns=8)
+        if logger.wandb_wants("images", run.step):
+            logger.images(run.step, x, noisy, denoised.detach())
+        run.save_if_due()
 
-    if step < args.step_number:
-        save(f"teacher_checkpoint_step_{step}.pt")
-        logger.message(f"stopped after step {step}; go on with --resume_from_checkpoint latest")
-        logger.close()
-        sys.exit(stop.exit_status)
-    save("teacher_final.pt")
-    logger.close()
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(exit_on_error(main, args))

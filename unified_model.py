@@ -1,4 +1,4 @@
-"""UnifiedModel: the one-step generator and its guidance, with the two turns of a DMD2 iteration.
+"""UnifiedModel: the generator and its guidance, with the two turns of a DMD2 iteration.
 
 What they cost, in forward passes of one network (a backward pass counts two): a generator turn 5, which is 3 for the generator and
 1 each for teacher and `fake_unet`; a guidance turn 3; and 1 to generate for it where the generator does not train. With one
@@ -9,24 +9,25 @@ import copy
 
 from torch import nn
 
-from sampling import one_step_sampler
+from sampling import few_step_sampler
 
 
 class UnifiedModel(nn.Module):
     """`feedforward_model`, the generator, starts as a copy of the teacher; `guidance_model` is a `GuidanceModel`.
 
-    conditioning_sigma: the noise level at which the generator, a denoiser by birth, is always called
+    conditioning_sigma: the noise level at which the generator, which starts as a denoiser, is called
+    student_sigmas:     the levels, descending, of a generator of several steps; default: `conditioning_sigma` alone
     """
 
-    def __init__(self, guidance_model, conditioning_sigma=80.0):
+    def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None):
         super().__init__()
         self.guidance_model = guidance_model
         self.feedforward_model = copy.deepcopy(guidance_model.real_unet).requires_grad_(True)
-        self.conditioning_sigma = conditioning_sigma
+        self.student_sigmas = list(student_sigmas or [conditioning_sigma])
 
     def generate(self, noise, labels):
-        """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass."""
-        return one_step_sampler(self.feedforward_model, noise, labels, self.conditioning_sigma)
+        """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass per level."""
+        return few_step_sampler(self.feedforward_model, noise, labels, self.student_sigmas)
 
     def generator_turn(self, noise, labels):
         """The generator's losses on fresh images: distribution matching, and `gen_cls_loss` where the guidance has a GAN head.
@@ -49,7 +50,7 @@ class UnifiedModel(nn.Module):
         log_dict = {}
         if self.guidance_model.gan_classifier:
             cls_loss_dict, log_dict = self.guidance_model.compute_guidance_clean_cls_loss(
-                real_images, real_labels, images, labels, computed.get("bottleneck")
+                real_images, real_labels, images, labels, computed.get("features")
             )
             loss_dict |= cls_loss_dict
         return loss_dict, log_dict

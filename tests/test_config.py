@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, run_script
 
-from config import DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
+from support.config import DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
 
 
 def parse(table, *arguments):
@@ -40,10 +40,9 @@ def test_wandb_block_names_the_flags(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("config_*.yaml")))
-def test_shipped_configs_are_valid(name):
-    is_teacher = name.removesuffix(".yaml").endswith("0")
-    args = parse(TEACHER if is_teacher else DMD2, "--config", ROOT / name)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("config_*.yaml"), *ROOT.glob("configs/*.yaml")]), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    args = parse(TEACHER if path.stem.endswith("0") else DMD2, "--config", path)
     assert args.output_dir.startswith("./log/")
 
 
@@ -90,6 +89,7 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--output_dir=", "--output_dir must not be empty"),
     (T, "--wandb_mode onlin", "--wandb_mode must be one of online, offline, disabled"),
     (T, "--config /no/such.yaml", "--config /no/such.yaml: No such file"),
+    (T, "--config config_mnist0.yaml", "No such file or directory; it is configs/mnist0.yaml now"),
     (D, "--sigma_min 5 --sigma_max 1", "--sigma_min (5.0) must be below --sigma_max (1.0)"),
     (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent (0.1)"),
     (D, "--max_step_percent 1.5", "--max_step_percent must be at least 0 and at most 1"),
@@ -157,7 +157,7 @@ def test_wrong_yaml_gets_one_line(tmp_path, content, message):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
-@pytest.mark.parametrize("script", [T, D, G, E, "benchmark.py"])
+@pytest.mark.parametrize("script", [T, D, G, E, "benchmark.py", "import_teacher.py", "export.py"])
 def test_help_answers_at_once(script, tmp_path):
     """In a fraction of a second, as torch is not imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")

@@ -14,8 +14,9 @@ from conftest import ROOT, write_images, write_zip
 from PIL import Image
 from torchvision import datasets
 
-from config import UserError
-from data import Batches, Dataset, load_dataset, resize, to_float, to_uint8
+from data import Batches, Dataset, load_dataset, resize
+from support.config import UserError
+from support.images import to_float, to_uint8
 
 
 def numbered(n=10):

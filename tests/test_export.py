@@ -1,5 +1,6 @@
 import importlib.util
 import sys
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,10 @@ from test_config import assert_refused
 
 import checkpoint
 import export
-from config import UserError
-from data import to_uint8
-from edm_model import SongUNet
+from networks.song_unet import SongUNet
 from sampling import class_noise, one_step_sampler
+from support.config import UserError
+from support.images import to_uint8
 
 MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"needs {MISSING}")
@@ -31,9 +32,7 @@ def tiny_song(**changes):
 
 
 def exported(source, output):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["export.py", "--checkpoint", str(source), "--output", str(output)])
-        export.main()
+    export.main(Namespace(checkpoint=str(source), output=str(output)))
 
 
 @needs_onnx
@@ -77,7 +76,7 @@ def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch, wrong, m
         pixels = to_uint8(images + (wrong if wrong > 1 else 0.0)).permute(0, 2, 3, 1)  # 200: the pixels alone are wrong
         return [images.numpy(), pixels.numpy()]
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(export, "find_spec", lambda name: True)
     monkeypatch.setitem(
         sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=lambda *a, **k: SimpleNamespace(run=run_wrongly))
     )
@@ -93,7 +92,7 @@ def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch, wrong, m
 
 
 def test_without_the_packages_export_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "onnx")
+    monkeypatch.setattr(export, "find_spec", lambda name: name == "onnx")
     with pytest.raises(UserError, match="pip install onnxruntime onnxscript"):
         exported(tmp_path / "x.pt", tmp_path / "x.onnx")
 

@@ -37,9 +37,9 @@ def test_distribution_matching_gradient_is_the_one_on_paper():
 
 def test_non_finite_gradients_become_zero():
     guidance = gaussian_guidance()
-    guidance.real_unet.forward = lambda x, sigma, labels: x  # at sigma 0 the weight is 0 / 0
+    guidance.real_unet.forward = lambda x, sigma, labels: x  # at sigma 0 the weight is 0
     x = torch.ones(2, 1, 4, 4, requires_grad=True)
-    guidance.fake_unet = guidance.real_unet
+    guidance.fake_unet.forward = lambda x, sigma, labels: x + torch.tensor([0, torch.inf, -torch.inf, torch.nan])
     losses, _ = guidance.compute_distribution_matching_loss(x, LABELS[:2], torch.zeros(2), torch.zeros_like(x))
     losses["loss_dm"].backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
@@ -149,17 +149,19 @@ def test_each_turn_leaves_the_other_side_alone(gan):
 
 
 class FixedFeatures(torch.nn.Module):
-    """A network whose bottleneck is the noisy image itself, and whose image is zero."""
-
-    bottleneck_channels = 8
+    """A network whose one feature map is the noisy image itself, and whose image is zero."""
 
     def __init__(self):
         super().__init__()
+        self.feature_channels = {4: 8}
         self.scale = torch.nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x, sigma, labels, return_bottleneck=False):
-        features = self.scale * x
-        return {False: 0 * features, True: features, "both": (0 * features, features)}[return_bottleneck]
+    def forward(self, x, sigma, labels, features=None):
+        return 0 * x if features is None else (0 * x, self.encode(x, sigma, labels, features))
+
+    def encode(self, x, sigma, labels, features):
+        assert features == [4]
+        return [self.scale * x]
 
 
 def fixed_gan(**options):
@@ -196,8 +198,8 @@ def test_diffusion_gan_noises_up_to_its_level():
 def test_one_encoder_pass_serves_both_guidance_losses():
     """With the paper's setting the fake images go through `fake_unet` once: two calls in all, the other for the real images."""
     model = UnifiedModel(GuidanceModel(tiny_unet(), gan_classifier=True))
-    calls, forward = [], model.guidance_model.fake_unet.forward
-    model.guidance_model.fake_unet.forward = lambda *a, **k: (calls.append(len(a[0])), forward(*a, **k))[1]
+    calls, encoder = [], model.guidance_model.fake_unet.run_encoder
+    model.guidance_model.fake_unet.run_encoder = lambda *a, **k: (calls.append(len(a[0])), encoder(*a, **k))[1]
     images = torch.randn(4, 1, 8, 8)
     losses, _ = model.guidance_turn(images, LABELS, images[:3], LABELS[:3])
     assert calls == [4, 3] and set(losses) == {"loss_fake_mean", "guidance_cls_loss"}

@@ -1,11 +1,8 @@
-import math
-
 import pytest
 import torch
 from conftest import tiny_unet
 
 from model import Attention, SimpleUNet, denoising_loss, get_sigmas_karras, group_norm, preconditioning
-from training import lr_factor, update_ema
 
 
 def test_karras_sigmas_follow_edm_equation_5():
@@ -81,17 +78,42 @@ def test_attention_is_softmax_attention_a_head():
 
 
 @pytest.mark.parametrize("resolution, channels", [(8, 1), (16, 3), (28, 1), (64, 3)])
-def test_resolutions_config_and_bottleneck(resolution, channels):
+def test_resolutions_config_and_features(resolution, channels):
     net = tiny_unet(img_resolution=resolution, img_channels=channels, attn_resolutions=[resolution // 2])
     x, sigma, labels = torch.randn(2, channels, resolution, resolution), torch.ones(2), torch.tensor([3, 4])
     rebuilt = SimpleUNet(**net.config).eval()
     rebuilt.load_state_dict(net.state_dict())
     out = net(x, sigma, labels)
     torch.testing.assert_close(rebuilt(x, sigma, labels), out)
-    features = net(x, sigma, labels, return_bottleneck=True)
-    assert features.shape == (2, net.bottleneck_channels, resolution // 2, resolution // 2)
-    both = net(x, sigma, labels, return_bottleneck="both")
-    torch.testing.assert_close(both, (out, features))
+    sides = [resolution // 2, resolution]
+    both, maps = net(x, sigma, labels, features=sides)
+    assert torch.equal(both, out)
+    assert [feature.shape for feature in maps] == [(2, net.feature_channels[side], side, side) for side in sides]
+    assert all(torch.equal(a, b) for a, b in zip(net.encode(x, sigma, labels, sides), maps, strict=True))
+    with pytest.raises(ValueError, match=rf"no feature map at resolution 5; the encoder has \[{resolution}, {resolution // 2}\]"):
+        net.encode(x, sigma, labels, [5])
+
+
+def test_feature_maps_are_the_encoders_last():
+    """Behind the last block of each resolution, before it is halved; behind the coarsest come the middle blocks."""
+    net, x, labels = tiny_unet(channel_mult=(1, 2, 3), num_blocks=2), torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    outputs = {}
+    for level, blocks in enumerate(net.encoder):
+        blocks[-1].register_forward_hook(lambda module, inputs, output, side=8 >> level: outputs.update({side: output}))
+    net.middle[0].register_forward_hook(lambda *a: outputs.update(middle=True))
+    maps = net.encode(x, 1.0, labels, [2, 4, 8])
+    assert "middle" not in outputs and net.feature_channels == {8: 8, 4: 16, 2: 24}
+    for side, feature in zip([2, 4, 8], maps, strict=True):
+        assert torch.equal(feature, outputs[side])
+
+
+def test_a_network_without_classes_takes_no_labels():
+    net, x = tiny_unet(label_dim=0), torch.randn(2, 1, 8, 8)
+    out = net(x, 1.0)
+    assert torch.equal(net(x, 1.0, torch.tensor([0, 1])), out) and SimpleUNet(**net.config).config == net.config
+    assert not any("embed_class" in name for name in net.state_dict())
+    with pytest.raises(ValueError, match="class_labels are missing: the network has 10 classes"):
+        tiny_unet()(x, 1.0)
 
 
 def test_groups_of_the_norms():
@@ -116,24 +138,3 @@ def test_bad_shapes_are_refused():
         SimpleUNet(img_resolution=10, channel_mult=(1, 1, 1))
     with pytest.raises(ValueError, match="multiple of 8"):
         SimpleUNet(model_channels=20)
-
-
-def test_ema_equals_its_closed_form():
-    """With decay d and the warm-up far behind: ema_n = d^n ema_0 + (1 - d) sum_k d^(n - k) w_k."""
-    ema, net = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    weights, decay = [3.0, -1.0, 2.0, 0.5], 0.8
-    torch.nn.init.constant_(ema.weight, 10.0)
-    for step, weight in enumerate(weights):
-        torch.nn.init.constant_(net.weight, weight)
-        update_ema(ema, net, decay, updates=1000 + step)
-    n = len(weights)
-    expected = decay**n * 10 + (1 - decay) * sum(decay ** (n - 1 - k) * w for k, w in enumerate(weights))
-    assert math.isclose(ema.weight.item(), expected, rel_tol=1e-6)
-    update_ema(ema, net, decay, updates=1)  # early, the decay is 1/11
-    assert math.isclose(ema.weight.item(), expected / 11 + weights[-1] * 10 / 11, rel_tol=1e-6)
-
-
-def test_learning_rate_rises_and_falls_linearly():
-    factors = [lr_factor(step, warmup_steps=4, decay=0.25, step_number=16) for step in range(16)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4:13] == [1.0] * 9 and factors[13:] == [0.75, 0.5, 0.25]
-    assert lr_factor(0, warmup_steps=0, decay=0.0, step_number=5) == 1.0

@@ -135,7 +135,7 @@ def report_the_end():
 
 atexit.register(report_the_end)  # before the group's own, so that it comes after it
 sys.path.insert(0, {str(ROOT)!r})
-import parallel
+from support import parallel
 parallel.start()
 report()
 import torch._dynamo  # as torch's optimizers do

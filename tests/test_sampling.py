@@ -3,7 +3,7 @@ from itertools import pairwise
 import torch
 from conftest import GaussianDenoiser
 
-from sampling import class_noise, heun_sampler, one_step_sampler
+from sampling import class_noise, few_step_sampler, heun_sampler, one_step_sampler
 
 
 def test_heun_reaches_the_data_distribution():
@@ -41,6 +41,37 @@ def test_heun_counts_its_evaluations_and_one_step_takes_one():
     ((x, sigma),) = calls
     torch.testing.assert_close(x, 40 * noise)
     assert sigma.tolist() == [40.0, 40.0]
+
+
+def test_few_steps_noise_their_own_images_again():
+    """x = D(80 z; 80), then D(x + sigma e; sigma) at each further level, with e of the generator; the last image is the result."""
+    calls = []
+
+    def net(x, sigma, labels):
+        calls.append((x.clone(), sigma.clone()))
+        return x / 2 + labels.reshape(-1, 1, 1, 1)
+
+    z, labels = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    images = few_step_sampler(net, z, labels, [80.0, 24.0, 5.0], torch.Generator().manual_seed(7))
+    random, offset = torch.Generator().manual_seed(7), labels.reshape(-1, 1, 1, 1)
+    x = 40 * z + offset
+    for sigma in (24.0, 5.0):
+        x = (x + sigma * torch.randn(z.shape, generator=random)) / 2 + offset
+    torch.testing.assert_close(images, x)
+    assert [sigma.tolist() for _, sigma in calls] == [[80.0] * 2, [24.0] * 2, [5.0] * 2]
+
+
+def test_heun_keeps_within_the_networks_noise_levels():
+    class Bounded(GaussianDenoiser):
+        sigma_min, sigma_max = 0.02, 40.0
+
+        def forward(self, x, sigma, labels):
+            asked.append(float(sigma[0]))
+            return super().forward(x, sigma, labels)
+
+    asked = []
+    heun_sampler(Bounded(0.0, 0.5), torch.randn(1, 1, 2, 2), None, num_steps=5)
+    assert max(asked) == 40.0 and abs(min(asked) - 0.02) < 1e-6
 
 
 def test_class_noise_depends_on_seed_class_and_place_alone():

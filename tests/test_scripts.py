@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun, write_images, write_zip
+from edm_files import write_edm
 from PIL import Image
 from test_config import assert_refused
-from test_edm import write_edm
 
 import checkpoint
-from data import to_uint8
-from sampling import class_noise, heun_sampler, one_step_sampler
+from sampling import class_noise, few_step_sampler, heun_sampler, one_step_sampler
+from support.images import to_uint8
 
 TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
 DMD2_KEYS = {
@@ -23,6 +23,7 @@ DMD2_KEYS = {
     "guidance_cls_state_dict",
     "optimizer_generator_state_dict",
     "optimizer_guidance_state_dict",
+    "student_sigmas",
     "step",
     "model_config",
     "config",
@@ -186,7 +187,7 @@ def test_generate_writes_a_grid_a_class(runs, tmp_path):
 
 def test_generate_is_what_the_samplers_give(runs, tmp_path):
     """npz: uint8 [N, H, W, C] and int64 labels; the student in one step, the teacher by Heun, from the noise of the seed."""
-    for stage, sampler in (("dmd2", one_step_sampler), ("teacher", lambda *a: heun_sampler(*a, num_steps=3))):
+    for stage, sampler in (("dmd2", lambda *a: one_step_sampler(*a, 80.0)), ("teacher", lambda *a: heun_sampler(*a, num_steps=3))):
         file = runs / stage / f"{stage}_final.pt"
         arguments = ["--num_samples", 5, "--classes", "7,2", "--steps", 3, "--seed", 4, "--format", "npz", "--batch_size", 3]
         out = succeed("generate.py", "--checkpoint", file, "--output_dir", tmp_path, *arguments)
@@ -339,10 +340,10 @@ def readme_commands():
 
 def test_readme_commands_parse():
     """Each command of the README is accepted by its script's options, with files and values as written there."""
-    from config import BENCHMARK, DMD2, EVALUATE, EXPORT, GENERATE, IMPORT_EDM, TEACHER, parse_args
+    from support.config import BENCHMARK, DMD2, EVALUATE, EXPORT, GENERATE, IMPORT_TEACHER, TEACHER, parse_args
 
     tables = {"train_teacher.py": TEACHER, "train_dmd2.py": DMD2, "generate.py": GENERATE, "evaluate.py": EVALUATE}
-    tables |= {"benchmark.py": BENCHMARK, "import_edm.py": IMPORT_EDM, "export.py": EXPORT}
+    tables |= {"benchmark.py": BENCHMARK, "import_teacher.py": IMPORT_TEACHER, "export.py": EXPORT}
     commands = readme_commands()
     assert {command[1] for command in commands} == set(tables)
     folder = os.getcwd()
@@ -359,8 +360,9 @@ def test_readme_commands_run_in_order(group, runs, tmp_path):
     """The README's commands, one after the other, each on what the one before wrote; scaled down by flags."""
     for name in ("teacher", "dmd2"):
         shutil.copytree(runs / name, tmp_path / "log" / "checkpoints" / name)
-    for path in ROOT.glob("config_*.yaml"):
-        (tmp_path / path.name).write_text(path.read_text())
+    for path in [*ROOT.glob("config_*.yaml"), *ROOT.glob("configs/*.yaml")]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
     write_edm(tmp_path / "edm-cifar10-32x32-cond-vp.pkl")
     write_zip(tmp_path / "cifar10.zip", labels=[*range(10)] * 10, size=8)
     small = {
@@ -370,7 +372,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path):
         "benchmark.py": [*TINY_NET, "--repeats", "1"],
     }
     for runner, script, *arguments in readme_commands():
-        pretrained = script in ("import_edm.py", "export.py", "benchmark.py") or "edm_cifar10" in " ".join(arguments)
+        pretrained = script in ("import_teacher.py", "export.py", "benchmark.py") or "edm_cifar10" in " ".join(arguments)
         if group != ("pretrained" if pretrained else runner):
             continue
         if "--wandb" in arguments:
@@ -395,7 +397,7 @@ def test_teacher_learns_real_digits(tmp_path):
     """Half a minute of training on mnist5k: an untrained network starts at a loss near 2.0, 150 steps must bring it below 0.6."""
     arguments = [
         "--config",
-        ROOT / "config_mnist0.yaml",
+        ROOT / "configs" / "mnist0.yaml",
         "--step_number",
         150,
         "--lr_decay",
@@ -411,16 +413,23 @@ def test_teacher_learns_real_digits(tmp_path):
 
 
 def test_load_network_in_a_notebook(tmp_path):
-    """A checkpoint of only what every one has: its generator is called at its own noise level, in a notebook and by generate.py."""
+    """A checkpoint of only what all have always had: its generator is called at its own level, in a notebook and by generate.py."""
     net = tiny_unet()
     state = {"feedforward_model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config}
     checkpoint.save(tmp_path / "x.pt", state | {"config": {"conditioning_sigma": 3.0}})
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # no temporary file stays
-    loaded, noise, labels = checkpoint.load_network(tmp_path / "x.pt"), torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
-    images = one_step_sampler(loaded, noise, labels)
-    torch.testing.assert_close(images, one_step_sampler(net, noise, labels, 3.0))
-    assert not torch.allclose(images, one_step_sampler(net, noise, labels), atol=0.01)  # any other network is called at 80
+    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    images = checkpoint.load_sampler(tmp_path / "x.pt")(noise, labels)
+    loaded = checkpoint.load_network(tmp_path / "x.pt")
+    torch.testing.assert_close(images, one_step_sampler(loaded, noise, labels, 3.0))
+    assert not torch.allclose(images, one_step_sampler(net, noise, labels, 80.0), atol=0.01)
     assert json.dumps(loaded.config)
+    checkpoint.save(tmp_path / "two.pt", state | {"config": {}, "student_sigmas": [80.0, 3.0]})
+    two_steps = checkpoint.load_sampler(tmp_path / "two.pt")
+    torch.manual_seed(1)
+    images = two_steps(noise, labels)
+    torch.manual_seed(1)
+    torch.testing.assert_close(images, few_step_sampler(net, noise, labels, [80.0, 3.0]))
     succeed("generate.py", "--checkpoint", tmp_path / "x.pt", "--output_dir", tmp_path, "--num_samples", 1, "--format", "npz")
     expected = to_uint8(one_step_sampler(net, *class_noise(range(10), 1, (1, 8, 8), 0), 3.0)).int()
     made = torch.from_numpy(np.load(tmp_path / "samples.npz")["images"]).permute(0, 3, 1, 2).int()

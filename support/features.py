@@ -1,4 +1,4 @@
-"""What measures images: Inception's features (FID), or those of a small classifier trained on the data set itself.
+"""What sees images: Inception (FID), or a small classifier trained on the data set itself.
 
 A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N, D]`, logits `[N, K]`) on the CPU.
 """
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch_fidelity.utils import create_feature_extractor
 
 import checkpoint
-from config import UserError
-from data import Batches, Dataset, to_float
-from logger import save_grid
-from parallel import broadcast, gather_rows, one_first, own_rows, rank
+from data import Batches, Dataset
+from support.config import UserError
+from support.images import to_float
+from support.parallel import broadcast, gather_rows, one_first, own_rows, rank
 
 BATCH_SIZE = 250
 
@@ -35,8 +36,6 @@ def inception(weights, device):
 
     Raises UserError where they cannot be had.
     """
-    from torch_fidelity.utils import create_feature_extractor
-
     try:
         if weights:
             torch.load(weights, weights_only=True)  # torch-fidelity's own loader would run code from a hostile file
@@ -153,35 +152,3 @@ def cache_path(dataset_name, data_dir, config):
     """Where the classifier of a data set is kept: beside the data."""
     path = Path(data_dir).resolve() if dataset_name == "folder" else Path(data_dir) / dataset_name
     return path.with_name(f"{path.stem}_judge_{config['img_resolution']}x{config['img_channels']}.pt")
-
-
-def scores(judged, labels, real, args):
-    """What `judged`, a judge's (features, logits) of images asked for as `labels`, is worth beside the `real` features.
-
-    Frechet distance; with the classifier the share of images given their own label; Inception Score, precision and recall of the
-    Inception features where `args` asks for them. Computed by torch-fidelity.
-    """
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    features, logits = judged
-    statistics = [fid_features_to_statistics(part.double()) for part in (features, real)]
-    result = {"images": len(features), "frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
-    if args.features == "classifier":
-        result["own_label"] = (logits.argmax(1) == labels.cpu()).float().mean().item()
-    if args.inception_score:
-        result["inception_score"] = isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
-    if args.precision_recall:
-        metric = prc_features_to_metric(features, real, verbose=False, save_cpu_ram=True)  # 50,000 squared would not fit
-        result |= {"precision": metric[KEY_METRIC_PRECISION], "recall": metric[KEY_METRIC_RECALL]}
-    return result
-
-
-def save_comparison(path, teacher_images, student_images, labels):
-    """A PNG with, for each of up to ten classes, a row of the teacher's uint8 images over the student's from the same noise."""
-    classes = labels.unique()[:10]
-    columns = min([16, *((labels == label).sum().item() for label in classes)])
-    index = [(labels == label).nonzero().flatten()[:columns] for label in classes]
-    rows = [images[row] for row in index for images in (teacher_images, student_images)]
-    save_grid(path, to_float(torch.cat(rows)), columns=columns)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import preconditioning
+from model import Denoiser, resolutions
 
 SKIP_SCALE = math.sqrt(0.5)  # the sum of two branches keeps the variance of one
 
@@ -79,12 +79,12 @@ class ResBlock(nn.Module):
         return self.attention(SKIP_SCALE * (self.skip(x) + h))
 
 
-class SongUNet(nn.Module):
-    """D(x; sigma, class): predicts the clean image (EDM eq. 7). Arguments bear EDM's names; the defaults are the CIFAR-10 teacher.
+class SongUNet(Denoiser):
+    """DDPM++ and NCSN++. Arguments bear EDM's names; the defaults are the CIFAR-10 teacher.
 
     img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
     img_channels:       1 or 3
-    label_dim:          number of classes
+    label_dim:          number of classes; 0: unconditional
     model_channels:     base width
     channel_mult:       width of each resolution, from the finest, in units of `model_channels`
     channel_mult_emb:   width of the embedding of noise level and class, in the same units
@@ -97,9 +97,9 @@ class SongUNet(nn.Module):
     encoder_type:       standard (DDPM++), or residual (NCSN++): the noisy image itself also comes down, beside the features
     resample_filter:    taps of the low-pass in halving and doubling: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++)
 
-    EDM's input for augmentation labels is left out: it has no bias and is zero in sampling and distillation. `net.config` rebuilds
-    the network, less its key `network`, by which a checkpoint tells this class from SimpleUNet. Initial weights are torch's, not
-    EDM's. Raises ValueError where `img_resolution` cannot be halved often enough or a width does not fit its norm.
+    EDM's input for augmentation labels is left out: it has no bias and is zero in sampling and distillation. By the key `network`
+    of `net.config` a checkpoint tells this class from SimpleUNet; it is no argument. Initial weights are torch's, not EDM's.
+    Raises ValueError where `img_resolution` cannot be halved often enough or a width does not fit its norm.
     """
 
     def __init__(
@@ -119,28 +119,24 @@ class SongUNet(nn.Module):
         encoder_type="standard",
         resample_filter=(1, 1),
     ):
-        super().__init__()
-        halvings = len(channel_mult) - 1
-        if img_resolution % 2**halvings:
-            raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
-        self.config = dict(
+        sides = resolutions(img_resolution, channel_mult)
+        super().__init__(
             network="SongUNet",
             img_resolution=img_resolution,
             img_channels=img_channels,
             label_dim=label_dim,
             model_channels=model_channels,
-            channel_mult=list(channel_mult),
+            channel_mult=channel_mult,
             channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks,
-            attn_resolutions=list(attn_resolutions),
+            attn_resolutions=attn_resolutions,
             dropout=dropout,
             sigma_data=sigma_data,
             embedding_type=embedding_type,
             channel_mult_noise=channel_mult_noise,
             encoder_type=encoder_type,
-            resample_filter=list(resample_filter),
+            resample_filter=resample_filter,
         )
-        self.label_dim, self.sigma_data = label_dim, sigma_data
 
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
         half = noise_channels // 2
@@ -150,7 +146,7 @@ class SongUNet(nn.Module):
         else:  # random, in whole waves a unit; kept with the weights
             self.radians = 2 * math.pi
             self.register_buffer("freqs", 16 * torch.randn(half))
-        self.embed_class = nn.Linear(label_dim, noise_channels)
+        self.embed_class = nn.Linear(label_dim, noise_channels) if label_dim else None
         self.embed_hidden = nn.Linear(noise_channels, emb_channels)
         self.embed_out = nn.Linear(emb_channels, emb_channels)
         self.register_buffer("kernel", lowpass(resample_filter), persistent=False)
@@ -163,7 +159,7 @@ class SongUNet(nn.Module):
         self.encoder, self.image_down, self.decoder = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         skip_widths = [width]
         image_width = img_channels
-        for level, mult in enumerate(channel_mult):
+        for level, (resolution, mult) in enumerate(zip(sides, channel_mult, strict=True)):
             blocks = nn.ModuleList()
             if level:
                 blocks.append(block(width, width, resample=downsample))
@@ -172,20 +168,20 @@ class SongUNet(nn.Module):
                 self.image_down.append(nn.Conv2d(image_width, width, 3, padding=len(resample_filter) // 2))
                 image_width = width
             for _ in range(num_blocks):
-                blocks.append(block(width, model_channels * mult, img_resolution >> level in attn_resolutions))
+                blocks.append(block(width, model_channels * mult, resolution in attn_resolutions))
                 width = model_channels * mult
                 skip_widths.append(width)
             self.encoder.append(blocks)
+            self.feature_channels[resolution] = width
 
-        self.bottleneck_channels = width
         self.middle = nn.ModuleList([block(width, width, attention=True), block(width, width)])
 
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for resolution, mult in zip(reversed(sides), reversed(channel_mult), strict=True):
             blocks = nn.ModuleList()
-            if level < halvings:
+            if resolution != sides[-1]:
                 blocks.append(block(width, width, resample=upsample))
             for index in range(num_blocks + 1):
-                attention = index == num_blocks and img_resolution >> level in attn_resolutions
+                attention = index == num_blocks and resolution in attn_resolutions
                 blocks.append(block(width + skip_widths.pop(), model_channels * mult, attention))
                 width = model_channels * mult
             self.decoder.append(blocks)
@@ -193,41 +189,31 @@ class SongUNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, img_channels, 3, padding=1)
 
-    def forward(self, x, sigma, class_labels, return_bottleneck=False):
-        """The denoised image D(x; sigma), `[B, C, H, W]`.
-
-        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`.
-        return_bottleneck: True for the middle blocks' features `[B, bottleneck_channels, h, w]` instead, without the cost of the
-        decoder; "both" for the pair (image, features).
-        """
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
-
-        angle = c_noise.flatten(1) * (self.freqs * self.radians)
-        if class_labels.dim() == 1:
-            class_labels = F.one_hot(class_labels, self.label_dim)
-        one_hot = class_labels.to(angle.dtype) * math.sqrt(self.label_dim)  # of unit mean square
-        emb = torch.cat([angle.sin(), angle.cos()], dim=1) + self.embed_class(one_hot)
+    def run_encoder(self, x, c_noise, class_labels, features):
+        angle = c_noise * (self.freqs * self.radians)
+        emb = torch.cat([angle.sin(), angle.cos()], dim=1)
+        if self.embed_class:
+            emb = emb + self.embed_class(class_labels * math.sqrt(self.label_dim))  # of unit mean square
         emb = F.silu(self.embed_hidden(emb))
         emb = F.silu(self.embed_out(emb))
 
-        image = c_in * x  # the layout in memory is that of the weights, which convolutions pass on
+        image = x  # the layout in memory is that of the weights, which convolutions pass on
         h = self.conv_in(image)
-        skips = [h]
+        skips, maps = [h], {}
         for level, blocks in enumerate(self.encoder):
             for index, block in enumerate(blocks):
                 h = block(h, emb)
                 if self.image_down and level and index == 0:
                     h = image = SKIP_SCALE * (h + downsample(self.image_down[level - 1](image), self.kernel, padding=0))
                 skips.append(h)
+            if h.shape[-1] in features:
+                maps[h.shape[-1]] = h
+        return maps, (h, skips, emb)
+
+    def run_decoder(self, h, skips, emb):
         for block in self.middle:
             h = block(h, emb)
-        bottleneck = h
-        if return_bottleneck is True:
-            return bottleneck
         for blocks in self.decoder:
             for block in blocks:
                 h = block(h if block.resample else torch.cat([h, skips.pop()], dim=1), emb)
-        F_x = self.conv_out(F.silu(self.norm_out(h)))
-        denoised = c_skip * x + c_out * F_x  # EDM eq. 7
-        return (denoised, bottleneck) if return_bottleneck == "both" else denoised
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -7,8 +7,11 @@ import torch
 from conftest import ROOT, run_script, succeed, write_images
 from test_config import assert_refused
 
-import judge
-from data import load_dataset, to_uint8
+from data import load_dataset
+from support import features
+from support.config import UserError
+from support.images import to_uint8
+from support.metrics import scores
 
 CPU = torch.device("cpu")
 CLASSIFIER = Namespace(features="classifier", inception_score=False, precision_recall=False)
@@ -20,20 +23,20 @@ def test_classifier_ranks_real_above_blurred_above_noise(tmp_path):
     """Real digits that it has not seen, the same moved half-way to their class mean, noise. And it reads digits."""
     dataset = load_dataset("mnist5k", tmp_path, 16)
     cache = tmp_path / "judge.pt"
-    measure, accuracy = judge.classifier(dataset, cache, CPU, steps=300)
+    measure, accuracy = features.classifier(dataset, cache, CPU, steps=300)
     assert accuracy > 0.95
-    again, same_accuracy = judge.classifier(dataset, cache, CPU, steps=300)  # from the cache
+    again, same_accuracy = features.classifier(dataset, cache, CPU, steps=300)  # from the cache
     images = dataset.images[:50]
     assert same_accuracy == accuracy and torch.equal(again(images)[0], measure(images)[0])
 
-    train_set, held_out = judge.split(dataset)
+    train_set, held_out = features.split(dataset)
     assert len(train_set.labels) == 4000 and len(held_out.labels) == 1000
     real = measure(train_set.images)[0]
     means = torch.stack([train_set.images[train_set.labels == label].float().mean(0) for label in range(10)])
     blurred = ((held_out.images.float() + means[held_out.labels]) / 2).to(torch.uint8)
     noise = to_uint8(torch.randn(1000, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
-    scores = [judge.scores(measure(images), held_out.labels, real, CLASSIFIER) for images in (held_out.images, blurred, noise)]
-    distances, shares = ([score[key] for score in scores] for key in ("frechet_distance", "own_label"))
+    judged = [scores(measure(images), held_out.labels, real, CLASSIFIER) for images in (held_out.images, blurred, noise)]
+    distances, shares = ([score[key] for score in judged] for key in ("frechet_distance", "own_label"))
     assert distances[0] < distances[1] < distances[2] and distances[2] > 10 * distances[0]
     assert shares[0] > 0.95 and shares[2] < 0.3
 
@@ -42,14 +45,14 @@ def test_cached_classifier_of_other_data_is_not_used(tmp_path):
     write_images(tmp_path / "a", size=16)
     write_images(tmp_path / "b", size=16, seed=1)
     for name in ("a", "b"):
-        judge.classifier(load_dataset("folder", tmp_path / name, 16), tmp_path / "judge.pt", CPU, steps=2)
-        judge.classifier(load_dataset("folder", tmp_path / name, 16), "/dev/null/judge.pt", CPU, steps=2)  # nowhere to keep it
+        features.classifier(load_dataset("folder", tmp_path / name, 16), tmp_path / "judge.pt", CPU, steps=2)
+        features.classifier(load_dataset("folder", tmp_path / name, 16), "/dev/null/judge.pt", CPU, steps=2)  # nowhere to keep it
         state = torch.load(tmp_path / "judge.pt", weights_only=True)
         if name == "a":
             first = state
     assert state["fingerprint"] != first["fingerprint"]
     (tmp_path / "judge.pt").write_bytes(b"ab")  # damaged: made again
-    judge.classifier(load_dataset("folder", tmp_path / "a", 16), tmp_path / "judge.pt", CPU, steps=2)
+    features.classifier(load_dataset("folder", tmp_path / "a", 16), tmp_path / "judge.pt", CPU, steps=2)
     assert torch.load(tmp_path / "judge.pt", weights_only=True)["fingerprint"] == first["fingerprint"]
 
 
@@ -70,17 +73,15 @@ def inception_weights(tmp_path_factory):
 
 
 def test_fid_of_identical_sets_is_zero_and_of_shifted_sets_is_not(inception_weights):
-    measure = judge.inception(str(inception_weights), CPU)
+    measure = features.inception(str(inception_weights), CPU)
     images = torch.randint(0, 200, (24, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features, logits = measure(images)
-    assert features.shape == (24, 2048) and logits.shape == (24, 1008)
-    same = judge.scores((features, logits), None, features, INCEPTION)
-    shifted = judge.scores(measure(images + 50), None, features, INCEPTION)
+    seen, logits = measure(images)
+    assert seen.shape == (24, 2048) and logits.shape == (24, 1008)
+    same = scores((seen, logits), None, seen, INCEPTION)
+    shifted = scores(measure(images + 50), None, seen, INCEPTION)
     assert abs(same["frechet_distance"]) < 1e-3 * shifted["frechet_distance"]
     assert same["precision"] == same["recall"] == 1.0 and same["inception_score"] >= 1.0
-    part = judge.scores(
-        (features[:12], logits[:12]), None, features, INCEPTION
-    )  # every image is real, half of the real are missing
+    part = scores((seen[:12], logits[:12]), None, seen, INCEPTION)  # every image is real, half of the real are missing
     assert part["precision"] == 1.0 and part["images"] == 12
     grey = measure(images[:2, :1])[0]  # one channel stands for all three
     torch.testing.assert_close(grey, measure(images[:2, :1].expand(-1, 3, -1, -1))[0])
@@ -106,8 +107,8 @@ def test_failed_download_of_inception_says_what_to_do(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(module, "load_state_dict_from_url", offline)
-    with pytest.raises(judge.UserError, match=r"no network.*--inception_weights.*--features classifier"):
-        judge.inception(None, CPU)
+    with pytest.raises(UserError, match=r"no network.*--inception_weights.*--features classifier"):
+        features.inception(None, CPU)
 
 
 def test_evaluate_a_folder_beside_its_teacher(runs, tmp_path):

@@ -1,6 +1,5 @@
-"""What a run tells: a progress bar, `metrics.jsonl`, sample grids, and Weights & Biases where it is wanted."""
+"""What a run reports: a progress bar, `metrics.jsonl`, sample grids, and Weights & Biases where it is wanted."""
 
-import fcntl
 import json
 import math
 import sys
@@ -8,35 +7,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import yaml
-from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
-import parallel
-from config import UserError, make_folder, writing
-from data import to_uint8
-
-
-def tile(images, columns):
-    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]` on white (torchvision is slow to import)."""
-    images = F.pad(images, (1, 1, 1, 1), value=255)
-    missing = -len(images) % columns
-    images = torch.cat([images, torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)])
-    N, C, H, W = images.shape
-    return images.reshape(N // columns, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(N // columns * H, columns * W, C)
-
-
-def save_grid(path, *blocks, columns):
-    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: side by side, grids of `columns` columns, enlarged if tiny."""
-    tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
-    gap = torch.full_like(tiles[0][:, :8], 255)
-    picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
-    picture = Image.fromarray(picture.squeeze(2).numpy())
-    scale = max(1, 64 // blocks[0].shape[-1])
-    with writing(path):
-        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+from support import parallel
+from support.config import public, writing
+from support.images import save_grid
 
 
 class Logger:
@@ -44,17 +19,13 @@ class Logger:
 
     Under torchrun rank 0 alone writes and prints; the others only give it their metrics.
 
-    args: the script's options; kind: teacher or dmd2; start_step: the step that a resumed run goes on from.
+    args: the script's options; start_step: the step that a resumed run goes on from; wandb_run_id: its run at W&B.
     """
 
-    def __init__(self, args, kind, start_step=0, wandb_run_id=None):
-        self.args, self.kind, self.writes = args, kind, parallel.rank() == 0
+    def __init__(self, args, start_step=0, wandb_run_id=None):
+        self.args, self.writes = args, parallel.rank() == 0
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
-        if parallel.agree(start_step) != start_step:  # they meet here, too, so that all have read what they go on from
-            raise UserError("the processes go on from different checkpoints; --output_dir must be one folder for all machines")
-        if self.writes:
-            self.occupy_folder(start_step)
         silent = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
         self.sums, self.counts = {}, {}
@@ -62,43 +33,6 @@ class Logger:
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
         self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb and self.writes else None
-
-    def occupy_folder(self, start_step):
-        """Makes the folder this run's alone."""
-        make_folder("--output_dir", self.output_dir / "samples")
-        # config.yaml repeats the run from its start
-        afresh = public(self.args) | {"resume_from_checkpoint": None, "overwrite": False}
-        with writing(self.output_dir):
-            (self.output_dir / ".lock").touch()
-            self.lock = (self.output_dir / ".lock").open()  # locked, through the open file, until the process ends
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--output_dir {self.output_dir}: another process trains there; take another folder") from None
-            self.take_over(start_step)
-            (self.output_dir / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
-
-    def take_over(self, start_step):
-        """Refuses a folder with another run's checkpoints; cleans up after a kill; sets aside what is after `start_step`."""
-        present = checkpoint.by_step(self.output_dir, self.kind)
-        holds = present or checkpoint.by_step(self.output_dir, "dmd2" if self.kind == "teacher" else "teacher")
-        if holds and not self.args.resume_from_checkpoint and not self.args.overwrite:
-            raise UserError(
-                f"--output_dir {self.output_dir} holds another run ({holds[-1][1].name}); "
-                "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
-            )
-        for file in self.output_dir.glob(f"{self.kind}_*.pt.tmp"):
-            file.unlink()
-        for step, file in present:
-            if self.args.overwrite:
-                file.unlink()
-            elif step > start_step:  # this run goes another way from here: `latest` must not come back to them
-                file.rename(file.with_name(file.name + ".old"))
-        lines = self.metrics_path.read_text().splitlines(keepends=True) if start_step and self.metrics_path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start_step]
-        temporary = self.metrics_path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.metrics_path)
 
     def start_wandb(self, run_id):
         """The W&B run, continued where `run_id` is given; None, said once, where W&B cannot be had: training goes on without."""
@@ -201,13 +135,15 @@ class Logger:
 
         self.send(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
 
-    def saved(self, path):
-        """Tells that a checkpoint was written, sends it to W&B where that is wanted, and deletes those not to be kept."""
-        self.message(f"saved {path}")
+    def artifact(self, path):
+        """Sends the checkpoint at `path` to W&B where that is wanted."""
         if self.args.wandb_log_checkpoints:
-            artifact = dict(type="model", aliases=[path.stem])
-            self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **artifact))
-        checkpoint.prune(self.output_dir, self.kind, self.args.keep_last, self.args.keep_every)
+            options = dict(type="model", aliases=[path.stem])
+            self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **options))
+
+    @property
+    def wandb_run_id(self):
+        return self.wandb_run.id if self.wandb_run else None
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)
@@ -215,8 +151,3 @@ class Logger:
     def close(self):
         self.bar.close()
         self.send(lambda run: run.finish())
-
-
-def public(args):
-    """The options as a dict fit to be stored: no keys."""
-    return {name: value for name, value in vars(args).items() if name != "wandb_key"}

@@ -1,13 +1,11 @@
-"""What the two training loops share: device and precision, learning rate, optimizer step, averaged weights, stopping."""
+"""What the two training loops share: device and precision, learning rate, optimizer step, averaged weights."""
 
 import os
-import signal
-import time
 
 import torch
 
-import parallel
-from config import UserError
+from support import parallel
+from support.config import UserError
 
 
 def choose_device(args):
@@ -112,35 +110,6 @@ class BadSteps:
                 f"step {step}: {int(self.longest)} steps in a row had gradients that are not finite and were skipped "
                 f"(sigma {sigmas}); go on from the last checkpoint in {folder}, with a lower learning rate"
             )
-
-
-class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
-
-    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
-    asks all processes, so that they stop after the same step.
-    """
-
-    def __init__(self, max_minutes=None):
-        self.signal = self.reason = 0
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if not self.signal:
-            self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() > self.since + 1:
-            os._exit(128 + number)
-
-    @property
-    def due(self):
-        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
-        return self.reason > 0
-
-    @property
-    def exit_status(self):
-        return 128 + self.reason if self.reason > 1 else 0
 
 
 def accumulate(totals, values, parts):

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
+from pathlib import Path
 
 import yaml
 
@@ -201,7 +202,7 @@ EVALUATE = [
     *SAMPLING,
     *MACHINE,
 ]
-IMPORT_EDM = [
+IMPORT_TEACHER = [
     Option("source", "./edm-cifar10-32x32-cond-vp.pkl", text, "NVIDIA's pickle, or a state_dict of the same network (.pth)"),
     Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", text, "teacher checkpoint to write; must not exist"),
 ]
@@ -294,7 +295,9 @@ def read_yaml(path):
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, UniqueKeyLoader)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        moved = Path("configs", Path(path).name.removeprefix("config_"))
+        hint = f"; it is {moved} now" if (Path(__file__).parents[1] / moved).exists() else ""
+        raise UserError(f"--config {path}: {error.strerror}{hint}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # the loader's own, and its conversions'
@@ -365,10 +368,15 @@ def writing(path):
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
 
 
-def run(main):
-    """Calls `main()`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback."""
+def public(args):
+    """The options as a dict fit to be stored: no keys."""
+    return {name: value for name, value in vars(args).items() if name != "wandb_key"}
+
+
+def exit_on_error(function, *arguments):
+    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback."""
     try:
-        main()
+        return function(*arguments)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes on a machine make the same mistake
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

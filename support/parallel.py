@@ -41,6 +41,19 @@ def own_rows(batch):
     return batch.tensor_split(world_size())[rank()]
 
 
+def rows_of(draw):
+    """`draw`, torch.randn or torch.randint, as a function that draws for all processes' batches and returns this process's rows.
+
+    It is called as `draw` is, the size `(B, ...)` being this process's.
+    """
+
+    def draw_rows(*arguments, **options):
+        *bounds, (rows, *shape) = arguments
+        return own_rows(draw(*bounds, (rows * world_size(), *shape), **options))
+
+    return draw_rows
+
+
 def micro_batches(parts, *batches):
     """This process's rows of each of `parts` successive parts of the global batches, as tuples."""
     return zip(*[map(own_rows, batch.chunk(parts)) for batch in batches], strict=True)

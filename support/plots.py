@@ -4,7 +4,7 @@ import json
 
 import matplotlib
 
-from config import UserError, writing
+from support.config import UserError, writing
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt

@@ -1,0 +1,1 @@
+"""Readers of other projects' checkpoints; `import_teacher.py` calls them."""

@@ -1,0 +1,216 @@
+"""NVIDIA's pretrained EDM networks (Karras et al. 2022): from their files to `SongUNet`, without running code from a file."""
+
+import io
+import pickle
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from importers.safe_pickle import read
+from networks.song_unet import SongUNet, lowpass
+from support.config import UserError
+
+
+def load_edm(path):
+    """(the network, without weights; its float32 `state_dict`; what was left out of the file, in words) of the file at `path`.
+
+    Raises UserError where it is missing, damaged, hostile or another network.
+    """
+    tensors, told = read_source(path)
+    try:
+        with torch.device("meta"):
+            net = SongUNet(**architecture(tensors), **told)
+        return net, *convert(tensors, net)
+    except ValueError as error:
+        raise UserError(f"--source {path}: {error}") from None
+    except (IndexError, ZeroDivisionError, RuntimeError):  # shapes that no network has
+        raise UserError(f"--source {path}: not a SongUNet of EDM's") from None
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------------
+
+
+def read_source(path):
+    """The tensors of the file at `path` by EDM's names, in a dict, and what no tensor tells: `dropout`, `sigma_data`, if known.
+
+    The file is NVIDIA's pickle, whose entry `ema` is taken, or a `state_dict` that torch.save wrote (then EDM's preconditioning
+    is taken for granted). No code in either is run. Raises UserError where it is missing, damaged, hostile or another network.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith(b"PK"):  # torch.save writes a ZIP
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch writes checksums but does not read them
+                damaged = archive.testzip()
+            content = None if damaged else load_tensors(data)
+            if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+                raise ValueError("damaged, or no state_dict: it has to hold a network's tensors by name, and nothing else")
+            return {str(name).removeprefix("model."): tensor for name, tensor in content.items()}, {}
+        content = read(data)
+        if not isinstance(content, dict) or "ema" not in content:
+            raise ValueError("not a network of EDM's: no entry `ema`")
+        return read_network(content["ema"])
+    except OSError as error:
+        raise UserError(f"--source {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"--source {path}: {str(error).splitlines()[0]}") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error):
+        raise UserError(f"--source {path}: damaged, or not a network of EDM's") from None
+
+
+def read_network(ema):
+    """What `read_source` returns, of the recorded EDMPrecond object `ema`. Raises ValueError where it is something else."""
+    name, precond = persistent(ema)
+    if name != "EDMPrecond":
+        raise ValueError(f"preconditioned by {name!r:.60}; only EDM's own (EDMPrecond) is supported")
+    name, unet = persistent(precond["_modules"]["model"])
+    if name != "SongUNet":
+        raise ValueError(f"the network is a {name!r:.60}; only SongUNet (DDPM++, NCSN++) is supported")
+    told = {"sigma_data": float(precond["sigma_data"])}
+    if "dropout" in unet["_init_kwargs"]:
+        told["dropout"] = float(unet["_init_kwargs"]["dropout"])
+    return dict(named_tensors(unet, "", seen=set())), told
+
+
+def persistent(record):
+    """(class name, attributes) of an object that `torch_utils.persistence` wrote; the source code with them is left alone."""
+    meta = record.args[0]
+    return meta["class_name"], meta["state"]
+
+
+def named_tensors(module, prefix, seen):
+    """Pairs (name, tensor) of a recorded torch module, given its attributes, and of those inside it, as `state_dict` names them."""
+    if id(module) in seen:
+        raise ValueError(f"the module {prefix!r:.60} occurs twice")
+    seen.add(id(module))
+    for name, value in (module["_parameters"] | module["_buffers"]).items():
+        if value is not None:
+            yield prefix + name, rebuild(value)
+    for name, child in module["_modules"].items():
+        if child is not None:
+            attributes = child.state or persistent(child)[1]  # torch's own containers have a state; NVIDIA's classes carry theirs
+            yield from named_tensors(attributes, f"{prefix}{name}.", seen)
+
+
+def load_tensors(data):
+    """What torch.save wrote as the bytes `data`, if that is nothing but tensors and plain containers; else raises ValueError."""
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("it holds more than tensors, or is damaged; nothing in it was run") from None
+    except Exception:  # whatever a damaged file leads torch's reader to
+        raise ValueError("damaged") from None
+
+
+def rebuild(record):
+    """The tensor that a pickle describes by the calls of `torch._utils`. Raises ValueError where it exceeds what is stored."""
+    if record.made_by.endswith("_rebuild_parameter"):
+        record = record.args[0]
+    storage, offset, size, stride = record.args[:4]
+    stored = load_tensors(storage.args[0])
+    flat = torch.empty(0, dtype=stored.dtype).set_(stored._untyped_storage)
+    if torch.Size(size).numel() > flat.numel():
+        raise ValueError("a tensor is larger than what is stored of it")
+    return flat.as_strided(size, stride, offset)
+
+
+# ---- the network --------------------------------------------------------------------------------------------------------
+
+
+def architecture(tensors):
+    """SongUNet's arguments, but `dropout` and `sigma_data`, by the names and shapes of EDM's tensors.
+
+    Raises ValueError where a tensor is missing that every SongUNet with classes has.
+    """
+
+    def shape(name):
+        if name not in tensors:
+            raise ValueError(f"not a SongUNet of EDM's: no tensor {name}")
+        return tensors[name].shape
+
+    if "map_layer0.weight" in tensors and "map_label.weight" not in tensors:
+        raise ValueError("trained without classes; take a class-conditional network (-cond-)")
+    sides = sorted({int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d{1,4})x\1_block0\.", name))}, reverse=True)
+    first = f"enc.{sides[0]}x{sides[0]}" if sides else "enc.32x32"
+    model_channels, img_channels = shape(f"{first}_conv.weight")[:2]
+    noise_channels, label_dim = shape("map_label.weight")
+    kernels = [tensor for name, tensor in tensors.items() if name.endswith(".resample_filter")]
+    residual = any("_aux_residual." in name for name in tensors)
+    return {
+        "img_resolution": sides[0],
+        "img_channels": img_channels,
+        "label_dim": label_dim,
+        "model_channels": model_channels,
+        "channel_mult": [shape(f"enc.{side}x{side}_block0.conv0.weight")[0] // model_channels for side in sides],
+        "channel_mult_emb": shape("map_layer0.weight")[0] // model_channels,
+        "num_blocks": sum(bool(re.fullmatch(rf"{first}_block\d+\.conv0\.weight", name)) for name in tensors),
+        "attn_resolutions": [side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in tensors],
+        "embedding_type": "fourier" if "map_noise.freqs" in tensors else "positional",
+        "channel_mult_noise": noise_channels // model_channels,
+        "encoder_type": "residual" if residual else "standard",
+        "resample_filter": [1, 3, 3, 1] if (kernels[0].shape[-1] == 4 if kernels else residual) else [1, 1],
+    }
+
+
+def edm_name(name, config):
+    """What EDM calls the tensor that SongUNet calls `name`."""
+    sides = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
+    finest, coarsest = (f"{side}x{side}" for side in (sides[0], sides[-1]))
+
+    def block(sides, level, index, resampling):
+        """Blocks are numbered without the one that halves or doubles, which comes first at every level but the first."""
+        index, side = int(index) - (level != "0"), sides[int(level)]
+        return f"{side}x{side}_{resampling}" if index < 0 else f"{side}x{side}_block{index}"
+
+    match name.replace("attention.norm", "norm2").replace("attention.", "").split("."):
+        case ["freqs"]:
+            path = ["map_noise", "freqs"]
+        case ["embed_class" | "embed_hidden" | "embed_out" as layer, leaf]:
+            path = [{"embed_class": "map_label", "embed_hidden": "map_layer0", "embed_out": "map_layer1"}[layer], leaf]
+        case ["conv_in", leaf]:
+            path = ["enc", f"{finest}_conv", leaf]
+        case ["encoder", level, index, *leaf]:
+            path = ["enc", block(sides, level, index, "down"), *leaf]
+        case ["image_down", index, leaf]:
+            path = ["enc", "{0}x{0}_aux_residual".format(sides[int(index) + 1]), leaf]
+        case ["middle", index, *leaf]:
+            path = ["dec", f"{coarsest}_in{index}", *leaf]
+        case ["decoder", level, index, *leaf]:
+            path = ["dec", block(sides[::-1], level, index, "up"), *leaf]
+        case ["norm_out" | "conv_out" as layer, leaf]:
+            path = ["dec", f"{finest}_aux_{layer.removesuffix('_out')}", leaf]
+    return ".".join(path)
+
+
+def convert(tensors, net):
+    """(the float32 `state_dict` of `net`, what was left out, in words), from tensors by EDM's names, each of which is used once.
+
+    Left out are the augmentation labels' layer, which has no bias and an input of zero, and the low-pass filters, constants of
+    `net` (they are compared). Raises ValueError where any other tensor is missing, left over, of another shape, or not finite.
+    """
+    remaining, state = dict(tensors), {}
+    for name, expected in net.state_dict().items():
+        theirs = edm_name(name, net.config)
+        if theirs not in remaining:
+            raise ValueError(f"no tensor {theirs}")
+        tensor = remaining.pop(theirs)
+        if tensor.shape != expected.shape:
+            raise ValueError(f"tensor {theirs} is of shape {list(tensor.shape)}, not {list(expected.shape)}")
+        state[name] = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if not state[name].isfinite().all():
+            raise ValueError(f"tensor {theirs} is not finite")
+
+    left_out = []
+    if "map_augment.weight" in remaining:
+        left_out.append(f"map_augment.weight {list(remaining.pop('map_augment.weight').shape)} (augmentation labels)")
+    filters = [name for name in remaining if name.endswith(".resample_filter")]
+    for name in filters:
+        if not torch.equal(remaining.pop(name).float(), lowpass(net.config["resample_filter"])):
+            raise ValueError(f"tensor {name} is not the low-pass of {net.config['resample_filter']}")
+    if filters:
+        left_out.append(f"{len(filters)} low-pass filters (constants)")
+    if remaining:
+        raise ValueError(f"tensor {next(iter(remaining))!r:.60} has no place in SongUNet ({len(remaining)} such)")
+    return state, left_out

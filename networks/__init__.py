@@ -1,0 +1,1 @@
+"""Further networks: bodies of `model.Denoiser`."""

@@ -1,0 +1,1 @@
+"""What any training repository needs, whatever its method."""

@@ -1,0 +1,115 @@
+"""What a call costs: arithmetic, memory, and the time of each operator."""
+
+import weakref
+from collections import defaultdict
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count(task):
+    """What one call of `task` takes: floating-point operations of its products of matrices and convolutions, and the most bytes of
+    tensors that it holds beyond those that were there before."""
+
+    def storages(tree):
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+
+    class Memory(TorchDispatchMode):
+        live, peak = {}, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            given = storages((args, kwargs))
+            for pointer, storage in storages(result).items():
+                if pointer not in given and pointer not in self.live:
+                    self.live[pointer] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, pointer)
+            self.peak = max(self.peak, sum(self.live.values()))
+            return result
+
+    with FlopCounterMode(display=False) as flops, Memory() as memory:
+        task()
+    return flops.get_total_flops(), memory.peak
+
+
+def shares_by_operator(task, repeats, device):
+    """The shares of the time of `repeats` calls of `task` that torch's operators take, backward passes included, largest first."""
+    seconds = defaultdict(float)
+
+    class Timer(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            start = perf_counter()
+            result = function(*args, **(kwargs or {}))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            name = function.overloadpacket.__name__.removeprefix("native_").removesuffix("_backward").rstrip("_")
+            seconds[name] += perf_counter() - start
+            return result
+
+    with Timer():
+        for _ in range(repeats):
+            task()
+    total = sum(seconds.values())
+    return {name: spent / total for name, spent in sorted(seconds.items(), key=lambda item: -item[1])}
+
+
+def saved_for_backward(net, *inputs):
+    """The bytes that a forward pass of `net` keeps for the backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    saved = {}  # by storage, which two saved tensors may share
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters)
+
+
+def dmd2_memory(net, batch, shapes):
+    """Bytes that DMD2 takes, on paper: the weights of four networks (teacher, `fake_unet`, generator, average), Adam's two moments
+    of two, the activations of the one in training, whose gradients come as these go, and a block of a network without gradients."""
+    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
+    activations = saved_for_backward(net, batch[0], 1.0, batch[1])
+    widest = 4 * len(batch[0]) * max(in_channels * side**2 for _, in_channels, side in shapes)
+    return 8 * weights + max(weights, activations + 4 * widest)
+
+
+def time_in_turn(tasks, repeats, device):
+    """The median seconds of each part of each task, timed in turn, so that changes of the machine's speed meet all alike."""
+    seconds = {name: defaultdict(list) for name in tasks}
+    for repeat in range(repeats + 1):
+        for name, task in tasks.items():
+            times, parts = [], []
+
+            def mark(part):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                parts.append(part)  # noqa: B023 - called within this turn of the loop
+                times.append(perf_counter())  # noqa: B023
+
+            mark("start")
+            task(mark)
+            for part, start, end in zip(parts[1:], times, times[1:], strict=False):
+                if repeat:  # the first turn warms up
+                    seconds[name][part].append(end - start)
+    return {name: {part: median(values) for part, values in parts.items()} for name, parts in seconds.items()}
+
+
+def convolution_shapes(net, batch):
+    """The (channels out, channels in, side) of the network's 3x3 convolutions. Each by itself, they set the ceiling."""
+    shapes = set()
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    hooks = [
+        m.register_forward_pre_hook(lambda m, inputs: shapes.add((m.out_channels, *inputs[0].shape[1:3]))) for m in convolutions
+    ]
+    net(batch[0], 1.0, batch[1])
+    for hook in hooks:
+        hook.remove()
+    return sorted(shapes)

@@ -1,0 +1,46 @@
+"""Pixels and pictures: [-1, 1] to 8 bits and back, grids as PNG files."""
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from support.config import writing
+
+
+def to_float(images):
+    """uint8 pixels to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float images, [-1, 1] and beyond, to the nearest uint8 pixels."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def tile(images, columns):
+    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]` on white (torchvision is slow to import)."""
+    images = F.pad(images, (1, 1, 1, 1), value=255)
+    missing = -len(images) % columns
+    images = torch.cat([images, torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)])
+    N, C, H, W = images.shape
+    return images.reshape(N // columns, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(N // columns * H, columns * W, C)
+
+
+def save_grid(path, *blocks, columns):
+    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: side by side, grids of `columns` columns, enlarged if tiny."""
+    tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
+    gap = torch.full_like(tiles[0][:, :8], 255)
+    picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
+    picture = Image.fromarray(picture.squeeze(2).numpy())
+    scale = max(1, 64 // blocks[0].shape[-1])
+    with writing(path):
+        picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def save_comparison(path, teacher_images, student_images, labels):
+    """A PNG with, for each of up to ten classes, a row of the teacher's uint8 images over the student's from the same noise."""
+    classes = labels.unique()[:10]
+    columns = min([16, *((labels == label).sum().item() for label in classes)])
+    index = [(labels == label).nonzero().flatten()[:columns] for label in classes]
+    rows = [images[row] for row in index for images in (teacher_images, student_images)]
+    save_grid(path, to_float(torch.cat(rows)), columns=columns)

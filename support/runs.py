@@ -1,0 +1,210 @@
+"""A training run and its folder: what it goes on from, its lock, its checkpoints, and when it stops."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+import checkpoint
+from support import parallel
+from support.config import UserError, make_folder, public, writing
+from support.logger import Logger
+from support.training import load_optimizer
+
+KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
+
+
+class Run:
+    """One training run, to which its folder belongs. A script goes through it from top to bottom:
+
+        run = Run(args, "teacher")     # reads the checkpoint to go on from, where there is one, as `run.resumed`
+        run.start(...)                 # takes the folder, restores what the checkpoint holds, opens `run.logger`
+        while run.goes_on():
+            ...
+            run.step += 1              # steps that are done
+            run.save_if_due()
+        return run.finish()            # the last checkpoint; the script's exit status
+
+    args: the script's options; kind: teacher or dmd2, with which the names of its checkpoints begin.
+    Under torchrun rank 0 alone writes.
+    """
+
+    def __init__(self, args, kind):
+        self.args, self.kind, self.folder = args, kind, Path(args.output_dir)
+        self.step, self.resumed = 0, None
+        if args.resume_from_checkpoint:
+            self.resumed_from, self.resumed = resume(args.resume_from_checkpoint, self.folder, kind)
+            if checkpoint.kind(self.resumed) != kind:
+                raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
+            self.step = self.resumed["step"]
+
+    def start(self, device, batches, parts, **facts):
+        """Takes the folder; restores step, data position, random numbers and `parts` where the run goes on from a checkpoint.
+
+        parts: networks and optimizers by their keys in a checkpoint, None for one that this run does without.
+        facts: further entries of its checkpoints: `model_config`, the network's, `class_names`, ...
+        Raises UserError where the folder holds another run or the checkpoint another network.
+        """
+        self.device, self.batches, self.parts = device, batches, parts
+        self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
+        if self.resumed:
+            self.restore()
+        if parallel.agree(self.step) != self.step:  # they meet here, too, so that all have read what they go on from
+            raise UserError("the processes go on from different checkpoints; --output_dir must be one folder for all machines")
+        if not parallel.rank():
+            self.take_folder()
+        self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
+        if self.done:
+            self.logger.message(
+                f"nothing left to train: {self.resumed_from} is at step {self.step}; a larger --step_number goes on"
+            )
+        self.resumed = None  # its moments, above all, are large
+        self.stop = Stop(self.args.max_minutes)
+
+    def restore(self):
+        state = self.resumed
+        if state["model_config"] != self.facts["model_config"]:
+            raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[self.kind]} ({self.facts['model_config']})")
+        for name, part in self.parts.items():
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name])
+            elif part is not None:  # an average that the run did not keep until now starts from the weights
+                part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
+        self.batches.images_seen = state["images_seen"]
+        set_random_state(state["random_state"], self.device)
+
+    def take_folder(self):
+        """Makes the folder this run's alone: refuses another run's, cleans up after a kill, sets aside what is after `step`."""
+        args = self.args
+        make_folder("--output_dir", self.folder / "samples")
+        with writing(self.folder):
+            (self.folder / ".lock").touch()
+            self.lock = (self.folder / ".lock").open()  # locked, through the open file, until it is closed or the process ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--output_dir {self.folder}: another process trains there; take another folder") from None
+            present = checkpoint.by_step(self.folder, self.kind)
+            holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
+            if holds and not args.resume_from_checkpoint and not args.overwrite:
+                raise UserError(
+                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
+                    "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
+                )
+            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):
+                file.unlink()
+            for step, file in present:
+                if args.overwrite:
+                    file.unlink()
+                elif step > self.step:  # this run goes another way from here: `latest` must not come back to them
+                    file.rename(file.with_name(file.name + ".old"))
+            self.cut_metrics()
+            # config.yaml repeats the run from its start
+            afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
+
+    def cut_metrics(self):
+        """Drops the lines of `metrics.jsonl` after `step`, and a torn one."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if self.step and path.exists() else []
+        temporary = path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= self.step))
+        temporary.replace(path)
+
+    @property
+    def done(self):
+        return self.step >= self.args.step_number
+
+    def goes_on(self):
+        """Whether there is a step left to train and nobody has asked to stop."""
+        return not self.done and not self.stop.due
+
+    def save_if_due(self):
+        if self.step % self.args.save_every == 0:
+            self.save(f"{self.kind}_checkpoint_step_{self.step}.pt")
+
+    def save(self, name):
+        """Writes a checkpoint, and deletes those that are not to be kept."""
+        if parallel.rank():
+            return
+        path = self.folder / name
+        state = {key: None if part is None else part.state_dict() for key, part in self.parts.items()}
+        state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state(self.device)}
+        checkpoint.save(path, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
+        self.logger.message(f"saved {path}")
+        self.logger.artifact(path)
+        files = checkpoint.numbered(self.folder, self.kind)
+        for step in list(files)[: -self.args.keep_last]:
+            if not self.args.keep_every or step % self.args.keep_every:
+                files[step].unlink()
+
+    def finish(self):
+        """Saves the final checkpoint, or the one to go on from where the run was stopped. Returns the script's exit status."""
+        self.save(f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt")
+        if not self.done:
+            self.logger.message(f"stopped after step {self.step}; go on with --resume_from_checkpoint latest")
+        self.logger.close()
+        if not parallel.rank():
+            self.lock.close()
+        return 0 if self.done else self.stop.exit_status
+
+
+def resume(path, folder, kind):
+    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is whole.
+
+    Raises UserError where there is none.
+    """
+    if path != "latest":
+        return path, checkpoint.load(path)
+    for _, file in reversed(checkpoint.by_step(folder, kind)):
+        try:
+            return file, checkpoint.load(file)
+        except UserError as error:
+            print(f"{error}; going on from the one before", file=sys.stderr)
+    raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
+
+
+def random_state(device):
+    """The state of torch's random generators, for `set_random_state`."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+class Stop:
+    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
+
+    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
+    asks all processes, so that they stop after the same step.
+    """
+
+    def __init__(self, max_minutes=None):
+        self.signal = self.reason = 0
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + 1:
+            os._exit(128 + number)
+
+    @property
+    def due(self):
+        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
+        return self.reason > 0
+
+    @property
+    def exit_status(self):
+        return 128 + self.reason if self.reason > 1 else 0

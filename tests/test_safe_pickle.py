@@ -1,0 +1,103 @@
+import io
+import os
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+from edm_files import assert_import_refused, edm_network, with_parameter, write_pickle
+
+from importers import safe_pickle
+
+
+class Call:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_bytes(command):
+    """What torch.save writes of an object that runs `command` where it is loaded without `weights_only`."""
+    buffer = io.BytesIO()
+    torch.save(Call(os.system, command), buffer)
+    return buffer.getvalue()
+
+
+def hostile_storage(command):
+    """A whole network, one of whose parameters has hostile bytes where a tensor's numbers belong."""
+    storage = Call(torch.storage._load_from_bytes, hostile_bytes(command))
+    return {"ema": with_parameter(Call(torch._utils._rebuild_tensor_v2, storage, 0, (1,), (1,), False, {}))}
+
+
+def opcodes(*parts):
+    return b"\x80\x04" + b"".join(parts) + b"."
+
+
+HOSTILE = {  # command -> pickle, or what to pickle; what the one line must say
+    "call": (lambda command: Call(os.system, command), "system'; nothing in it was run"),
+    "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
+    "beside a network": (lambda command: {"ema": edm_network({}), "x": [{"y": Call(os.system, command)}]}, "system'; nothing"),
+    "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "it asks to call 'torch.serialization.load'"),
+    "tensor's bytes": (hostile_storage, "it holds more than tensors, or is damaged; nothing in it was run"),
+    "state": (
+        lambda command: opcodes(b"cfunctools\npartial\n)\x81(cos\nsystem\n", pickle.dumps((command,))[2:-1], b"tb"),
+        "partial'",
+    ),
+    "class as a call": (
+        lambda command: opcodes(b"cos\nsystem\n", pickle.dumps((command,))[2:-1], b"\x81"),
+        "it asks for 'os.system'",
+    ),
+    "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "damaged, or no pickle"),
+    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "damaged, or no pickle"),
+    "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no entry `ema`"),
+    "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), "damaged, or no pickle"),
+    "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
+    "registry": (lambda command: opcodes(b"\x82\x01"), "it has the opcode EXT1"),
+    "text": (lambda command: b"no pickle", "damaged, or no pickle"),
+    "cut": (lambda command: pickle.dumps(["a" * 99])[:50], "damaged, or no pickle"),
+    "empty": (lambda command: b"", "damaged, or no pickle"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, what):
+    build, message = HOSTILE[what]
+    content = build(f"touch {tmp_path / 'it-ran'}")
+    if isinstance(content, dict):
+        write_pickle(tmp_path / "a.pkl", content)
+    else:
+        (tmp_path / "a.pkl").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    assert_import_refused(tmp_path / "a.pkl", tmp_path, message)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("what", ["call", "eval"])
+def test_hostile_pickles_are_hostile(tmp_path, what):
+    """Python's own unpickler runs them: the test above does not pass for want of an attack."""
+    pickle.loads(pickle.dumps(HOSTILE[what][0](f"touch {tmp_path / 'it-ran'}")))
+    assert (tmp_path / "it-ran").exists()
+
+
+def test_reader_gives_plain_data_and_records():
+    """An instance of an unknown class, referred to twice, is one record with its state; sets are lists."""
+
+    class Unknown:
+        pass
+
+    unknown = Unknown()
+    unknown.x = [1, 2.5, None, True, b"b", ("t",), {"a"}, -(2**70)]
+    Unknown.__module__, Unknown.__qualname__ = "elsewhere", "Unknown"
+    sys.modules["elsewhere"] = types.SimpleNamespace(Unknown=Unknown)
+    try:
+        data = {protocol: pickle.dumps({"one": unknown, "two": unknown}, protocol) for protocol in (3, 4, 5)}
+    finally:
+        del sys.modules["elsewhere"]
+    for protocol in data:
+        content = safe_pickle.read(data[protocol])
+        assert content["one"] is content["two"] and content["one"].made_by == "elsewhere.Unknown"
+        assert content["one"].state == {"x": [1, 2.5, None, True, b"b", ("t",), ["a"], -(2**70)]}

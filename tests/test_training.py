@@ -1,0 +1,56 @@
+import math
+
+import pytest
+import torch
+
+from support.config import UserError
+from support.training import BadSteps, adamw, load_optimizer, lr_factor, update_ema
+
+
+def test_ema_equals_its_closed_form():
+    """With decay d and the warm-up far behind: ema_n = d^n ema_0 + (1 - d) sum_k d^(n - k) w_k."""
+    ema, net = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    weights, decay = [3.0, -1.0, 2.0, 0.5], 0.8
+    torch.nn.init.constant_(ema.weight, 10.0)
+    for step, weight in enumerate(weights):
+        torch.nn.init.constant_(net.weight, weight)
+        update_ema(ema, net, decay, updates=1000 + step)
+    n = len(weights)
+    expected = decay**n * 10 + (1 - decay) * sum(decay ** (n - 1 - k) * w for k, w in enumerate(weights))
+    assert math.isclose(ema.weight.item(), expected, rel_tol=1e-6)
+    update_ema(ema, net, decay, updates=1)  # early, the decay is 1/11
+    assert math.isclose(ema.weight.item(), expected / 11 + weights[-1] * 10 / 11, rel_tol=1e-6)
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    factors = [lr_factor(step, warmup_steps=4, decay=0.25, step_number=16) for step in range(16)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4:13] == [1.0] * 9 and factors[13:] == [0.75, 0.5, 0.25]
+    assert lr_factor(0, warmup_steps=0, decay=0.0, step_number=5) == 1.0
+
+
+def test_bad_steps_are_counted_for_each_optimizer(tmp_path):
+    """A generator that never moves is told, though the guidance's good steps come between; so are bad steps amid good ones."""
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    bad_steps = BadSteps(3, torch.device("cpu"))
+    for _ in range(2):
+        bad_steps.add({"generator": bad, "guidance": good})
+        bad_steps.add({"guidance": good})
+    bad_steps.check(4, tmp_path, "")
+    bad_steps.add({"generator": bad, "guidance": good})
+    bad_steps.add({"generator": good, "guidance": good})
+    with pytest.raises(UserError, match="3 steps in a row"):
+        bad_steps.check(6, tmp_path, "")
+
+
+def test_moments_take_the_layout_of_the_weights():
+    """Fused AdamW reads weights and moments in the order of memory, which a checkpoint of another machine may not share."""
+    layers = [torch.nn.Conv2d(8, 8, 3).to(memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last)]
+    optimizers = [adamw(layer.parameters(), 1e-3) for layer in layers]
+    for parameter in layers[0].parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers[0].step()
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    theirs, ours = (optimizer.state[layer.weight] for optimizer, layer in zip(optimizers, layers, strict=True))
+    for name in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+        assert ours[name].stride() == layers[1].weight.stride() != theirs[name].stride()
