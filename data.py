@@ -90,7 +90,7 @@ def load_folder(path, mode):
             with zipfile.ZipFile(path) as archive:
                 files = zip_labels(path, archive)
                 pixels = [read_image(io.BytesIO(archive.read(name)), f"{path}: {name}", mode) for name, _ in files]
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, exotic
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:  # damaged, encrypted, exotic
             raise UserError(f"{path}: not a readable ZIP archive ({error})") from None
         class_names = [str(label) for label in range(max(label for _, label in files) + 1)]
     else:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Denoiser, resolutions
+from model import Denoiser, GroupNorm, resolutions
 
 SKIP_SCALE = math.sqrt(0.5)  # the sum of two branches keeps the variance of one
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 def lowpass(resample_filter):
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 1, C, 3, H * W).transpose(2, -1).unbind(3)  # each [B, 1, H*W, C]
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 1, C, 3, H * W).transpose(2, -1).contiguous().unbind(3)  # each [B, 1, H*W, C]
         out = F.scaled_dot_product_attention(q, k, v)
         return SKIP_SCALE * (x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W)))
 

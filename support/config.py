@@ -10,15 +10,21 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
+
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line: what, where, and what would be right."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # names in a damaged file may hold anything
 
 
 # parse: text -> value, raising UserError; `nargs` as in argparse for options that take several values.
@@ -378,8 +384,24 @@ def exit_on_error(function, *arguments):
     try:
         return function(*arguments)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun's other processes on a machine make the same mistake
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"{os.path.basename(sys.argv[0])}: error: {error}", 2)
     except KeyboardInterrupt:  # outside the training loop, which handles it
         sys.exit(130)
+    except Exception:
+        if not TORCHRUN:
+            raise
+        leave(traceback.format_exc(), 1)
+
+
+def leave(message, status):
+    """Ends the process with `message` on standard error. Under torchrun at once, and told by the first process that fails:
+    the others wait for this one, and to end in good order it would have to wait for them."""
+    if TORCHRUN:
+        from support.parallel import first_to_fail  # torch: not before a mistake under torchrun
+
+        if first_to_fail():
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(status)
+    print(message, file=sys.stderr)
+    sys.exit(status)

@@ -60,11 +60,11 @@ def shares_by_operator(task, repeats, device):
 
 def saved_for_backward(net, *inputs):
     """The bytes that a forward pass of `net` keeps for the backward pass, parameters aside."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    parameters = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     saved = {}  # by storage, which two saved tensors may share
 
     def pack(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -8,21 +8,29 @@ import atexit
 import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from support.config import TORCHRUN
+
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on its machine
 
 
-def start():
-    """Joins the processes that torchrun started: gloo for tensors on the CPU, NCCL for those on GPUs. Only rank 0 prints."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+def backends(device):
+    """What carries the messages: gloo between CPUs, of which there are some on every device (`agree`); NCCL between GPUs."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def start(device):
+    """Joins the processes that torchrun started. Only rank 0 prints."""
+    if TORCHRUN:
         # Imported later (as torch's optimizers do), its functions would keep the group, which then outlives the interpreter;
         # its threads, with tensors to let go of, abort the process now and then.
         import torch.distributed.nn  # noqa: F401
 
-        dist.init_process_group()
+        dist.init_process_group(backends(device))
         atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
@@ -75,21 +83,23 @@ def average(tensors):
     once a backward pass, where DMD2 calls `fake_unet` up to three times, with and without gradients.
     """
     if world_size() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        tensors = [in_memory_order(tensor) for tensor in tensors]
+        flat = torch.cat(tensors)
         dist.all_reduce(flat)
-        parts = (flat / world_size()).split([tensor.numel() for tensor in tensors])
-        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+        torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
+
+
+def in_memory_order(tensor):
+    """The elements of a dense tensor as a vector in the order of memory, whatever that is: a view, which costs no copy."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
 
 
 def agree(value):
-    """The largest of the processes' integers `value`: what they all act on. Ends this process where another is gone."""
+    """The largest of the processes' integers `value`: what they all act on. By way of the CPU: a GPU would have to wait."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value)
-    try:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    except RuntimeError:  # that process has told why
-        sys.exit(1)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
@@ -106,11 +116,22 @@ def barrier():
 
 @contextmanager
 def one_first():
-    """Lets one process of each machine through first, so that it downloads and the others find what it has."""
-    if LOCAL_RANK:
+    """Lets rank 0 through first, then the first process of each other machine, then the rest: each finds what was downloaded.
+
+    Where machines share a folder rank 0 alone downloads; where they do not, one process of each.
+    """
+    turn = 0 if rank() == 0 else 1 if LOCAL_RANK == 0 else 2
+    for _ in range(turn):
         barrier()
+    yield  # a process that fails here leaves, and takes the others with it
+    for _ in range(2 - turn):
+        barrier()
+
+
+def first_to_fail():
+    """Whether this is the first process to ask, which then tells what went wrong; the others fail for that, or alike."""
     try:
-        yield
-    finally:
-        if not LOCAL_RANK:
-            barrier()
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
+        return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (KeyError, RuntimeError):  # torchrun's own store is gone: rather twice than not at all
+        return True

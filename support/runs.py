@@ -60,6 +60,8 @@ class Run:
         if not parallel.rank():
             self.take_folder()
         self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
+        if self.resumed and self.device.type == "cuda" and self.resumed["random_state"]["cuda"] is None:
+            self.logger.message(f"{self.resumed_from} was written on a CPU: the GPU's random numbers start from the seed")
         if self.done:
             self.logger.message(
                 f"nothing left to train: {self.resumed_from} is at step {self.step}; a larger --step_number goes on"
@@ -77,7 +79,9 @@ class Run:
             elif part is not None:  # an average that the run did not keep until now starts from the weights
                 part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
         self.batches.images_seen = state["images_seen"]
-        set_random_state(state["random_state"], self.device)
+        torch.set_rng_state(state["random_state"]["cpu"].cpu())
+        if self.device.type == "cuda" and state["random_state"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_state"]["cuda"].cpu(), self.device)
 
     def take_folder(self):
         """Makes the folder this run's alone: refuses another run's, cleans up after a kill, sets aside what is after `step`."""
@@ -135,7 +139,9 @@ class Run:
             return
         path = self.folder / name
         state = {key: None if part is None else part.state_dict() for key, part in self.parts.items()}
-        state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state(self.device)}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random_state = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state}
         checkpoint.save(path, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {path}")
         self.logger.artifact(path)
@@ -168,17 +174,6 @@ def resume(path, folder, kind):
         except UserError as error:
             print(f"{error}; going on from the one before", file=sys.stderr)
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
-
-
-def random_state(device):
-    """The state of torch's random generators, for `set_random_state`."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 class Stop:

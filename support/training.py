@@ -29,7 +29,7 @@ def choose_device(args):
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    parallel.start()
+    parallel.start(device)
     return device
 
 
@@ -53,7 +53,9 @@ def compile_networks(args, *networks):
         return
     torch._dynamo.config.cache_size_limit = 64  # one for each network, batch size and kind of pass
     for network in networks:
-        network.compile()
+        # For each size of batch anew: with sizes left open, Inductor leaves out its layout of convolutions in memory.
+        network.compile(dynamic=False)
+        network.encode = torch.compile(network.encode, dynamic=False)
 
 
 def adamw(parameters, lr):

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from conftest import run_script, succeed
@@ -100,17 +99,3 @@ def test_a_hostile_state_dict_is_refused(tmp_path):
     for name, message in (("none.pkl", "No such file"), (".", "Is a directory")):
         assert_import_refused(tmp_path / name, tmp_path, message)
     assert not (tmp_path / "it-ran").exists()
-
-
-def test_a_damaged_pickle_gets_one_line(tmp_path):
-    """Bytes changed at random: the file is refused in one line, or only numbers were hit."""
-    good, random = write_edm(tmp_path / "a.pkl").read_bytes(), np.random.default_rng(0)
-    for _ in range(25):
-        bad = bytearray(good)
-        for position in random.integers(0, len(bad), 20):
-            bad[position] = random.integers(256)
-        (tmp_path / "b.pkl").write_bytes(bad)
-        try:
-            imported(tmp_path / "b.pkl", tmp_path).unlink()
-        except UserError as refusal:
-            assert "\n" not in str(refusal)

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from conftest import ROOT, TINY_NET, metrics, run_script, succeed, tiny_unet, to
 
 import checkpoint
 from guidance import GuidanceModel
+from support import parallel
+from support.parallel import backends, in_memory_order
 from unified_model import UnifiedModel
 
 RUN = ["--dataset", "mnist5k", "--batch_size", "16", "--step_number", "20", "--device", "cpu"]
@@ -116,6 +119,7 @@ def test_the_threads_of_the_group_end_before_the_interpreter(tmp_path):
     """Where they outlive it, letting go of a tensor aborts the process (pytorch/pytorch issue 190489)."""
     (tmp_path / "script.py").write_text(f"""
 import atexit, os, sys, time
+import torch
 from pathlib import Path
 
 def count():
@@ -136,7 +140,7 @@ def report_the_end():
 atexit.register(report_the_end)  # before the group's own, so that it comes after it
 sys.path.insert(0, {str(ROOT)!r})
 from support import parallel
-parallel.start()
+parallel.start(torch.device("cpu"))
 report()
 import torch._dynamo  # as torch's optimizers do
 parallel.barrier()
@@ -153,6 +157,78 @@ def test_a_mistake_under_torchrun_is_told_once(both):
     )
     assert done.returncode and done.stderr.count("holds another run") == 1
     assert 'train_dmd2.py", line' not in done.stderr
+
+
+FAILS = """
+import sys
+sys.path.insert(0, {root!r})
+from support.config import UserError, exit_on_error
+
+def main():
+    import torch
+    from support import parallel
+    parallel.start(torch.device("cpu"))
+    parallel.barrier()
+    if parallel.rank() == {rank}:
+        {failure}
+    parallel.barrier()  # where the other waits for it
+
+exit_on_error(main)
+"""
+LEAVES_IN_ORDER = "import atexit; atexit.register(print, 'in', 'order', file=sys.stderr); "
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "failure, told", [("raise UserError('no room')", "script.py: error: no room"), ("1 / 0", "ZeroDivisionError: ")]
+)
+def test_a_process_that_fails_takes_the_others_with_it(tmp_path, rank, failure, told):
+    """While they wait for it; within seconds, and told once, by whichever it is."""
+    (tmp_path / "script.py").write_text(FAILS.format(root=str(ROOT), rank=rank, failure=LEAVES_IN_ORDER + failure))
+    start = time.monotonic()
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode and time.monotonic() - start < 60
+    assert "in order" not in done.stderr  # which under NCCL would wait for the others, who wait for it
+    assert done.stderr.count(told) == 1 and done.stderr.count('Traceback (most recent call last):\n  File "' + str(ROOT)) == (
+        told.startswith("Zero")
+    ), done.stderr
+
+
+def test_a_lost_process_is_told(tmp_path):
+    """One that is killed says nothing: the other, which waits for it, does."""
+    failure = "import os; os.kill(os.getpid(), 9)"
+    (tmp_path / "script.py").write_text(FAILS.format(root=str(ROOT), rank=1, failure=failure))
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode and done.stderr.count("RuntimeError") <= 1
+
+
+def test_messages_go_by_gloo_between_cpus_and_by_nccl_between_gpus():
+    """A GPU's processes too agree by way of the CPU: without gloo the first such message would end them."""
+    assert backends(torch.device("cpu")) == "gloo"
+    assert dict(pair.split(":") for pair in backends(torch.device("cuda:1")).split(",")) == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_gradients_are_averaged_in_the_order_of_memory():
+    """Views, whatever the layout: nothing is copied one tensor at a time."""
+    for shape in ((3,), (), (4, 5), (2, 3, 4, 5), (2, 1, 3, 1), (1, 1, 1, 1)):
+        for layout in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
+            tensor = torch.randn(shape).to(memory_format=layout)
+            flat = in_memory_order(tensor)
+            assert flat.shape == (tensor.numel(),) and flat.data_ptr() == tensor.data_ptr()
+            flat.zero_()
+            assert not tensor.any()
+
+
+@pytest.mark.parametrize("rank, local_rank, before, after", [(0, 0, 0, 2), (1, 1, 2, 0), (8, 0, 1, 1), (9, 1, 2, 0)])
+def test_rank_0_alone_goes_first(monkeypatch, rank, local_rank, before, after):
+    """On two machines of eight processes: rank 0, then rank 8, which finds what rank 0 brought to a shared disk, then the rest."""
+    met = []
+    monkeypatch.setattr(parallel, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    monkeypatch.setattr(parallel, "barrier", lambda: met.append("barrier"))
+    with parallel.one_first():
+        assert len(met) == before
+    assert len(met) == before + after
 
 
 def test_losses_are_float32_in_bf16_too():

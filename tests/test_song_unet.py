@@ -6,7 +6,7 @@ from edm_files import DDPMPP, FULL, NCSNPP, TINY, edm_denoise, edm_shapes, edm_t
 import checkpoint
 from guidance import GuidanceModel
 from importers.edm import architecture, convert, edm_name
-from networks.song_unet import SongUNet
+from networks.song_unet import Attention, SongUNet
 from sampling import heun_sampler
 from support.config import UserError
 from unified_model import UnifiedModel
@@ -103,3 +103,18 @@ def test_unknown_network_class_is_refused(tmp_path):
     for config in ({"network": "Transformer"}, {**state["model_config"], "depth": 3}, 7):
         with pytest.raises(UserError, match="does not hold a SimpleUNet or SongUNet"):
             checkpoint.network({**state, "model_config": config}, "x.pt")
+
+
+def test_attention_hands_over_contiguous_vectors(monkeypatch):
+    """In channels last too: fused kernels want the numbers of a vector side by side."""
+    strides, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *qkv: (strides.extend(x.stride(-1) for x in qkv), attend(*qkv))[1]
+    )
+    torch.manual_seed(0)
+    layer, x = Attention(16), torch.randn(2, 16, 4, 4)
+    expected = layer(x)
+    channels_last = Attention(16).to(memory_format=torch.channels_last)
+    channels_last.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(channels_last(x.to(memory_format=torch.channels_last)), expected)
+    assert strides == [1] * 6

@@ -1,10 +1,13 @@
 import math
+from argparse import Namespace
 
 import pytest
 import torch
+import torch._inductor.compile_fx
+from conftest import tiny_unet
 
 from support.config import UserError
-from support.training import BadSteps, adamw, load_optimizer, lr_factor, update_ema
+from support.training import BadSteps, adamw, compile_networks, load_optimizer, lr_factor, update_ema
 
 
 def test_ema_equals_its_closed_form():
@@ -54,3 +57,25 @@ def test_moments_take_the_layout_of_the_weights():
     for name in ("exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
         assert ours[name].stride() == layers[1].weight.stride() != theirs[name].stride()
+
+
+def test_compiled_graphs_have_fixed_sizes(monkeypatch):
+    """A grid of 80 images before batches of 16: a graph each, and no size left open, which would slow convolutions."""
+    graphs = []
+
+    def compile_fx(graph, inputs, **options):
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    torch._dynamo.reset()
+    net = tiny_unet()
+    compile_networks(Namespace(compile=True), net)
+    trial = len(graphs)
+    for batch in (80, 16, 80, 16):
+        net(torch.randn(batch, 1, 8, 8), torch.ones(batch), torch.zeros(batch, dtype=torch.long))
+        net.encode(torch.randn(batch, 1, 8, 8), torch.ones(batch), torch.zeros(batch, dtype=torch.long), [4])
+    torch._dynamo.reset()
+    assert trial == 1 and len(graphs) == 1 + 2 * 2
+    for inputs in graphs:
+        assert all(torch.is_tensor(tensor) and all(type(size) is int for size in tensor.shape) for tensor in inputs)

@@ -1,0 +1,74 @@
+"""Files that users hand in, damaged at random: each is refused in one line, or only numbers were hit. Never a traceback."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_unet, write_zip
+from edm_files import DDPMPP, edm_tensors, write_edm
+
+import checkpoint
+from data import load_dataset
+from importers.edm import load_edm
+from support.config import TEACHER, UserError, parse_args
+
+
+def write_checkpoint(path):
+    net = tiny_unet()
+    state = {"model_state_dict": net.state_dict(), "ema_state_dict": net.state_dict(), "step": 1, "model_config": net.config}
+    checkpoint.save(path, state | {"config": {}})
+
+
+KINDS = {  # file -> who writes it, who reads it
+    "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
+    "config.yaml": (
+        lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()),
+        lambda path: parse_args(TEACHER, "", ["--config", str(path)]),
+    ),
+    "images.zip": (write_zip, lambda path: load_dataset("folder", path, 16)),
+    "edm.pkl": (write_edm, load_edm),
+    "edm.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path), load_edm),
+}
+
+
+def damaged(good, random):
+    """`good` with a few bytes changed, or cut short, or with another piece near its end, where a ZIP has its directory."""
+    bad = bytearray(good)
+    match random.integers(3):
+        case 0:
+            for position in random.integers(0, len(bad), random.integers(1, 20)):
+                bad[position] = random.integers(256)
+        case 1:
+            del bad[random.integers(len(bad)) :]
+        case 2:
+            start = len(bad) - random.integers(1, 400)
+            bad[start : start + random.integers(1, 9)] = random.bytes(random.integers(1, 9))
+    return bad
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_files_get_one_line(tmp_path, name):
+    write, read = KINDS[name]
+    write(tmp_path / name)
+    read(tmp_path / name)
+    good, random, refused = (tmp_path / name).read_bytes(), np.random.default_rng(0), 0
+    for _ in range(50):
+        (tmp_path / name).write_bytes(damaged(good, random))
+        try:
+            read(tmp_path / name)
+        except UserError as refusal:
+            refused += 1
+            assert "\n" not in str(refusal) and str(tmp_path) in str(refusal)
+    assert refused > 20
+
+
+def test_a_zip_whose_offsets_point_before_its_start(tmp_path):
+    """zipfile seeks to a negative place, for which the system has an error of its own."""
+    good = bytearray(write_zip(tmp_path / "a.zip").read_bytes())
+    directory = good.rindex(b"PK\5\6")
+    good[directory + 12 : directory + 16] = (len(good) * 2).to_bytes(4, "little")  # the directory's size
+    first = good.index(b"PK\1\2")
+    good[first + 42 : first + 46] = (0xFFFFFFF0).to_bytes(4, "little")  # the first file's offset
+    (tmp_path / "a.zip").write_bytes(good)
+    with pytest.raises(UserError, match=r"a\.zip"):
+        load_dataset("folder", tmp_path / "a.zip", 16)
