@@ -1,22 +1,25 @@
-"""Measure a generator, beside its teacher where one is named: Frechet distance, class accuracy, speed; or plot a run's curves."""
+"""Measure a generator beside its teacher and real images: quality, diversity, copying, speed; or plot a run's curves."""
 
 from support.config import EVALUATE, UserError, exit_on_error, make_folder, parse_args, writing
 
 args = exit_on_error(parse_args, EVALUATE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
 import json
+import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 
 import checkpoint
 from data import load_dataset
-from sampling import sample_in_batches
-from support import features
-from support.images import save_comparison, to_uint8
-from support.metrics import scores
+from sampling import random_stream, sample_in_batches
+from support import features, metrics
+from support.images import save_comparison, save_diversity, to_uint8
 from support.parallel import rank
 from support.plots import loss_ends, plot_metrics, plot_steps
 from support.training import autocast, choose_device, compile_networks
@@ -34,6 +37,7 @@ def main(args):
         return
 
     models = load_models(args, path, device)
+    fid_reference = read_fid_reference(args.fid_reference) if args.fid_reference else None
     shape = models[0]["net"].config
     name, data_dir = args.dataset or models[-1]["config"].get("dataset"), args.data_dir or models[-1]["config"].get("data_dir")
     if not name or not data_dir:
@@ -43,31 +47,87 @@ def main(args):
         raise UserError(f"--dataset {name} has {len(dataset.class_names)} classes; {models[-1]['file']} knows {shape['label_dim']}")
     make_folder("--output_dir", output_dir)
 
-    # ---- the judge, and what it makes of real images --------------------------------------------------------------------
-    rows = []
-    if args.features == "classifier":
-        measure, accuracy = features.classifier(dataset, features.cache_path(name, data_dir, shape), device)
-        print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
-        training_part, held_out = features.split(dataset)
-        real = measure(training_part.images)[0]
-        judged = measure(held_out.images)
-        if not rank():
-            rows.append({"name": "real, held out"} | scores(judged, held_out.labels, real, args))
-    else:
-        measure = features.inception(args.inception_weights, device)
-        real = measure(dataset.images)[0]
+    # ---- what sees the images -------------------------------------------------------------------------------------------
+    inception = features.inception(args.inception_weights, device) if args.features == "inception" else None
+    judge, accuracy = features.classifier(dataset, features.cache_path(name, data_dir, shape), device)
+    print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
+
+    def see(images):
+        """What the figures are made of, as `metrics.figures` names it; all processes together."""
+        judged, logits = judge(images)
+        pixels, small = features.pixels(images)
+        seen = {"features": judged, "neighbours": small, "logits": logits, "pixels": pixels, "small": small}
+        if inception:
+            seen["features"], seen["inception_logits"] = inception(images)
+            seen["neighbours"] = seen["features"]
+        return {part: rows.to(device) for part, rows in seen.items()}
+
+    # ---- real images ----------------------------------------------------------------------------------------------------
+    training_part, held_out = features.split(dataset)
+    size = min(args.num_samples, len(held_out.labels))  # equal numbers of real and of generated images for every figure
+    real, seen = see(training_part.images), see(held_out.images)
+    reference = {
+        "features": metrics.statistics(real["features"]),
+        "small": metrics.statistics(real["small"]),
+        "neighbours": real["neighbours"][: metrics.NEIGHBOURS],
+        "training": real["small"],
+        "copied_below": metrics.nearest(seen["small"], real["small"]).quantile(0.01),
+    }
+    rows = [] if rank() else [{"name": "real, held out"} | measured(seen, held_out.labels, reference, size)]
+    if inception and fid_reference is None:
+        fid_reference = metrics.statistics(inception(dataset.images)[0].to(device))
 
     # ---- the models -----------------------------------------------------------------------------------------------------
-    labels = generate(args, models, dataset.images.shape[1:], device)
+    labels = generate(args, models, dataset.images.shape[1:])
     for model in models:
+        seen = see(model["images"])
+        if rank():
+            continue
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
-        rate = 1 / median(model["seconds"])
-        row |= {"evaluations": model["evaluations"], "seconds": args.num_samples / rate, "images_per_second": rate}
-        judged = measure(model["images"])
-        if not rank():
-            rows.append(row | scores(judged, labels, real, args))
-    if not rank():
-        report(args, rows, models, labels, device, output_dir)
+        row |= measured(seen, labels.to(device), reference, size)
+        if inception:
+            draws = seen["features"].split(args.num_samples)
+            row["fid_draws"] = [metrics.frechet_distance(metrics.statistics(draw), fid_reference) for draw in draws]
+            row["fid"] = min(row["fid_draws"])  # as EDM publishes it
+        if args.inception_score:
+            row["inception_score"] = metrics.inception_score(seen["inception_logits"])
+        row |= {"evaluations": model["evaluations"], "images_per_second": 1 / median(model["seconds"])}
+        rows.append(row)
+    if rank():
+        return
+
+    # ---- report ---------------------------------------------------------------------------------------------------------
+    result = {"features": args.features, "judge_accuracy": accuracy, "num_samples": args.num_samples, "repeats": args.repeats}
+    result |= {"images_per_figure": size, "device": str(device), "rows": rows}
+    print_table(rows)
+    for folder in dict.fromkeys(Path(model["file"]).parent for model in models):
+        if (folder / "metrics.jsonl").exists():
+            print(f"losses of {folder}: {loss_ends(folder / 'metrics.jsonl')}")
+    first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint that is measured, behind real images and teacher
+    chosen = first + metrics.best(rows[first:])
+    if len(rows) - first > 1:
+        plot_steps(rows[first:], output_dir / "evaluation.png")
+        result["best"] = rows[chosen]["checkpoint"]
+        print(f"best by the mean rank in both Frechet distances, recall and coverage: {result['best']}; curves in evaluation.png")
+    sets = [held_out.images.cpu(), *(model["images"] for model in models)]
+    if args.teacher_checkpoint:
+        student, teacher = rows[chosen], rows[1]
+        result["verdict"] = metrics.verdict(student, teacher, rows[0])
+        for how, names in result["verdict"].items():
+            print(
+                f"{student['name']}: {how}{' as' if how == 'as good' else ' than'} its teacher in {', '.join(names) or 'nothing'}"
+            )
+        result["speed_ratio"] = student["images_per_second"] / teacher["images_per_second"]
+        print(f"{student['name']}: {result['speed_ratio']:.1f} times its teacher's images per second")
+        save_comparison(output_dir / "comparison.png", sets[1], sets[chosen], labels)
+    shown = [0, *range(1, first), chosen]
+    label = save_diversity(
+        output_dir / "diversity.png", [sets[i] for i in shown], [labels if i else held_out.labels.cpu() for i in shown]
+    )
+    print(f"diversity.png: class {dataset.class_names[label]}, {', '.join(rows[i]['name'] for i in shown)} from left to right")
+    with writing(output_dir / "evaluation.json"):
+        (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {output_dir / 'evaluation.json'}")
 
 
 def load_models(args, path, device):
@@ -92,56 +152,58 @@ def load_models(args, path, device):
     return models
 
 
-def generate(args, models, image_shape, device):
-    """Gives each model its `images`, uint8 `[N, C, H, W]`, and each batch's `seconds` per image. Returns the labels `[N]`."""
-    generator = torch.Generator().manual_seed(args.seed)
-    labels = torch.randint(models[0]["net"].label_dim, (args.num_samples,), generator=generator)
-    for batch_labels in labels.split(args.batch_size):
-        noise = torch.randn(len(batch_labels), *image_shape, generator=generator)
+def read_fid_reference(path):
+    """The published statistics (`mu`, `sigma`) of real images as a pair of tensors. Raises UserError where they are none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
+        if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError("mu and sigma do not fit each other")
+    except OSError as error:
+        raise UserError(f"--fid_reference {path}: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+        raise UserError(f"--fid_reference {path}: needs an .npz file with mu [D] and sigma [D, D] ({error})") from None
+    return mean, covariance
+
+
+def measured(seen, labels, reference, size):
+    values, noise = metrics.figures_with_noise(seen, labels, reference, size)
+    return {"images": len(labels), **values, "noise": noise}
+
+
+def generate(args, models, image_shape):
+    """Gives each model its `images`, uint8 `[N, C, H, W]`, and each batch's `seconds` per image. Returns the labels `[N]`.
+
+    Image i has a random stream of its own, number i of the seed, from which its noise comes and then its label, as in EDM: the
+    first draw is images 0 to `num_samples` - 1, the next follows on, and so `repeats` times.
+    """
+    classes, total, labels = models[0]["net"].label_dim, args.num_samples * args.repeats, []
+    for start in range(0, total, args.batch_size):
+        streams = [random_stream(args.seed, index) for index in range(start, min(start + args.batch_size, total))]
+        noise = torch.stack([torch.randn(image_shape, generator=stream) for stream in streams])
+        batch_labels = torch.stack([torch.randint(classes, (), generator=stream) for stream in streams])
+        labels.append(batch_labels)
         for model in models:  # in turn, from the same noise, so that changes of the machine's speed meet all alike
-            start = perf_counter()
-            with autocast(args, device):
+            begin = perf_counter()
+            with autocast(args, next(model["net"].parameters()).device):
                 images = sample_in_batches(model["sampler"], model["net"], noise, batch_labels, args.batch_size)
-            model["seconds"].append((perf_counter() - start) / len(images))
+            model["seconds"].append((perf_counter() - begin) / len(images))
             model["images"].append(to_uint8(images))
     for model in models:
         model["images"] = torch.cat(model["images"])
-    return labels
+    return torch.cat(labels)
 
 
-def report(args, rows, models, labels, device, output_dir):
-    """Prints the table, names the best checkpoint, compares with the teacher; writes `evaluation.json` and the pictures."""
-    result = {"features": args.features, "num_samples": args.num_samples, "device": str(device), "rows": rows}
-    columns = [key for key in rows[-1] if key not in ("checkpoint", "step", "name")]
-    print(f"{'':24}" + "".join(f"{column:>19}" for column in columns))
-    for row in rows:
-        cells = [f"{row[c]:.4g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
-        print(f"{row['name']:24}" + "".join(f"{cell:>19}" for cell in cells))
-
-    for folder in dict.fromkeys(Path(model["file"]).parent for model in models):
-        if (folder / "metrics.jsonl").exists():
-            print(f"losses of {folder}: {loss_ends(folder / 'metrics.jsonl')}")
-
-    compared = models[bool(args.teacher_checkpoint) :]
-    evaluated = rows[-len(compared) :]
-    best = min(evaluated, key=lambda row: row["frechet_distance"])
-    if len(compared) > 1:
-        plot_steps(evaluated, output_dir / "evaluation.png")
-        result["best"] = best["checkpoint"]
-        print(f"best: {best['checkpoint']}; curve in {output_dir / 'evaluation.png'}")
-    if args.teacher_checkpoint:
-        teacher = rows[-len(compared) - 1]
-        result["quality_ratio"] = best["frechet_distance"] / teacher["frechet_distance"]
-        result["speed_ratio"] = best["images_per_second"] / teacher["images_per_second"]
-        print(
-            f"{best['name']}: {result['quality_ratio']:.3f} times the teacher's Frechet distance, "
-            f"{result['speed_ratio']:.1f} times its images per second"
-        )
-        student = compared[evaluated.index(best)]["images"]
-        save_comparison(output_dir / "comparison.png", models[0]["images"], student, labels)
-    with writing(output_dir / "evaluation.json"):
-        (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {output_dir / 'evaluation.json'}")
+def print_table(rows):
+    """A line for each figure, with its noise behind it; a column for each row."""
+    print(f"{'':24}" + "".join(f"{row['name']:>24}" for row in rows))
+    for name in [name for name in rows[-1] if name not in ("name", "checkpoint", "step", "noise", "fid_draws")]:
+        cells = []
+        for row in rows:
+            value = row.get(name, "")
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            cells.append(f"{text} +- {row['noise'][name]:.1g}" if name in row["noise"] else text)
+        print(f"{name:24}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 if __name__ == "__main__":

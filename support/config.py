@@ -200,10 +200,16 @@ EVALUATE = [
     Option("dataset", None, choice(*DATASETS), "real images; default: those of the training"),
     Option("data_dir", None, text, "where they are; default: as in the training"),
     Option("num_samples", 50_000, number(2, whole=True), "images to generate, of random classes"),
-    Option("features", "inception", choice("inception", "classifier"), "inception: FID; classifier: one trained on the data set"),
+    Option(
+        "features",
+        "inception",
+        choice("inception", "classifier"),
+        "of the Frechet distance: Inception's, and the FID, or a classifier's",
+    ),
     Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
     Option("inception_score", False, flag, "report the Inception Score too"),
-    Option("precision_recall", False, flag, "report precision and recall of the features too"),
+    Option("fid_reference", None, text, "file with the statistics (mu, sigma) of real images for the FID; default: the data set's"),
+    Option("repeats", 1, count, "draws of num_samples images; EDM publishes the least FID of three"),
     Option("plot", False, flag, "only draw the run's curves from metrics.jsonl, as curves.png"),
     *SAMPLING,
     *MACHINE,
@@ -349,8 +355,9 @@ def check(args):
                 f"--batch_size {args.batch_size} in {args.grad_accum} parts (--grad_accum) must be divisible by torchrun's "
                 f"{processes} processes, which share each part"
             )
-    if getattr(args, "inception_score", False) and args.features != "inception":
-        raise UserError("--inception_score needs --features inception")
+    for name in ("inception_score", "fid_reference"):
+        if getattr(args, name, None) and args.features != "inception":
+            raise UserError(f"--{name} needs --features inception")
     if getattr(args, "overwrite", False) and args.resume_from_checkpoint:
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):

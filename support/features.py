@@ -31,6 +31,17 @@ def apply(network, images, device):
     return tuple(gather_rows(torch.cat([output[i].float().cpu() for output in outputs])) for i in range(2))
 
 
+def pixels(images):
+    """uint8 `[N, C, H, W]` to two float `[N, D]`: the pixels in [-1, 1], and the same averaged over 2x2 squares until D <= 256.
+
+    No label has a part in them, and nothing was trained: what a classifier throws away they keep.
+    """
+    images = small = to_float(images)
+    while small[0].numel() > 256:
+        small = F.avg_pool2d(small, 2)
+    return images.flatten(1), small.flatten(1)
+
+
 def inception(weights, device):
     """The Inception network of FID, from torch-fidelity; `weights` is a file, or None to download them.
 

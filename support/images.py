@@ -44,3 +44,22 @@ def save_comparison(path, teacher_images, student_images, labels):
     index = [(labels == label).nonzero().flatten()[:columns] for label in classes]
     rows = [images[row] for row in index for images in (teacher_images, student_images)]
     save_grid(path, to_float(torch.cat(rows)), columns=columns)
+
+
+def save_diversity(path, sets, labels):
+    """A PNG with 8x8 images of one class from each of the `sets` (uint8 `[N, C, H, W]`, with `labels` `[N]`), side by side.
+
+    The class is the one in which the last set varies least beside the first. Returns it.
+    """
+
+    def spread(images, of, label):
+        part = images[of == label].float()
+        return part.var(0).sum().item() if len(part) > 1 else float("inf")
+
+    label = min(
+        labels[0].unique().tolist(), key=lambda k: spread(sets[-1], labels[-1], k) / max(spread(sets[0], labels[0], k), 1e-9)
+    )
+    grids = [to_float(images[of == label][:64]) for images, of in zip(sets, labels, strict=True)]
+    blank = torch.ones_like(grids[0][:1])
+    save_grid(path, *[torch.cat([grid, blank.expand(64 - len(grid), -1, -1, -1)]) for grid in grids], columns=8)
+    return label

@@ -1,24 +1,178 @@
-"""What compares the features of two sets of images: pure functions."""
+"""What compares images by their features: pure functions of tensors, on whatever device these are.
 
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+features, pixels, ...: float `[N, D]`, a row for each image. docs/evaluation.md says what each figure sees and what it does not.
+"""
+
+import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+BLOCK = 1000  # rows of a matrix of distances that are in memory at once
+NEIGHBOURS = 10_000  # images at most, of each side, for the figures that compare all with all
 
 
-def scores(judged, labels, real, args):
-    """What `judged`, a judge's (features, logits) of images asked for as `labels`, is worth beside the `real` features.
+# ---- Frechet distance -------------------------------------------------------------------------------------------------------
 
-    Frechet distance; with the classifier the share of images given their own label; Inception Score, precision and recall of the
-    Inception features where `args` asks for them. Computed by torch-fidelity.
+
+def statistics(features):
+    """(mean `[D]`, covariance `[D, D]`) of `features`, in float64."""
+    return features.double().mean(0), features.double().T.cov()
+
+
+def frechet_distance(ours, reference):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two pairs (mean, covariance), a float (Heusel et al. 2017, arXiv 1706.08500).
+
+    The trace of the root is the sum of the roots of the eigenvalues of C2^(1/2) C1 C2^(1/2), which is symmetric.
     """
-    features, logits = judged
-    statistics = [fid_features_to_statistics(part.double()) for part in (features, real)]
-    result = {"images": len(features), "frechet_distance": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
-    if args.features == "classifier":
-        result["own_label"] = (logits.argmax(1) == labels.cpu()).float().mean().item()
-    if args.inception_score:
-        result["inception_score"] = isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
-    if args.precision_recall:
-        metric = prc_features_to_metric(features, real, verbose=False, save_cpu_ram=True)  # 50,000 squared would not fit
-        result |= {"precision": metric[KEY_METRIC_PRECISION], "recall": metric[KEY_METRIC_RECALL]}
+    (mean, covariance), (reference_mean, reference_covariance) = ours, reference
+    values, vectors = torch.linalg.eigh(reference_covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (mean - reference_mean).square().sum() + covariance.trace() + reference_covariance.trace() - 2 * cross
+    return distance.item()
+
+
+def inception_score(logits):
+    """Salimans et al. 2016 (arXiv 1606.03498), by torch-fidelity, of Inception's logits `[N, 1008]`; a float."""
+    return isc_features_to_metric(logits.cpu())[KEY_METRIC_ISC_MEAN]
+
+
+# ---- neighbours -------------------------------------------------------------------------------------------------------------
+
+
+def distances(a, b):
+    """Blocks `[at most BLOCK, len(b)]` of the Euclidean distances between the rows of `a` and those of `b`."""
+    return (torch.cdist(block, b) for block in a.split(BLOCK))
+
+
+def nearest(a, b, k=1):
+    """The distance of each row of `a` to its k-th nearest row of `b`, `[len(a)]`."""
+    return torch.cat([block.kthvalue(min(k, len(b)), dim=1).values for block in distances(a, b)])
+
+
+def inside(a, b, radii):
+    """In how many of the balls of radius `radii` `[len(b)]` around the rows of `b` each row of `a` lies, `[len(a)]`."""
+    return torch.cat([(block <= radii).sum(1) for block in distances(a, b)])
+
+
+def precision_recall(real, fake, k=3):
+    """Kynkaanniemi et al. 2019 (arXiv 1904.06991), two floats.
+
+    Precision: share of the fake images within the distance of a real one to its k-th nearest real one. Recall: the same, the two
+    exchanged.
+    """
+    precision = inside(fake, real, nearest(real, real, k + 1)) > 0  # the nearest of all is the image itself
+    recall = inside(real, fake, nearest(fake, fake, k + 1)) > 0
+    return precision.float().mean().item(), recall.float().mean().item()
+
+
+def density_coverage(real, fake, k=5):
+    """Naeem et al. 2020 (arXiv 2002.09797), two floats.
+
+    Density: in how many real images' neighbourhoods of k a fake image lies, over k: 1 for the real distribution, and more where
+    fake images crowd. Coverage: share of the real images in whose neighbourhood there is a fake one.
+    """
+    radii = nearest(real, real, k + 1)
+    density = inside(fake, real, radii).float().mean() / k
+    return density.item(), (nearest(real, fake) <= radii).float().mean().item()
+
+
+# ---- one figure after the other ---------------------------------------------------------------------------------------------
+
+
+def within_class_spread(pixels, labels):
+    """The variance of the images of a class around their mean, summed over the pixels, averaged over the classes; a float.
+
+    Images in [-1, 1]. Classes with fewer than two images are left out.
+    """
+    spreads = [part.var(0).sum() for label in labels.unique() if len(part := pixels[labels == label]) > 1]
+    return torch.stack(spreads).mean().item() if spreads else 0.0
+
+
+def figures(seen, labels, reference):
+    """What images asked for as `labels` `[N]` are worth: a dict of floats.
+
+    seen: of these images `features` (Inception's or the judge's), `logits` (the judge's), `pixels`, `small` (averaged pixels)
+    and `neighbours`, which of `features` and `small` the all-with-all figures look at, all `[N, ...]`.
+    reference: of real training images `features` and `small` as pairs (mean, covariance); `neighbours` `[M, D]`, as many as the
+    images, where there are; `training`, `small` of all that a generator could have copied; and `copied_below`, the distance to the
+    nearest of these that one in a hundred held-out real images stays below.
+    """
+    real, fake = reference["neighbours"][: len(labels)], seen["neighbours"][:NEIGHBOURS]
+    precision, recall = precision_recall(real, fake)
+    density, coverage = density_coverage(real, fake)
+    copied = nearest(seen["small"][:NEIGHBOURS], reference["training"]) < reference["copied_below"]
+    return {
+        "frechet_distance": frechet_distance(statistics(seen["features"]), reference["features"]),
+        "pixel_frechet_distance": frechet_distance(statistics(seen["small"]), reference["small"]),
+        "precision": precision,
+        "recall": recall,
+        "density": density,
+        "coverage": coverage,
+        "own_label": (seen["logits"].argmax(1) == labels).float().mean().item(),
+        "within_class_spread": within_class_spread(seen["pixels"], labels),
+        "near_copies": copied.float().mean().item(),
+    }
+
+
+def figures_with_noise(seen, labels, reference, size, draws=8):
+    """(`figures`, the standard deviation of each): means over the parts of `size` images into which these fall.
+
+    The deviation is that of the figures of random halves of a part, which for a mean is the standard error of the whole part (the
+    delete-half jackknife). It holds the choice of images, not that of the training's seed.
+    """
+    parts = [torch.arange(start, start + size, device=labels.device) for start in range(0, len(labels) - size + 1, size)]
+
+    def of(index):
+        return figures({name: rows[index] for name, rows in seen.items()}, labels[index], reference)
+
+    wholes = [of(part) for part in parts]
+    random = torch.Generator().manual_seed(0)
+    halves = [of(parts[draw % len(parts)][torch.randperm(size, generator=random)[: size // 2]]) for draw in range(draws)]
+    values = {name: sum(whole[name] for whole in wholes) / len(wholes) for name in wholes[0]}
+    noise = {name: torch.tensor([half[name] for half in halves]).std().item() / len(parts) ** 0.5 for name in values}
+    return values, noise
+
+
+# ---- verdict ----------------------------------------------------------------------------------------------------------------
+
+BETTER = {  # which way is better; None: as real images have it
+    "frechet_distance": min,
+    "pixel_frechet_distance": min,
+    "precision": max,
+    "recall": max,
+    "density": None,
+    "coverage": max,
+    "own_label": max,
+    "within_class_spread": None,
+    "near_copies": min,
+}
+
+
+def verdict(student, teacher, real):
+    """In which figures the student is better than its teacher, worse, or as good: a dict from these words to lists of names.
+
+    Each a row with the figures and their `noise`. Two figures differ where they are more than two standard deviations of their
+    difference apart.
+    """
+    result = {"better": [], "worse": [], "as good": []}
+    for name, better in BETTER.items():
+        values = [row[name] if better else abs(row[name] - real[name]) for row in (student, teacher)]
+        noise = (student["noise"][name] ** 2 + teacher["noise"][name] ** 2) ** 0.5
+        if abs(values[0] - values[1]) <= 2 * noise:
+            result["as good"].append(name)
+        else:
+            result["better" if (better or min)(values) == values[0] else "worse"].append(name)
     return result
+
+
+def best(rows):
+    """The index of the best of several rows: that of the least mean rank in both Frechet distances, recall and coverage.
+
+    Two of the four see lost diversity above all. Of equals, the one with the lesser Frechet distance.
+    """
+    ranks = [0] * len(rows)
+    for name in ("frechet_distance", "pixel_frechet_distance", "recall", "coverage"):
+        sign = -1 if BETTER[name] is max else 1
+        for index, row in enumerate(rows):
+            ranks[index] += sum(sign * other[name] < sign * row[name] for other in rows)
+    return min(range(len(rows)), key=lambda index: (ranks[index], rows[index]["frechet_distance"]))

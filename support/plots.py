@@ -69,11 +69,14 @@ def plot_metrics(metrics_path, path):
 
 
 def plot_steps(rows, path):
-    """Draws each row's Frechet distance over its training step."""
-    figure, axis = plt.subplots(figsize=(6, 4))
-    axis.plot([row["step"] for row in rows], [row["frechet_distance"] for row in rows], marker="o")
-    axis.set_xlabel("step")
-    axis.set_ylabel("Frechet distance")
+    """Draws the figures of checkpoints, rows of evaluate.py, over their training steps, with their noise as bars."""
+    names = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
+    for axis, name in zip(axes, names, strict=True):
+        values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
+        axis.errorbar([row["step"] for row in rows], values, noise, marker="o", capsize=3)
+        axis.set_title(name)
+        axis.set_xlabel("step")
     save(figure, path)
 
 
