@@ -1,4 +1,8 @@
-"""Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method)."""
+"""Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method).
+
+A folder that already holds images of the same --format is refused without --overwrite, since old images among new ones would
+spoil an FID. Grids are for the eye: they replace those of the same name.
+"""
 
 from support.config import GENERATE, UserError, did_you_mean, exit_on_error, make_folder, parse_args, writing
 
@@ -13,10 +17,18 @@ import torch
 from PIL import Image
 
 import checkpoint
+from data import IMAGE_SUFFIXES
 from sampling import class_noise, sample_in_batches
 from support.images import save_grid, to_uint8
 from support.parallel import rank
 from support.training import autocast, choose_device, compile_networks
+
+NUMBER = r"(\d{6}|[1-9]\d{6,})\.png"  # how the names end that `write_pngs` gives
+FOUND = {  # for each format, where its readers look, and the names that it has there
+    "png": ("*/**/*", rf"[^/]+/{NUMBER}"),
+    "flat": ("*", rf".+_{NUMBER}"),
+    "npz": ("samples.npz", r"samples\.npz"),
+}
 
 
 def main(args):
@@ -28,6 +40,7 @@ def main(args):
     names = state.get("class_names") or [str(label) for label in range(net.label_dim)]
     classes = choose_classes(args.classes, names)
     output_dir = Path(args.output_dir)
+    earlier = earlier_files(output_dir, args.format, args.overwrite)
     make_folder("--output_dir", output_dir)
     shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
     noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
@@ -39,29 +52,73 @@ def main(args):
     if rank():
         return
     seconds = time.perf_counter() - start
-    print(f"{len(images)} images in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} an image")
+    number = f"{len(images)} image{'s' * (len(images) > 1)}"
+    print(f"{number} in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} an image")
 
-    by_class = dict(zip(classes, images.split(args.num_samples), strict=True))
+    delete(earlier, output_dir)
     if args.format == "npz":
         write_npz(output_dir / "samples.npz", images, labels)
         print(f"wrote {output_dir / 'samples.npz'}")
         return
-    folders = file_names(names)
-    if args.format == "grid":
-        for label, class_images in by_class.items():
-            save_grid(output_dir / f"{folders[label]}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
+    stems = file_names(names)
+    by_class = {output_dir / stems[label]: part for label, part in zip(classes, images.split(args.num_samples), strict=True)}
+    if args.format == "png":
+        for path, class_images in by_class.items():
+            make_folder("--output_dir", path)
+            write_pngs(f"{path}/", class_images)
+    elif args.format == "flat":
+        for path, class_images in by_class.items():
+            write_pngs(f"{path}_", class_images.expand(-1, 3, -1, -1))
+    else:
+        for path, class_images in by_class.items():
+            save_grid(f"{path}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
         overview = torch.cat([class_images[:16] for class_images in by_class.values()])
         save_grid(output_dir / "overview.png", overview, columns=min(args.num_samples, 16))
-    else:
-        for label, class_images in by_class.items():
-            write_pngs(output_dir / folders[label], class_images)
-    print(f"wrote {args.format} PNGs of {len(classes)} classes to {output_dir}")
+    print(f"wrote {number} of {len(classes)} class{'es' * (len(classes) > 1)} to {output_dir}")
+
+
+def earlier_files(folder, format, overwrite):
+    """The files of an earlier run of this `format` in `folder`, which are to be deleted; none for grids.
+
+    Raises UserError where there are some without `overwrite`, or images that are no run's of this format: readers would take these
+    for samples. Grids are refused beside the images of --format flat, for the same reason.
+    """
+    where, pattern = FOUND["flat" if format == "grid" else format]
+    files = [path for path in sorted(folder.glob(where)) if path.suffix.lower() in IMAGE_SUFFIXES or format == "npz"]
+    ours = [path for path in files if re.fullmatch(pattern, path.relative_to(folder).as_posix())]
+    if format == "grid":
+        if ours:
+            raise UserError(f"--output_dir {folder}: holds images of --format flat; a grid would be read as one; choose another")
+        return []
+    if ours and not overwrite:
+        name = ours[0].relative_to(folder)
+        raise UserError(f"--output_dir {folder}: holds another run's {name}; --overwrite deletes what that run wrote")
+    if len(files) > len(ours):
+        name = min(set(files) - set(ours)).relative_to(folder)
+        raise UserError(f"--output_dir {folder}: holds {name}, which is not for --overwrite to delete; choose another")
+    return ours
+
+
+def delete(files, output_dir):
+    """Deletes `files`, and the classes' folders in `output_dir` that this leaves empty."""
+    for path in files:
+        with writing(path):
+            path.unlink()
+    for folder in {path.parent for path in files} - {output_dir}:
+        if not any(folder.iterdir()):
+            with writing(folder):
+                folder.rmdir()
 
 
 def choose_classes(wanted, names):
-    """The indices in `names` of the classes that `--classes` names, in its order; all where it is not given."""
+    """The indices in `names` of the classes that `--classes` names, in its order; all where it is not given.
+
+    Names are separated by commas; a name that has one itself can be given alone. Raises UserError for an unknown name.
+    """
     if not wanted:
         return list(range(len(names)))
+    if wanted in names:
+        return [names.index(wanted)]
     wanted = dict.fromkeys(name.strip() for name in wanted.split(","))
     for name in wanted:
         if name not in names:
@@ -72,20 +129,27 @@ def choose_classes(wanted, names):
 def file_names(names):
     """The classes' names as names of files, each another: "T-shirt/top" is none."""
     safe = [re.sub(r"[^\w-]", "_", name.lower()) for name in names]
-    return [name if safe.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(safe)]
+    mended = [name if safe.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(safe)]
+    if len(set(mended)) == len(mended):
+        return mended
+    return [f"{name}_{label}" for label, name in enumerate(safe)]  # "a", "A" and "a_0"
 
 
 def write_npz(path, images, labels):
+    """Writes `images` uint8 `[N, H, W, C]` and `labels` int64 `[N]`, and the same by guided-diffusion's names: `arr_0`, always RGB
+    `[N, H, W, 3]`, and `arr_1`. So pixels are in the file twice.
+    """
+    pixels, labels = to_uint8(images).permute(0, 2, 3, 1), labels.numpy()
     with writing(path):
-        np.savez(path, images=to_uint8(images).permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        np.savez(path, images=pixels.numpy(), labels=labels, arr_0=pixels.expand(-1, -1, -1, 3).numpy(), arr_1=labels)
 
 
-def write_pngs(folder, images):
-    """A file for each image, in a folder for each class, as --dataset folder reads it."""
-    make_folder("--output_dir", folder)
+def write_pngs(stem, images):
+    """Writes each of the images `[N, C, H, W]` to a file, the text `stem` followed by its number."""
     for index, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy()):
-        with writing(folder / f"{index:06d}.png"):
-            Image.fromarray(pixels.squeeze()).save(folder / f"{index:06d}.png")
+        path = f"{stem}{index:06d}.png"
+        with writing(path):
+            Image.fromarray(pixels.squeeze()).save(path)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,14 @@ GENERATE = [
     Option("output_dir", "./generated", text, "where images go"),
     Option("num_samples", 16, count, "images of each class"),
     Option("classes", None, text, "names of the classes wanted, separated by commas; default: all"),
-    Option("format", "grid", choice("grid", "png", "npz"), "grid: one a class and an overview; png: a file an image; npz: arrays"),
+    Option(
+        "format",
+        "grid",
+        choice("grid", "png", "npz", "flat"),
+        "grid: one per class and an overview; png: a folder per class, as --dataset folder reads; npz: arrays; "
+        "flat: RGB in one folder, as FID tools read",
+    ),
+    Option("overwrite", False, flag, "delete what an earlier run of the same format (png, flat, npz) wrote to output_dir"),
     *SAMPLING,
     *MACHINE,
 ]
@@ -358,7 +365,7 @@ def check(args):
     for name in ("inception_score", "fid_reference"):
         if getattr(args, name, None) and args.features != "inception":
             raise UserError(f"--{name} needs --features inception")
-    if getattr(args, "overwrite", False) and args.resume_from_checkpoint:
+    if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
