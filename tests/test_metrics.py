@@ -1,0 +1,226 @@
+"""The figures against closed forms, and against failures planted in real digits: docs/evaluation.md's table of what sees what."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import load_dataset
+from support import features, metrics
+
+CPU = torch.device("cpu")
+
+
+def normal(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ---- closed forms -----------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_gaussians():
+    """Of diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2; of rotated ones the same; and torch-fidelity's figure."""
+    mean, s1, s2 = (
+        torch.tensor([1.0, -2.0, 0.5]).double(),
+        torch.tensor([1.0, 2.0, 0.1]).double(),
+        torch.tensor([3.0, 2.0, 0.0]).double(),
+    )
+    rotation = torch.linalg.qr(normal(3, 3)).Q
+    ours = mean, rotation @ torch.diag(s1**2) @ rotation.T
+    theirs = torch.zeros(3).double(), rotation @ torch.diag(s2**2) @ rotation.T
+    expected = mean.square().sum() + (s1 - s2).square().sum()
+    assert metrics.frechet_distance(ours, theirs) == pytest.approx(expected.item(), rel=1e-6)
+    assert metrics.frechet_distance(theirs, ours) == pytest.approx(expected.item(), rel=1e-6)
+    assert metrics.frechet_distance(ours, ours) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_is_torch_fidelitys():
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    a, b = normal(300, 20) * torch.linspace(0.1, 3, 20), normal(200, 20, 1) + 0.3
+    published = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
+    ours = metrics.frechet_distance(metrics.statistics(a), metrics.statistics(b))
+    assert ours == pytest.approx(published[KEY_METRIC_FID], rel=1e-6)
+    few = metrics.frechet_distance(metrics.statistics(a[:5]), metrics.statistics(b))  # a covariance of rank 4
+    assert math.isfinite(few) and few > ours
+
+
+def test_precision_recall_density_coverage_on_a_line():
+    """Real images at 0, 1, 2, 3, 10; k = 1. Neighbours lie at 1, 1, 1, 1 and 7. Fakes at 0.5, 1.5, 4.5, 30."""
+    real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]
+    fake = torch.tensor([0.5, 1.5, 4.5, 30])[:, None]
+    # inside real balls: 0.5 of 0 and 1; 1.5 of 1 and 2; 4.5 of 10 alone; 30 of none
+    # fake balls have radii 1, 1, 3, 25.5: reaching 0, 1 | 1, 2 | 2, 3 | 10
+    assert metrics.precision_recall(real, fake, k=1) == (0.75, 1.0)
+    density, coverage = metrics.density_coverage(real, fake, k=1)
+    assert density == pytest.approx(5 / 4) and coverage == pytest.approx(4 / 5)  # 3 has nothing within 1
+
+
+def test_figures_that_compare_all_with_all_do_not_depend_on_the_blocks(monkeypatch):
+    real, fake = normal(150, 4), normal(130, 4, 1) * 0.8
+    whole = metrics.precision_recall(real, fake), metrics.density_coverage(real, fake)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert (metrics.precision_recall(real, fake), metrics.density_coverage(real, fake)) == whole
+
+
+def test_recall_is_torch_fidelitys():
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    real, fake = normal(150, 4).float(), normal(130, 4, 1).float() * 0.8
+    published = prc_features_to_metric(fake, real, verbose=False, prc_neighborhood=3)
+    ours = metrics.precision_recall(real, fake)
+    assert ours == pytest.approx((published[KEY_METRIC_PRECISION], published[KEY_METRIC_RECALL]), abs=0.01)
+
+
+def test_within_class_spread_is_the_variance_around_each_classs_mean():
+    pixels = torch.tensor([[0.0, 0], [2, 0], [5, 5], [5, 9], [7, 7]])
+    labels = torch.tensor([0, 0, 1, 1, 2])  # the third class has one image
+    assert metrics.within_class_spread(pixels, labels) == pytest.approx((2 + 8) / 2)
+
+
+def row(noise=0.01, **changes):
+    values = {name: 0.5 for name in metrics.BETTER} | changes
+    return {**values, "noise": dict.fromkeys(metrics.BETTER, noise)}
+
+
+def test_a_verdict_tells_differences_from_noise():
+    student = row(frechet_distance=0.3, recall=0.4, coverage=0.52, density=0.8, within_class_spread=0.45)
+    teacher = row(frechet_distance=0.5, recall=0.5, coverage=0.5, density=0.6, within_class_spread=0.7)
+    told = metrics.verdict(student, teacher, row())
+    assert told["better"] == ["frechet_distance", "within_class_spread"]  # the spread is nearer to real images'
+    assert told["worse"] == ["recall", "density"]
+    assert "coverage" in told["as good"] and len(sum(told.values(), [])) == len(metrics.BETTER)
+
+
+def test_the_best_checkpoint_is_not_the_one_that_draws_prototypes():
+    """The least Frechet distance of all, bought with lost diversity, does not make it best."""
+    early = row(frechet_distance=5.0, pixel_frechet_distance=2.0, recall=0.8, coverage=0.8)
+    good = row(frechet_distance=3.0, pixel_frechet_distance=1.2, recall=0.9, coverage=0.9)
+    prototypes = row(frechet_distance=2.5, pixel_frechet_distance=2.7, recall=0.4, coverage=0.85)
+    assert metrics.best([early, good, prototypes]) == 1
+    assert metrics.best([good, good | {"frechet_distance": 2.9}]) == 1
+
+
+# ---- noise ------------------------------------------------------------------------------------------------------------------
+
+
+def seen_of(points, logits=None):
+    return {
+        "features": points,
+        "neighbours": points,
+        "pixels": points,
+        "small": points,
+        "logits": torch.zeros(len(points), 2) if logits is None else logits,
+    }
+
+
+def reference_of(points):
+    pair = metrics.statistics(points)
+    return {"features": pair, "small": pair, "neighbours": points, "training": points, "copied_below": torch.tensor(0.1)}
+
+
+def test_noise_is_the_spread_of_the_figure_over_draws():
+    """Against the real spread over 12 draws of 400 points: within a factor of two for each figure."""
+    reference, labels = reference_of(normal(2000, 6)), torch.zeros(400, dtype=torch.long)
+    draws = [normal(400, 6, seed) * 0.9 for seed in range(1, 13)]
+    logits = [F.one_hot((draw[:, 0] > 0).long(), 2).double() for draw in draws]
+    told = [metrics.figures_with_noise(seen_of(d, l), labels, reference, 400) for d, l in zip(draws, logits, strict=True)]
+    for name in metrics.BETTER:
+        spread = np.std([values[name] for values, _ in told], ddof=1)
+        noise = np.mean([noise[name] for _, noise in told])
+        assert spread == 0 and noise == 0 or 0.5 < noise / spread < 2, (name, spread, noise)
+
+
+def test_more_images_make_less_noise_and_leave_the_figure():
+    """1,600 images in parts of 400: the figures are of 400 images each, so that they compare; their noise is half."""
+    reference = reference_of(normal(2000, 6))
+    few, many = (
+        metrics.figures_with_noise(seen_of(normal(n, 6, 1)), torch.zeros(n, dtype=torch.long), reference, 400) for n in (400, 1600)
+    )
+    for name in ("frechet_distance", "recall", "within_class_spread"):
+        assert abs(few[0][name] - many[0][name]) < 4 * few[1][name]
+        assert 0.25 < many[1][name] / few[1][name] < 0.9
+
+
+# ---- planted failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The judge's view of real digits, the reference, and the held-out digits."""
+    dataset = load_dataset("mnist5k", "unused", 16)
+    judge, _ = features.classifier(dataset, tmp_path_factory.mktemp("judge") / "judge.pt", CPU)
+
+    def see(images):
+        judged, logits = judge(images)
+        pixels, small = features.pixels(images)
+        return {"features": judged, "neighbours": small, "logits": logits, "pixels": pixels, "small": small}
+
+    training, held_out = features.split(dataset)
+    real, held_out_small = see(training.images), features.pixels(held_out.images)[1]
+    reference = {
+        "features": metrics.statistics(real["features"]),
+        "small": metrics.statistics(real["small"]),
+        "neighbours": real["neighbours"],
+        "training": real["small"],
+        "copied_below": metrics.nearest(held_out_small, real["small"]).quantile(0.01),
+    }
+    return see, reference, training, held_out
+
+
+def ten_images(images, labels, training):
+    index = torch.arange(len(labels))
+    for label in range(10):
+        members = (labels == label).nonzero().flatten()
+        index[members] = members[:10].repeat(len(members))[: len(members)]
+    return images[index], labels
+
+
+def towards_the_mean(images, labels, training):
+    means = torch.stack([images[labels == label].float().mean(0) for label in range(10)])
+    return (0.8 * images + 0.2 * means[labels]).round().to(torch.uint8), labels
+
+
+def blurred(images, labels, training):
+    return F.avg_pool2d(F.pad(images.float(), (1, 1, 1, 1)), 3, 1).round().to(torch.uint8), labels
+
+
+def swapped_labels(images, labels, training):
+    return images, torch.where(torch.arange(len(labels)) % 5 == 0, (labels + 1) % 10, labels)
+
+
+def one_class_missing(images, labels, training):
+    """Its images are replaced by others of the other classes."""
+    index = torch.arange(len(labels))
+    present = (labels != 3).nonzero().flatten()
+    missing = (labels == 3).nonzero().flatten()
+    index[missing] = present[: len(missing)]
+    return images[index], labels[index]
+
+
+def copies(images, labels, training):
+    return training.images[-len(labels) :], training.labels[-len(labels) :]
+
+
+FAILURES = {  # what is done -> the figures that must see it: up or down
+    ten_images: {"recall": -1, "coverage": -1, "frechet_distance": 1, "pixel_frechet_distance": 1},
+    towards_the_mean: {"recall": -1, "within_class_spread": -1, "pixel_frechet_distance": 1, "precision": 1, "density": 1},
+    blurred: {"recall": -1, "within_class_spread": -1, "pixel_frechet_distance": 1, "frechet_distance": 1, "coverage": -1},
+    swapped_labels: {"own_label": -1, "within_class_spread": 1},
+    one_class_missing: {"recall": -1, "coverage": -1, "frechet_distance": 1, "pixel_frechet_distance": 1},
+    copies: {"near_copies": 1, "precision": 1},
+}
+
+
+@pytest.mark.slow
+def test_planted_failures_are_seen(digits):
+    see, reference, training, held_out = digits
+    size = len(held_out.labels)
+    real, noise = metrics.figures_with_noise(see(held_out.images), held_out.labels, reference, size)
+    print(f"\n{'':20}" + "".join(f"{name:>24}" for name in real))
+    for plant, seen_by in {None: {}, **FAILURES}.items():
+        images, labels = plant(held_out.images, held_out.labels, training) if plant else (held_out.images, held_out.labels)
+        values, own_noise = metrics.figures_with_noise(see(images), labels, reference, size)
+        print(f"{plant.__name__ if plant else 'real':20}" + "".join(f"{values[n]:15.3f} +-{own_noise[n]:7.3f}" for n in values))
