@@ -4,9 +4,12 @@ A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N,
 """
 
 import hashlib
+import inspect
 import pickle
-import struct
 import sys
+import time
+import zipfile
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,14 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch_fidelity.utils import create_feature_extractor
+from tqdm import tqdm
 
 import checkpoint
 from data import Batches, Dataset
+from sampling import random_stream
 from support.config import UserError
 from support.images import to_float
 from support.parallel import broadcast, gather_rows, one_first, own_rows, rank
+from support.training import adamw, load_optimizer, lr_factor
 
 BATCH_SIZE = 250
+EPOCHS = 32
+SAVE_SECONDS = 10  # between two savings of a judge that is being trained
+TELL_AFTER, TELL_SECONDS = 10, 30  # steps to the first line about its progress, and seconds between the next
 
 
 def apply(network, images, device):
@@ -69,15 +78,25 @@ def inception(weights, device):
     return lambda images: apply(network, images.expand(-1, 3, -1, -1), device)
 
 
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
 class Classifier(nn.Module):
-    """Three convolutions and a linear layer: enough to read digits, and quick to train."""
+    """A small residual network with features `[N, 128]`. Its first convolution halves the resolution, so the others cost little."""
 
     def __init__(self, img_channels, num_classes):
         super().__init__()
-        widths = [img_channels, 32, 64, 128]
-        layers = []
+        widths = [32, 64, 128]
+        layers = [nn.Conv2d(img_channels, widths[0], 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for width_in, width in pairwise(widths):
-            layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [Residual(width)]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(widths[-1], num_classes)
 
@@ -94,45 +113,53 @@ def split(dataset):
     return tuple(Dataset(dataset.images[index], dataset.labels[index], dataset.class_names) for index in (order[cut:], order[:cut]))
 
 
-def augment(images):
-    """Each image of the batch turned by up to 10 degrees, scaled by up to 10% and moved by up to 8% of its side."""
-    turn, zoom, right, down = (torch.rand(4, len(images), device=images.device) * 2 - 1) * torch.tensor(
-        [[0.17], [0.1], [0.16], [0.16]], device=images.device
-    )
-    zoom = 1 + zoom
-    rows = [zoom * turn.cos(), -zoom * turn.sin(), right, zoom * turn.sin(), zoom * turn.cos(), down]
-    grid = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+def augment(images, stream):
+    """The batch with each image moved by up to 8% of its side, and more; `stream` is the generator of the random numbers.
+
+    Grey images, which may be digits, are also turned by up to 10 degrees and scaled by up to 10%. Coloured ones move by whole
+    pixels, which blurs nothing, and half of them are mirrored.
+    """
+    turn, zoom, right, down, mirror = torch.rand(5, len(images), generator=stream) * 2 - 1
+    turn, zoom, right, down, mirror = 0.17 * turn, 1 + 0.1 * zoom, 0.16 * right, 0.16 * down, mirror.sign()
+    if torch.equal(images, images[:, :1].expand_as(images)):
+        mirror = torch.ones_like(mirror)
+    else:
+        half = images.shape[-1] / 2  # in the units of grid_sample a side is 2
+        turn, zoom, right, down = 0 * turn, torch.ones_like(zoom), (half * right).round() / half, (half * down).round() / half
+    rows = [mirror * zoom * turn.cos(), -zoom * turn.sin(), right, mirror * zoom * turn.sin(), zoom * turn.cos(), down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3).to(images), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def classifier(dataset, cache, device, steps=1500, batch_size=128):
+def plan(dataset):
+    """(steps, batch size) for `dataset`: EPOCHS, but no longer than 40,000 images at 32x32 take, and no handful of steps."""
+    size, pixels = len(dataset.labels), dataset.images[0, 0].numel()
+    batch_size = min(128, size // 4)
+    images_seen = EPOCHS * min(size, 40_000 * 32 * 32 / pixels)
+    return max(300, round(images_seen / batch_size)), batch_size
+
+
+def classifier(dataset, cache, device):
     """A judge trained on four fifths of the real images of `dataset`, the same at every call; kept in the file `cache`.
 
-    Returns (judge, its accuracy on the fifth held out).
+    Returns (judge, its accuracy on the fifth held out). Under torchrun rank 0 trains and the others wait for its weights.
     """
     if len(dataset.labels) < 10:
         raise UserError(f"--features classifier: the data set has only {len(dataset.labels)} images")
-    network = Classifier(dataset.images.shape[1], len(dataset.class_names))
-    identity = hashlib.sha256(f"{network} {steps} {batch_size}".encode())
-    identity.update(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes())
-    fingerprint = identity.hexdigest()
     train_set, held_out = split(dataset)
-    try:
-        cached = torch.load(cache, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, IndexError, struct.error, pickle.UnpicklingError):
-        cached = {}  # none yet, or damaged: it is made again
-    if cached.get("fingerprint") == fingerprint:
-        network.load_state_dict(cached["model_state_dict"])
-        network.to(device, memory_format=torch.channels_last)
-    else:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network = train_classifier(train_set, device, steps, min(batch_size, len(train_set.labels)))
-        try:
-            if not rank():
-                checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
-        except UserError as error:  # no place to keep it: it serves this time
-            print(error, file=sys.stderr)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
+    if not rank():
+        identity = hashlib.sha256(f"{network} {plan(train_set)}".encode())
+        for code in (Residual, Classifier, augment, train_classifier):  # changed, they make another judge
+            identity.update(inspect.getsource(code).encode())
+        identity.update(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes())
+        fingerprint = identity.hexdigest()
+        if state := stored(cache, fingerprint):
+            network.load_state_dict(state["model_state_dict"])
+        else:
+            train_classifier(network, train_set, Path(cache), fingerprint)
     broadcast(network)
     network.eval()
 
@@ -143,20 +170,69 @@ def classifier(dataset, cache, device, steps=1500, batch_size=128):
     return judge, accuracy
 
 
-def train_classifier(dataset, device, steps, batch_size):
-    network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
+def stored(path, fingerprint):
+    """The state that `checkpoint.save` wrote to `path`, where it is whole and of this fingerprint; else an empty dict."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
+            intact = archive.testzip() is None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if intact and state.get("fingerprint") == fingerprint else {}
+    except Exception:  # there is none, or whatever a damaged or foreign file brings about: it is made again
+        return {}
+
+
+def train_classifier(network, dataset, cache, fingerprint):
+    """Trains `network`, in place, and saves it as `cache`.
+
+    Now and then it saves what it has, as `cache` with `.part` at the end, and the next call goes on from there as if nothing had
+    happened: data, augmentation and learning rate follow from the number of the step alone.
+    """
+    steps, batch_size = plan(dataset)
+    optimizer = adamw(network.parameters(), lr=0)
     batches = Batches(dataset, batch_size, seed=0)
-    for _ in range(steps):
+    part, done = cache.with_name(cache.name + ".part"), 0
+    if state := stored(part, fingerprint):
+        done = state["step"]
+        network.load_state_dict(state["model_state_dict"])
+        load_optimizer(optimizer, state["optimizer_state_dict"])
+        batches.images_seen = done * batch_size
+
+    print(f"training the judge, a classifier, on {len(dataset.labels)} real images, this once", flush=True)
+    saved = time.monotonic()
+    for step in progress(done, steps):
         images, labels = next(batches)
-        images = augment(images).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(network(images)[1], labels)
+        images = augment(images, random_stream(0, step)).contiguous(memory_format=torch.channels_last)
+        loss = F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
         loss.backward()
+        optimizer.param_groups[0]["lr"] = 1e-2 * lr_factor(step, steps // 4, 0.75, steps)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-    return network
+        if time.monotonic() > saved + SAVE_SECONDS:
+            state = {"step": step + 1, "model_state_dict": network.state_dict(), "optimizer_state_dict": optimizer.state_dict()}
+            with suppress(UserError):  # there is no place for it
+                checkpoint.save(part, state | {"fingerprint": fingerprint})
+            saved = time.monotonic()
+    try:
+        checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+    except UserError as error:  # no place to keep it: it serves this time
+        print(error, file=sys.stderr)
+    with suppress(OSError):
+        part.unlink()
+
+
+def progress(done, steps):
+    """The numbers from `done` to `steps`. It tells, soon and then now and then, how long they take; on a terminal by a bar."""
+    start = told = time.monotonic()
+    with tqdm(total=steps, initial=done, unit="step", disable=None) as bar:  # None: where there is no terminal
+        for step in range(done, steps):
+            yield step
+            bar.update()
+            now, count = time.monotonic(), step + 1 - done
+            if count == TELL_AFTER or (bar.disable and now > told + TELL_SECONDS):
+                left = (now - start) / count * (steps - step - 1) / 60
+                bar.write(f"training the judge: step {step + 1} of {steps}, about {left:.1f} minutes left", file=sys.stdout)
+                sys.stdout.flush()
+                told = now
 
 
 def cache_path(dataset_name, data_dir, config):

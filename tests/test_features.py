@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, run_script, succeed, write_images
 from test_config import assert_refused
 
-from data import load_dataset
+from data import Dataset, load_dataset
 from support import features
 from support.config import UserError
 from support.images import to_uint8
@@ -18,14 +18,33 @@ CLASSIFIER = Namespace(features="classifier", inception_score=False, precision_r
 INCEPTION = Namespace(features="inception", inception_score=True, precision_recall=True)
 
 
+def shades(each=20, size=8, channels=1, classes=2):
+    """Noise around a grey that tells the class."""
+    labels = torch.arange(classes).repeat(each)
+    noise = torch.randn(len(labels), channels, size, size, generator=torch.Generator().manual_seed(0))
+    greys = (labels / classes - 0.5)[:, None, None, None]
+    return Dataset(to_uint8(greys + 0.3 * noise), labels, [str(label) for label in range(classes)])
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Judges that train for eight steps, and save what they have after each."""
+    monkeypatch.setattr(features, "plan", lambda dataset: (8, 4))
+    monkeypatch.setattr(features, "SAVE_SECONDS", -1)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
 @pytest.mark.slow
 def test_classifier_ranks_real_above_blurred_above_noise(tmp_path):
     """Real digits that it has not seen, the same moved half-way to their class mean, noise. And it reads digits."""
     dataset = load_dataset("mnist5k", tmp_path, 16)
     cache = tmp_path / "judge.pt"
-    measure, accuracy = features.classifier(dataset, cache, CPU, steps=300)
-    assert accuracy > 0.95
-    again, same_accuracy = features.classifier(dataset, cache, CPU, steps=300)  # from the cache
+    measure, accuracy = features.classifier(dataset, cache, CPU)
+    assert accuracy >= 0.98
+    again, same_accuracy = features.classifier(dataset, cache, CPU)  # from the cache
     images = dataset.images[:50]
     assert same_accuracy == accuracy and torch.equal(again(images)[0], measure(images)[0])
 
@@ -41,19 +60,135 @@ def test_classifier_ranks_real_above_blurred_above_noise(tmp_path):
     assert shares[0] > 0.95 and shares[2] < 0.3
 
 
-def test_cached_classifier_of_other_data_is_not_used(tmp_path):
+def test_cached_classifier_of_other_data_is_not_used(tmp_path, short):
     write_images(tmp_path / "a", size=16)
     write_images(tmp_path / "b", size=16, seed=1)
     for name in ("a", "b"):
-        features.classifier(load_dataset("folder", tmp_path / name, 16), tmp_path / "judge.pt", CPU, steps=2)
-        features.classifier(load_dataset("folder", tmp_path / name, 16), "/dev/null/judge.pt", CPU, steps=2)  # nowhere to keep it
+        features.classifier(load_dataset("folder", tmp_path / name, 16), tmp_path / "judge.pt", CPU)
+        features.classifier(load_dataset("folder", tmp_path / name, 16), "/dev/null/judge.pt", CPU)  # nowhere to keep it
         state = torch.load(tmp_path / "judge.pt", weights_only=True)
         if name == "a":
             first = state
     assert state["fingerprint"] != first["fingerprint"]
-    (tmp_path / "judge.pt").write_bytes(b"ab")  # damaged: made again
-    features.classifier(load_dataset("folder", tmp_path / "a", 16), tmp_path / "judge.pt", CPU, steps=2)
-    assert torch.load(tmp_path / "judge.pt", weights_only=True)["fingerprint"] == first["fingerprint"]
+
+
+def test_classifier_trained_otherwise_is_not_used(tmp_path, short, monkeypatch, capsys):
+    def trains():
+        features.classifier(shades(), tmp_path / "judge.pt", CPU)
+        return "training the judge" in capsys.readouterr().out
+
+    assert trains() and not trains()
+    monkeypatch.setattr(features, "plan", lambda dataset: (9, 4))
+    assert trains() and not trains()
+    monkeypatch.setattr(features, "augment", lambda images, stream: images)
+    assert trains() and not trains()
+
+
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_damaged_or_foreign_file_is_made_again(tmp_path, short, suffix):
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    good = (tmp_path / "judge.pt").read_bytes()
+    expected = weights(tmp_path / "judge.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor")
+    middle = len(good) // 2  # among the weights
+    damaged = good[:middle] + bytes([good[middle] ^ 64]) + good[middle + 1 :]
+    for content in (b"ab", good[:middle], damaged, (tmp_path / "tensor").read_bytes()):
+        (tmp_path / "judge.pt").unlink()
+        (tmp_path / f"judge.pt{suffix}").write_bytes(content)
+        features.classifier(shades(), tmp_path / "judge.pt", CPU)
+        torch.testing.assert_close(weights(tmp_path / "judge.pt"), expected, rtol=0, atol=0)
+
+
+def test_interrupted_training_goes_on_to_the_same_judge(tmp_path, short, monkeypatch):
+    steps, lr_factor = [], features.lr_factor
+
+    def interrupt(step, *arguments):
+        steps.append(step)
+        if step == 5 and steps.count(5) == 1:
+            raise KeyboardInterrupt
+        return lr_factor(step, *arguments)
+
+    features.classifier(shades(), tmp_path / "whole.pt", CPU)
+    monkeypatch.setattr(features, "lr_factor", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.pt", "judge.pt.part"}
+    torch.randn(7)
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    assert steps == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.pt", "judge.pt"}
+    torch.testing.assert_close(weights(tmp_path / "judge.pt"), weights(tmp_path / "whole.pt"), rtol=0, atol=0)
+
+
+def test_training_does_not_touch_the_random_numbers_of_others(tmp_path, short):
+    state = torch.get_rng_state()
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
+    monkeypatch.setattr(features, "TELL_AFTER", 3)
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "training the judge, a classifier, on 32 real images, this once"
+    assert re.fullmatch(r"training the judge: step 3 of 8, about \d+\.\d minutes left", second)
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)  # from the cache
+    assert capsys.readouterr().out == ""
+
+    monkeypatch.setattr(features, "TELL_SECONDS", -1)
+    assert list(features.progress(5, 8)) == [5, 6, 7]
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["6", "7", "8"]
+
+
+def test_only_one_process_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "rank", lambda: 1)
+    features.classifier(shades(), tmp_path / "judge.pt", CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_suit_the_data():
+    def plan(count, size):
+        steps, batch_size = features.plan(Dataset(torch.zeros(count, 1, 1, 1).expand(-1, 3, size, size), torch.zeros(count), []))
+        assert 2 <= batch_size <= max(2, count // 4)
+        return steps * batch_size / count, steps * batch_size * size * size  # epochs, pixels
+
+    epochs, most = plan(40_000, 32)
+    assert epochs == pytest.approx(features.EPOCHS, rel=0.01)
+    assert plan(4000, 16)[0] == pytest.approx(features.EPOCHS, rel=0.01)
+    for count, size in [(1_000_000, 32), (1_000_000, 8), (40_000, 64)]:  # no data set takes longer
+        assert plan(count, size)[1] == pytest.approx(most, rel=0.01)
+    for size in (48, 64):
+        assert plan(96, size)[1] < most / 40  # a quarter of a minute, where CIFAR-10 takes ten
+    assert plan(8, 8)[0] * 8 >= 300 * 2  # but never a handful of steps
+
+
+@pytest.mark.parametrize("each,size,channels,classes", [(5, 8, 1, 2), (5, 64, 3, 2), (1, 11, 3, 10), (3, 48, 1, 4)])
+def test_judges_of_tiny_data(tmp_path, monkeypatch, each, size, channels, classes):
+    plan = features.plan
+    monkeypatch.setattr(features, "plan", lambda dataset: (3, plan(dataset)[1]))
+    dataset = shades(each, size, channels, classes)
+    judge, accuracy = features.classifier(dataset, tmp_path / "judge.pt", CPU)
+    seen, logits = judge(dataset.images)
+    assert seen.shape == (each * classes, 128) and logits.shape == (each * classes, classes) and 0 <= accuracy <= 1
+    assert seen.dtype == torch.float32 and seen.isfinite().all() and logits.isfinite().all()
+
+
+def test_a_few_images_are_learnt(tmp_path):
+    assert features.classifier(shades(each=20), tmp_path / "judge.pt", CPU)[1] == 1.0
+
+
+def test_coloured_images_are_mirrored_and_digits_are_not():
+    """An image that is bright on the left. Coloured, it moves by whole pixels: no pixel gets a value that none had."""
+    place = torch.arange(16.0)
+    grey = ((place[:, None] - 2 * place) / 32).expand(64, 1, -1, -1)
+    for images in (grey, grey.expand(-1, 3, -1, -1), torch.cat([grey, grey, -grey], dim=1)):
+        coloured = images.shape[1] == 3 and not torch.equal(images[:, 0], images[:, 2])
+        changed = features.augment(images, torch.Generator().manual_seed(0))
+        mirrored = (changed[:, 0, :, :8].mean((1, 2)) < changed[:, 0, :, 8:].mean((1, 2))).sum()
+        assert 16 < mirrored < 48 if coloured else mirrored == 0
+        whole = (changed * 32).round() / 32
+        assert ((changed - whole).abs().max() < 1e-4) == coloured
+        assert len(whole.unique(dim=0)) > 12  # of the 2 * 3 * 3 ways to mirror it and to move it by one pixel
 
 
 @pytest.fixture(scope="module")
