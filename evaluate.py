@@ -152,13 +152,15 @@ def load_models(args, path, device):
     return models
 
 
-def read_fid_reference(path):
-    """The published statistics (`mu`, `sigma`) of real images as a pair of tensors. Raises UserError where they are none."""
+def read_fid_reference(path, size=2048):
+    """The published statistics of real images, (mu `[size]`, sigma `[size, size]`). Raises UserError where they are none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
         if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError("mu and sigma do not fit each other")
+            raise ValueError("they do not fit each other")
+        if len(mean) != size:
+            raise ValueError(f"these are of {len(mean)} features, Inception has {size}")
     except OSError as error:
         raise UserError(f"--fid_reference {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
@@ -168,7 +170,7 @@ def read_fid_reference(path):
 
 def measured(seen, labels, reference, size):
     values, noise = metrics.figures_with_noise(seen, labels, reference, size)
-    return {"images": len(labels), **values, "noise": noise}
+    return {"images": len(labels) // size * size, **values, "noise": noise}
 
 
 def generate(args, models, image_shape):

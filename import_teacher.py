@@ -32,7 +32,7 @@ def main(args):
     }
     checkpoint.save(args.output, teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"SongUNet, {net.config['embedding_type']}, {resolution}x{resolution}, {label_dim} classes, {size:.1f} M parameters")
+    print(f"{type(net).__name__}, {resolution}x{resolution}, {label_dim} classes, {size:.1f} M parameters")
     print(f"{len(state)} tensors taken; left out: {', '.join(left_out) or 'none'}")
     print(f"wrote {args.output}")
 

@@ -151,14 +151,14 @@ BETTER = {  # which way is better; None: as real images have it
 def verdict(student, teacher, real):
     """In which figures the student is better than its teacher, worse, or as good: a dict from these words to lists of names.
 
-    Each a row with the figures and their `noise`. Two figures differ where they are more than two standard deviations of their
-    difference apart.
+    Each a row with the figures and their `noise`. Two figures differ where they are more than three standard deviations of their
+    difference apart: at two, two comparisons of equals in five would show one.
     """
     result = {"better": [], "worse": [], "as good": []}
     for name, better in BETTER.items():
         values = [row[name] if better else abs(row[name] - real[name]) for row in (student, teacher)]
         noise = (student["noise"][name] ** 2 + teacher["noise"][name] ** 2) ** 0.5
-        if abs(values[0] - values[1]) <= 2 * noise:
+        if abs(values[0] - values[1]) <= 3 * noise:
             result["as good"].append(name)
         else:
             result["better" if (better or min)(values) == values[0] else "worse"].append(name)

@@ -125,3 +125,19 @@ def runs(tmp_path_factory):
     arguments = ["--teacher_checkpoint", teacher, "--output_dir", folder / "dmd2", "--save_every", 2, "--log_every", 1]
     succeed("train_dmd2.py", *TINY, *arguments, "--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", "0.5")
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """torch-fidelity's Inception with random weights, as the file that it would download."""
+    from torch_fidelity import feature_extractor_inceptionv3 as module
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})
+    patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    torch.manual_seed(0)
+    network = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    patch.undo()
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path

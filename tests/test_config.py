@@ -109,6 +109,7 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--max_minutes 0", "--max_minutes must be above 0"),
     (T, "--keep_last 0", "--keep_last must be at least 1"),
     (E, "--features classifier --inception_score", "--inception_score needs --features inception"),
+    (E, "--features classifier --fid_reference x.npz", "--fid_reference needs --features inception"),
     (E, "--num_samples 1", "--num_samples must be at least 2"),
 ]
 WRONG_YAML = [  # content, what the one line must say

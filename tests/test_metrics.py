@@ -91,7 +91,7 @@ def test_a_verdict_tells_differences_from_noise():
     told = metrics.verdict(student, teacher, row())
     assert told["better"] == ["frechet_distance", "within_class_spread"]  # the spread is nearer to real images'
     assert told["worse"] == ["recall", "density"]
-    assert "coverage" in told["as good"] and len(sum(told.values(), [])) == len(metrics.BETTER)
+    assert "coverage" in told["as good"] and sum(map(len, told.values())) == len(metrics.BETTER)
 
 
 def test_the_best_checkpoint_is_not_the_one_that_draws_prototypes():
@@ -130,7 +130,7 @@ def test_noise_is_the_spread_of_the_figure_over_draws():
     for name in metrics.BETTER:
         spread = np.std([values[name] for values, _ in told], ddof=1)
         noise = np.mean([noise[name] for _, noise in told])
-        assert spread == 0 and noise == 0 or 0.5 < noise / spread < 2, (name, spread, noise)
+        assert (spread == 0 and noise == 0) or 0.5 < noise / spread < 2, (name, spread, noise)
 
 
 def test_more_images_make_less_noise_and_leave_the_figure():
@@ -204,23 +204,62 @@ def copies(images, labels, training):
     return training.images[-len(labels) :], training.labels[-len(labels) :]
 
 
-FAILURES = {  # what is done -> the figures that must see it: up or down
-    ten_images: {"recall": -1, "coverage": -1, "frechet_distance": 1, "pixel_frechet_distance": 1},
-    towards_the_mean: {"recall": -1, "within_class_spread": -1, "pixel_frechet_distance": 1, "precision": 1, "density": 1},
-    blurred: {"recall": -1, "within_class_spread": -1, "pixel_frechet_distance": 1, "frechet_distance": 1, "coverage": -1},
-    swapped_labels: {"own_label": -1, "within_class_spread": 1},
-    one_class_missing: {"recall": -1, "coverage": -1, "frechet_distance": 1, "pixel_frechet_distance": 1},
-    copies: {"near_copies": 1, "precision": 1},
+ALL = set(metrics.BETTER)
+FAILURES = {  # what is done -> the figures that must see it, and those that must not (the others do, faintly)
+    ten_images: ("recall coverage frechet_distance pixel_frechet_distance", "precision own_label near_copies"),
+    towards_the_mean: (
+        "recall density pixel_frechet_distance within_class_spread",
+        "precision coverage own_label near_copies",
+    ),
+    blurred: (
+        "recall density coverage frechet_distance pixel_frechet_distance within_class_spread own_label",
+        "precision near_copies",
+    ),
+    swapped_labels: (
+        "own_label within_class_spread",
+        "precision recall density coverage frechet_distance pixel_frechet_distance near_copies",
+    ),
+    one_class_missing: (
+        "coverage frechet_distance pixel_frechet_distance",
+        "precision density own_label within_class_spread near_copies",
+    ),
+    copies: (
+        "near_copies",
+        "precision recall density coverage frechet_distance pixel_frechet_distance own_label within_class_spread",
+    ),
 }
 
 
 @pytest.mark.slow
-def test_planted_failures_are_seen(digits):
+@pytest.mark.parametrize("plant", FAILURES)
+def test_planted_failures_are_seen(digits, plant):
+    """By the figures that docs/evaluation.md says see them, by more than four times the noise; the others find nothing worse."""
     see, reference, training, held_out = digits
-    size = len(held_out.labels)
-    real, noise = metrics.figures_with_noise(see(held_out.images), held_out.labels, reference, size)
-    print(f"\n{'':20}" + "".join(f"{name:>24}" for name in real))
-    for plant, seen_by in {None: {}, **FAILURES}.items():
-        images, labels = plant(held_out.images, held_out.labels, training) if plant else (held_out.images, held_out.labels)
-        values, own_noise = metrics.figures_with_noise(see(images), labels, reference, size)
-        print(f"{plant.__name__ if plant else 'real':20}" + "".join(f"{values[n]:15.3f} +-{own_noise[n]:7.3f}" for n in values))
+    real, planted = (
+        measured(see, reference, *of)
+        for of in ((held_out.images, held_out.labels), plant(held_out.images, held_out.labels, training))
+    )
+    seen_by, blind = (set(names.split()) for names in FAILURES[plant])
+    for name in seen_by:
+        assert worse_by(planted, real, name) > 4, name
+    for name in blind:
+        assert worse_by(planted, real, name) < 3, name
+
+
+@pytest.mark.slow
+def test_two_halves_of_the_real_digits_are_equal(digits):
+    see, reference, _, held_out = digits
+    halves = [measured(see, reference, held_out.images[half], held_out.labels[half]) for half in torch.arange(1000).chunk(2)]
+    assert metrics.verdict(*halves, halves[1]) == {"better": [], "worse": [], "as good": list(metrics.BETTER)}
+
+
+def measured(see, reference, images, labels):
+    values, noise = metrics.figures_with_noise(see(images), labels, reference, len(labels))
+    return {**values, "noise": noise}
+
+
+def worse_by(row, real, name):
+    """How many standard deviations of its noise a figure is worse than that of real images."""
+    better = metrics.BETTER[name]
+    gap = {min: row[name] - real[name], max: real[name] - row[name], None: abs(row[name] - real[name])}[better]
+    return gap / max((row["noise"][name] ** 2 + real["noise"][name] ** 2) ** 0.5, 1e-9)
