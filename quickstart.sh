@@ -35,4 +35,5 @@ echo
 echo "Pictures:"
 echo "  ./generated/mnist/overview.png             the student's digits, one network evaluation each"
 echo "  $log/mnist_dmd2/comparison.png    teacher and student from the same noise, row by row"
-echo "  $log/mnist_dmd2/samples/          the same during training"
+echo "  $log/mnist_dmd2/diversity.png     64 of one class: real digits, teacher, student"
+echo "  $log/mnist_dmd2/samples/          teacher and student during training"

@@ -286,7 +286,7 @@ def test_readme_commands_parse():
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
-def test_readme_commands_run_in_order(group, runs, tmp_path):
+def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
     """The README's commands, one after the other, each on what the one before wrote; scaled down by flags."""
     for name in ("teacher", "dmd2"):
         shutil.copytree(runs / name, tmp_path / "log" / "checkpoints" / name)
@@ -311,7 +311,12 @@ def test_readme_commands_run_in_order(group, runs, tmp_path):
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         if script.startswith("train") and "--resume_from_checkpoint" not in arguments:
             arguments += ["--overwrite"]  # the README gives the same run by flags, by YAML, and with W&B
-        arguments += small.get(script, [])
+        if "--fid_reference" in arguments:  # which is of Inception's features: here with random weights, and few images
+            np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+            write_images(tmp_path / "set", classes=[str(digit) for digit in range(10)], each=2, size=8)
+            arguments += ["--num_samples", 4, "--inception_weights", inception_weights, "--dataset", "folder", "--data_dir", "set"]
+        else:
+            arguments += small.get(script, [])
         if script == "train_dmd2.py" and any("edm_cifar10" in argument for argument in arguments):
             arguments += ["--dataset", "folder", "--data_dir", "cifar10.zip"]  # that teacher knows no digits
         if runner == "python":
