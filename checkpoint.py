@@ -65,12 +65,13 @@ def load(path, device="cpu"):
     complete = isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys()
     if not complete or not isinstance(state["model_config"], dict):
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
+    # What earlier checkpoints lack, as it then was.
     if "network" not in state["model_config"]:
-        state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's, until it was recorded
-    if (
-        kind(state) == "dmd2" and "student_sigmas" not in state
-    ):  # as it was while generators had one level, which stood in the options
-        state["student_sigmas"] = [state["config"].get("conditioning_sigma", 80.0)]
+        state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's
+    if kind(state) == "dmd2":  # one level, which stood in the options
+        state.setdefault("student_sigmas", [state["config"].get("conditioning_sigma", 80.0)])
+    if "0.weight" in (head := state.get("guidance_cls_state_dict", {})):  # a single head, and not in a list
+        state["guidance_cls_state_dict"] = {f"heads.0.{name}": tensor for name, tensor in head.items()}
     return state
 
 

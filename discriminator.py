@@ -1,5 +1,6 @@
-"""The GAN of DMD2 (section 4.3): a head that tells real from generated images by a network's features, and the two losses."""
+"""The GAN of DMD2 (section 4.3): heads that tell real from generated images by a network's features, and the two losses."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -18,11 +19,25 @@ def gan_head(channels):
     )
 
 
+class Discriminator(nn.Module):
+    """A head for each feature map: list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
+
+    channels: of each feature map
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = nn.ModuleList(gan_head(width) for width in channels)
+
+    def forward(self, features):
+        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()
+
+
 def generator_gan_loss(fake_logits):
-    """DMD2 eq. 4 for the generator, non-saturating: mean of softplus(-logit) over generated images, logits `[B]`."""
+    """DMD2 eq. 4 for the generator, non-saturating: mean of softplus(-logit) over generated images, logits `[B, ...]`."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_gan_loss(real_logits, fake_logits):
-    """DMD2 eq. 4 for the head: mean softplus(logit) of generated images plus mean softplus(-logit) of real ones, logits `[B]`."""
+    """DMD2 eq. 4 for the heads: mean softplus(logit) of generated images plus mean softplus(-logit) of real ones, `[B, ...]`."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()

@@ -1,13 +1,14 @@
 """GuidanceModel: the two denoisers whose difference tells the generator where to move (DMD, arXiv 2311.18828; DMD2, 2405.14867)."""
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from discriminator import discriminator_gan_loss, gan_head, generator_gan_loss
+from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
 from model import denoising_loss, get_sigmas_karras
-from objectives import dmd_gradient, dmd_loss
+from objectives import NUM_BINS, dmd_gradient, dmd_loss, normalised_f_divergence_weight, sid_loss
 
 
 class GuidanceModel(nn.Module):
@@ -18,11 +19,16 @@ class GuidanceModel(nn.Module):
     sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5)
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
     min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
-    gan_classifier:            adds a head on the coarsest feature map of `fake_unet`'s encoder that tells real from generated
-                               images (DMD2 section 4.3); `real_unet` must then be a `Denoiser`
-    diffusion_gan:             the head sees noised images, as in the paper; else clean ones
-    diffusion_gan_max_timestep: its noise levels are the first so many of `karras_sigmas`
+    objective:                 dmd or sid, of `objectives.py`; sid_alpha: alpha of the latter
+    f_divergence:              weights the images in dmd by a key of `F_DIVERGENCES`; all but rkl need `gan_classifier`
+    gan_classifier:            adds heads on feature maps that tell real from generated images (DMD2 section 4.3); `real_unet` must
+                               then be a `Denoiser`
+    gan_features:              of the encoder of `fake_unet` ("fake"), which then learns them too, or of the teacher ("teacher")
+    gan_resolutions:           of the feature maps, a head each; default: the coarsest alone
+    diffusion_gan:             the heads see noised images, as in the paper; else clean ones
+    diffusion_gan_max_timestep: their noise levels are the first so many of `karras_sigmas`
     randint, randn:            draw noise levels and noise, called as torch's own functions are, with a size and a `device`
+    total:                     adds a tensor over all processes
     """
 
     def __init__(
@@ -36,11 +42,17 @@ class GuidanceModel(nn.Module):
         rho=7.0,
         min_step_percent=0.02,
         max_step_percent=0.98,
+        objective="dmd",
+        sid_alpha=1.0,
+        f_divergence="rkl",
         gan_classifier=False,
+        gan_features="fake",
+        gan_resolutions=None,
         diffusion_gan=True,
         diffusion_gan_max_timestep=1000,
         randint=torch.randint,
         randn=torch.randn,
+        total=lambda tensor: tensor,
     ):
         super().__init__()
         self.real_unet = real_unet.requires_grad_(False).eval()
@@ -51,14 +63,16 @@ class GuidanceModel(nn.Module):
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
         karras_sigmas = get_sigmas_karras(num_train_timesteps, sigma_min, sigma_max, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
-        self.randint, self.randn = randint, randn
+        self.randint, self.randn, self.total = randint, randn, total
+        self.objective, self.sid_alpha, self.f_divergence = objective, sid_alpha, f_divergence
 
         self.gan_classifier = gan_classifier
         self.diffusion_gan = diffusion_gan
         self.diffusion_gan_max_timestep = min(diffusion_gan_max_timestep, num_train_timesteps)
         if gan_classifier:
-            self.gan_features = [min(real_unet.feature_channels)]  # resolutions
-            self.cls_pred_branch = gan_head(real_unet.feature_channels[self.gan_features[0]])
+            self.gan_features = gan_features
+            self.gan_resolutions = gan_resolutions or [min(real_unet.feature_channels)]
+            self.cls_pred_branch = Discriminator([real_unet.feature_channels[side] for side in self.gan_resolutions])
 
     def train(self, mode=True):
         super().train(mode)
@@ -78,50 +92,76 @@ class GuidanceModel(nn.Module):
         return images + sigma.reshape(-1, 1, 1, 1) * noise, sigma
 
     def compute_distribution_matching_loss(self, images, labels, sigma=None, noise=None):
-        """The loss whose gradient with respect to `images` is the difference of the two scores (DMD2 eq. 1; `objectives.py`).
+        """The loss that moves generated images towards the teacher's distribution: the `objective`, of `objectives.py`.
 
         images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` `[B, C, H, W]` are drawn
-        unless given. Returns (`loss_dm` in a dict, what was computed on the way, detached, in a dict).
+        unless given. The gradient reaches `images` alone. Returns (`loss_dm` in a dict, what was computed on the way, detached,
+        in a dict).
         """
-        with torch.no_grad():
+        if self.objective == "sid":  # the gradient also runs through what the two denoisers are given
             noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
-            pred_real = self.real_unet(noisy, sigma, labels)
-            pred_fake = self.fake_unet(noisy, sigma, labels)
-        grad = dmd_gradient(images, pred_real, pred_fake)
-        log_dict = {
-            "dmtrain_noisy": noisy,
-            "dmtrain_pred_real": pred_real,
-            "dmtrain_pred_fake": pred_fake,
-            "dmtrain_gradient_norm": grad.flatten(1).norm(dim=1).mean(),
+            with self.frozen():
+                pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
+            loss = sid_loss(images, pred_real, pred_fake, self.sid_alpha)
+        else:  # DMD2 eq. 1
+            with torch.no_grad():
+                noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
+                pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
+                scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
+            loss = dmd_loss(images, pred_real, pred_fake, scale)
+        with torch.no_grad():
+            gradient_norm = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()
+        log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
+        return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()} | {
+            "dmtrain_gradient_norm": gradient_norm
         }
-        return {"loss_dm": dmd_loss(images, pred_real, pred_fake)}, log_dict
+
+    def compute_f_divergence_weight(self, noisy, sigma, labels):
+        """The weights `[B]` of noised images by the heads' mean logit, in ten bins of the schedule's noise levels."""
+        logits = self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions)).mean(1)
+        index = torch.searchsorted(self.karras_sigmas, sigma.to(self.karras_sigmas.dtype)).clamp(max=self.num_train_timesteps - 1)
+        return normalised_f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps, self.total)
+
+    @property
+    def gan_network(self):
+        return self.real_unet if self.gan_features == "teacher" else self.fake_unet
+
+    @contextmanager
+    def frozen(self):
+        """Within it the guidance model's parameters get no gradient; what passes through its networks does."""
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.
 
         Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns (`loss_fake_mean` in a dict,
-        and in a dict, where the GAN head can use it, the `features` of the same pass).
+        and in a dict, where the GAN heads can use them, the `features` of the same pass).
         """
         images = images.detach()
         noisy, sigma = self.add_noise(images, sigma, noise)
         log_dict = {}
-        if self.gan_classifier and self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps:
-            # The head wants the same images at the same noise levels: one pass serves both losses.
-            pred_fake, log_dict["features"] = self.fake_unet(noisy, sigma, labels, features=self.gan_features)
+        all_levels = self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps
+        if self.gan_classifier and self.gan_features == "fake" and all_levels:
+            # The heads want the same images at the same noise levels: one pass serves both losses.
+            pred_fake, log_dict["features"] = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
         else:
             pred_fake = self.fake_unet(noisy, sigma, labels)
         return {"loss_fake_mean": denoising_loss(pred_fake, images, sigma, self.sigma_data)}, log_dict
 
     def compute_cls_logits(self, images, labels):
-        """The head's logits `[B]`, positive for "real", of `images` at random noise levels (the least, without `diffusion_gan`)."""
+        """The heads' logits `[B, heads]`, positive for "real", of `images` at random noise levels, or at the least."""
         if self.diffusion_gan:
             images, sigma = self.add_noise(images, last=self.diffusion_gan_max_timestep - 1)
         else:
             sigma = self.karras_sigmas[:1].expand(len(images))
-        return self.cls_logits(self.fake_unet.encode(images, sigma, labels, self.gan_features))
-
-    def cls_logits(self, features):
-        return self.cls_pred_branch(features[0]).squeeze(1).float()
+        return self.cls_pred_branch(self.gan_network.encode(images, sigma, labels, self.gan_resolutions))
 
     def compute_generator_clean_cls_loss(self, fake, labels):
         """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`).
@@ -129,16 +169,12 @@ class GuidanceModel(nn.Module):
         fake: generated `[B, C, H, W]`; labels: `[B]`. The gradient reaches `fake` and stops at the guidance model's parameters.
         Returns (`gen_cls_loss` in a dict, an empty dict).
         """
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        loss = generator_gan_loss(self.compute_cls_logits(fake, labels))
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        with self.frozen():
+            loss = generator_gan_loss(self.compute_cls_logits(fake, labels))
         return {"gen_cls_loss": loss}, {}
 
     def compute_guidance_clean_cls_loss(self, real, real_labels, fake, fake_labels, fake_features=None):
-        """The head's GAN loss (DMD2 eq. 4; `discriminator.py`).
+        """The heads' GAN loss (DMD2 eq. 4; `discriminator.py`).
 
         real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_features`: the feature maps of the fake
         images, where `compute_loss_fake` has them. Returns (`guidance_cls_loss` in a dict, mean logits in a dict).
@@ -147,6 +183,6 @@ class GuidanceModel(nn.Module):
         if fake_features is None:
             fake_logits = self.compute_cls_logits(fake.detach(), fake_labels)
         else:
-            fake_logits = self.cls_logits(fake_features)
+            fake_logits = self.cls_pred_branch(fake_features)
         loss = discriminator_gan_loss(real_logits, fake_logits)
         return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}

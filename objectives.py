@@ -32,3 +32,54 @@ def dmd_loss(images, pred_real, pred_fake, scale=None):
     """0.5 mean((x - stopgrad(x - g))^2) with g the `dmd_gradient`: its gradient with respect to x is g / (number of elements)."""
     grad = dmd_gradient(images, pred_real, pred_fake, scale)
     return 0.5 * F.mse_loss(images, (images - grad).detach())
+
+
+# ---- f-divergences ----------------------------------------------------------------------------------------------------------
+
+NUM_BINS = 10  # of noise levels
+F_DIVERGENCES = {  # h(r) = r^2 f''(r) of r = p_real / p_generated (f-distill, arXiv 2502.15681, table 1)
+    "rkl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "softened_rkl": lambda r: 1 / (1 + r),
+    "hellinger": torch.sqrt,
+    "jeffreys": lambda r: 1 + r,
+    "neyman": lambda r: 1 / r,
+}
+
+
+def density_ratio(logits):
+    """r `[B]` from a discriminator's logits `[B]`, positive for "real": exp(logit), in [0.1, 20], without gradient."""
+    return logits.detach().float().clamp(-10, 10).exp().clamp(0.1, 20)
+
+
+def f_divergence_weight(logits, kind):
+    """The weight h(r) of each image `[B]` that makes `dmd_loss`, of the reverse KL divergence, one of the divergence `kind`."""
+    return F_DIVERGENCES[kind](density_ratio(logits))
+
+
+def normalised_f_divergence_weight(logits, kind, bins, total=lambda tensor: tensor):
+    """`f_divergence_weight` with r divided by its mean over the images of the same bin, and the weight by its mean over all, `[B]`.
+
+    bins: of noise levels, int64 `[B]` from 0, in which a discriminator may be equally far off. `total` adds a tensor over all
+    processes.
+    """
+    ratio, ones = density_ratio(logits), torch.ones_like(logits, dtype=torch.float32)
+    zeros = ratio.new_zeros(NUM_BINS)
+    means = total(zeros.index_add(0, bins, ratio)) / total(zeros.index_add(0, bins, ones)).clamp(min=1)
+    weight = F_DIVERGENCES[kind](ratio / means[bins])
+    return weight / (total(weight.sum()) / total(ones.sum()))
+
+
+# ---- score identity distillation --------------------------------------------------------------------------------------------
+
+
+def sid_loss(images, pred_real, pred_fake, alpha=1.0):
+    """SiD (arXiv 2404.04057, eq. 23): mean((D_r - D_f) ((D_r - x) - alpha (D_r - D_f)) / w), w without gradient.
+
+    Unlike in `dmd_loss` the gradient runs through `images` and through both predictions to the noised images that they are of. With
+    alpha = 0.5 and an exact D_f this is half the squared distance of the two scores, in terms of images; alpha near 1 corrects for
+    a D_f that is not.
+    """
+    difference = pred_real - pred_fake
+    return (difference * ((pred_real - images) - alpha * difference) / normaliser(images, pred_real)).mean()

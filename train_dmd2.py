@@ -8,6 +8,7 @@ args = (
 
 import copy
 import sys
+from inspect import signature
 
 import torch
 
@@ -15,7 +16,7 @@ import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
 from sampling import class_noise, few_step_sampler, heun_sampler
-from support.parallel import broadcast, micro_batches, own_rows, rows_of
+from support.parallel import broadcast, micro_batches, own_rows, rows_of, total
 from support.runs import Run
 from support.training import (
     BadSteps,
@@ -47,21 +48,14 @@ def main(args):
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)
 
-    guidance = GuidanceModel(
-        teacher,
-        num_train_timesteps=args.num_train_timesteps,
-        sigma_min=args.sigma_min,
-        sigma_max=args.sigma_max,
-        sigma_data=teacher.sigma_data,
-        rho=args.rho,
-        min_step_percent=args.min_step_percent,
-        max_step_percent=args.max_step_percent,
-        gan_classifier=args.gan_classifier,
-        diffusion_gan=args.diffusion_gan,
-        diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
-        randint=rows_of(torch.randint),  # alike at any number of processes
-        randn=rows_of(torch.randn),
-    )
+    missing = set(args.gan_resolutions or []) - teacher.feature_channels.keys()
+    if missing:
+        raise UserError(
+            f"--gan_resolutions {min(missing)}: the teacher's encoder has {', '.join(map(str, teacher.feature_channels))}"
+        )
+    options = [name for name in signature(GuidanceModel).parameters if hasattr(args, name)]  # of the same names
+    processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # alike at any number of them
+    guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, **{name: getattr(args, name) for name in options}, **processes)
     model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
     broadcast(model)
     model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike

@@ -89,6 +89,7 @@ share, nonnegative = number(0, 1), number(0)
 
 # ---- the tables ---------------------------------------------------------------------------------------------------------
 
+F_DIVERGENCES = ("rkl", "kl", "js", "softened_rkl", "hellinger", "jeffreys", "neyman")
 DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
 
 MACHINE = [
@@ -170,7 +171,12 @@ DMD2 = [
     Option("rho", 7.0, positive, "shape of the schedule (EDM eq. 5)"),
     Option("min_step_percent", 0.02, share, "the distribution-matching loss sees noise levels from this share of the schedule"),
     Option("max_step_percent", 0.98, share, "... up to this share"),
+    Option("objective", "dmd", choice("dmd", "sid"), "what moves the generator: dmd, or score identity distillation (SiD)"),
+    Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers take 1.0 and 1.2"),
+    Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "that dmd minimises; all but rkl need --gan_classifier"),
     Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
+    Option("gan_features", "fake", choice("fake", "teacher"), "whose features the GAN's heads see: fake_unet's or the teacher's"),
+    Option("gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"),
     Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's"),
     Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's"),
     Option("diffusion_gan", True, flag, "the GAN head sees noised images, as in the paper"),
@@ -365,6 +371,11 @@ def check(args):
     for name in ("inception_score", "fid_reference"):
         if getattr(args, name, None) and args.features != "inception":
             raise UserError(f"--{name} needs --features inception")
+    if getattr(args, "f_divergence", "rkl") != "rkl":
+        if not args.gan_classifier:
+            raise UserError(f"--f_divergence {args.f_divergence} takes its weights from the GAN's heads: add --gan_classifier")
+        if args.objective != "dmd":
+            raise UserError(f"--f_divergence {args.f_divergence} needs --objective dmd, not {args.objective}")
     if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):

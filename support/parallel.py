@@ -89,6 +89,13 @@ def average(tensors):
         torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
 
 
+def total(tensor):
+    """The sum of the processes' tensors, in each of them."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def in_memory_order(tensor):
     """The elements of a dense tensor as a vector in the order of memory, whatever that is: a view, which costs no copy."""
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)

@@ -74,10 +74,15 @@ class Run:
         if state["model_config"] != self.facts["model_config"]:
             raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[self.kind]} ({self.facts['model_config']})")
         for name, part in self.parts.items():
-            if isinstance(part, torch.optim.Optimizer):
-                load_optimizer(part, state[name])
-            elif part is not None:  # an average that the run did not keep until now starts from the weights
-                part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
+            try:
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, state[name])
+                elif part is not None:  # an average that the run did not keep until now starts from the weights
+                    part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
+            except (RuntimeError, ValueError):
+                raise UserError(
+                    f"checkpoint {self.resumed_from}: its {name} does not fit; go on with the options of its run"
+                ) from None
         self.batches.images_seen = state["images_seen"]
         torch.set_rng_state(state["random_state"]["cpu"].cpu())
         if self.device.type == "cuda" and state["random_state"]["cuda"] is not None:

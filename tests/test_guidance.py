@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import GaussianDenoiser, tiny_unet
 
 from guidance import GuidanceModel
+from objectives import dmd_loss, sid_loss
 from unified_model import UnifiedModel
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -120,9 +121,19 @@ def test_teacher_is_frozen_and_fake_and_generator_start_as_its_copies():
             assert torch.equal(ours, theirs) and ours is not theirs
 
 
-@pytest.mark.parametrize("gan", [False, True])
-def test_each_turn_leaves_the_other_side_alone(gan):
-    model = unet_model(gan_classifier=gan)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gan_classifier": True},
+        {"objective": "sid"},
+        {"objective": "sid", "gan_classifier": True, "gan_features": "teacher", "gan_resolutions": [8, 4]},
+        {"f_divergence": "js", "gan_classifier": True, "gan_resolutions": [4, 8]},
+    ],
+    ids=str,
+)
+def test_each_turn_leaves_the_other_side_alone(options):
+    model, gan = unet_model(**options), options.get("gan_classifier", False)
     guidance, noise = model.guidance_model, torch.randn(4, 1, 8, 8)
     before = copy.deepcopy(model.state_dict())
 
@@ -166,8 +177,9 @@ class FixedFeatures(torch.nn.Module):
 
 def fixed_gan(**options):
     guidance = GuidanceModel(FixedFeatures(), gan_classifier=True, **options)
-    guidance.cls_pred_branch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 4, 1, bias=False))
-    torch.nn.init.constant_(guidance.cls_pred_branch[1].weight, 1 / 128)  # the logit is the mean of the image
+    mean = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 4, 1, bias=False))
+    torch.nn.init.constant_(mean[1].weight, 1 / 128)  # the logit is the mean of the image
+    guidance.cls_pred_branch.heads = torch.nn.ModuleList([mean])
     return guidance
 
 
@@ -193,6 +205,54 @@ def test_diffusion_gan_noises_up_to_its_level():
     zeros = torch.zeros(2000, 8, 4, 4)
     noise_std = guidance.compute_cls_logits(zeros, torch.zeros(2000, dtype=torch.long)).std() * 128**0.5
     torch.testing.assert_close(noise_std, guidance.karras_sigmas[:10].square().mean().sqrt(), rtol=0.1, atol=0)
+
+
+def test_heads_on_the_teachers_features_leave_fake_unet_to_its_task():
+    """They see the same whatever `fake_unet` has learnt, one logit per resolution, and train alone."""
+    model = unet_model(gan_classifier=True, gan_features="teacher", gan_resolutions=[8, 4], diffusion_gan=False)
+    guidance, images = model.guidance_model, torch.randn(4, 1, 8, 8)
+    logits = guidance.compute_cls_logits(images, LABELS)
+    assert logits.shape == (4, 2)
+    for parameter in guidance.fake_unet.parameters():
+        parameter.data.zero_()
+    assert torch.equal(guidance.compute_cls_logits(images, LABELS), logits)
+    guidance.compute_guidance_clean_cls_loss(images, LABELS, images, LABELS)[0]["guidance_cls_loss"].backward()
+    assert grads(guidance.fake_unet) == [] and len(grads(guidance.cls_pred_branch)) == 2 * len(
+        grads(guidance.cls_pred_branch.heads[0])
+    )
+
+
+def test_f_divergences_weight_by_the_heads_at_the_same_noise():
+    """The loss of dmd, each image weighted by its normalised ratio at the noise level that both denoisers saw."""
+    model = unet_model(gan_classifier=True, f_divergence="kl")
+    guidance, x = model.guidance_model, torch.randn(4, 1, 8, 8)
+    sigma, noise = guidance.karras_sigmas[[100, 150, 650, 690]], torch.randn_like(x)  # two bins of a hundred levels each
+    noisy = x + sigma.reshape(-1, 1, 1, 1) * noise
+    with torch.no_grad():
+        logits = guidance.cls_pred_branch(guidance.fake_unet.encode(noisy, sigma, LABELS, [4]))[:, 0]
+        ratio = logits.exp()
+        means = ratio.reshape(2, 2).mean(1).repeat_interleave(2)
+        weight = ratio / means
+        predictions = guidance.real_unet(noisy, sigma, LABELS), guidance.fake_unet(noisy, sigma, LABELS)
+    losses, _ = guidance.compute_distribution_matching_loss(x, LABELS, sigma, noise)
+    torch.testing.assert_close(losses["loss_dm"], dmd_loss(x, *predictions, scale=weight / weight.mean()))
+    assert (logits - logits.mean()).abs().max() > 0.01
+
+
+def test_sid_is_its_loss_on_what_both_denoisers_see():
+    guidance = gaussian_guidance()
+    guidance.objective, guidance.sid_alpha = "sid", 1.2
+    x, sigma = torch.randn(4, 1, 3, 3, dtype=torch.float64).requires_grad_(), torch.tensor([0.1, 0.5, 2.0, 20.0]).double()
+    noise = torch.randn_like(x)
+    losses, log = guidance.compute_distribution_matching_loss(x, LABELS, sigma, noise)
+    losses["loss_dm"].backward()
+    y = x.detach().clone().requires_grad_()
+    noisy = y + sigma.reshape(-1, 1, 1, 1) * noise
+    expected = sid_loss(y, guidance.real_unet(noisy, sigma, LABELS), guidance.fake_unet(noisy, sigma, LABELS), 1.2)
+    expected.backward()
+    torch.testing.assert_close(losses["loss_dm"], expected)
+    torch.testing.assert_close(x.grad, y.grad)
+    assert not log["dmtrain_noisy"].requires_grad and not log["dmtrain_pred_fake"].requires_grad
 
 
 def test_one_encoder_pass_serves_both_guidance_losses():

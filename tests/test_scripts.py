@@ -173,6 +173,52 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+OBJECTIVES = {
+    "sid": ["--objective", "sid", "--conditioning_sigma", 2.5, "--min_step_percent", 0, "--max_step_percent", 0.8],
+    "sid with heads": ["--objective", "sid", "--gan_classifier", "--gan_features", "fake", "--gan_resolutions", 8, 4],
+    "f-divergence": ["--f_divergence", "js", "--gan_classifier", "--gan_features", "teacher", "--gan_resolutions", 8, 4],
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_train_and_go_on(runs, tmp_path, name):
+    """Stopped after 2 of 4 steps, against the run that never stopped; the losses are those asked for."""
+    teacher = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt"]
+    arguments = [*TINY, *teacher, *OBJECTIVES[name], "--dfake_gen_update_ratio", 1, "--save_every", 2, "--log_every", 1]
+    succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "straight")
+    resume = ["--resume_from_checkpoint", tmp_path / "straight" / "dmd2_checkpoint_step_2.pt", "--output_dir", tmp_path / "resumed"]
+    succeed("train_dmd2.py", *arguments, *resume)
+    ours, theirs = (load(tmp_path / run / "dmd2_final.pt") for run in ("resumed", "straight"))
+    for state in (ours, theirs):
+        del state["config"], state["versions"]
+    assert_same(ours, theirs)
+    rows = metrics(tmp_path / "straight")
+    assert all(np.isfinite(row["loss_dm"]) and ("gen_cls_loss" in row) == ("--gan_classifier" in arguments) for row in rows)
+
+
+def test_resolutions_that_the_teacher_lacks_are_refused(runs, tmp_path):
+    arguments = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--gan_classifier", "--gan_resolutions", 16, 4]
+    done = run_script("train_dmd2.py", *TINY, *arguments, "--output_dir", tmp_path / "out")
+    assert_refused(done, "--gan_resolutions 16: the teacher's encoder has 8, 4")
+    assert not (tmp_path / "out").exists()
+    resume = ["--gan_resolutions", 8, 4, "--resume_from_checkpoint", runs / "dmd2" / "dmd2_final.pt"]  # which has one head
+    done = run_script("train_dmd2.py", *TINY, *arguments[:3], *resume, "--output_dir", tmp_path / "out")
+    assert_refused(done, "does not fit; go on with the options of its run")
+
+
+def test_a_head_from_before_there_were_several_goes_on(runs, tmp_path):
+    state = load(runs / "dmd2" / "dmd2_checkpoint_step_2.pt")
+    head = state["guidance_cls_state_dict"]
+    state["guidance_cls_state_dict"] = {name.removeprefix("heads.0."): tensor for name, tensor in head.items()}
+    del state["student_sigmas"]
+    checkpoint.save(tmp_path / "earlier.pt", state)
+    arguments = [*TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--gan_classifier", "--ema_decay", 0.5]
+    for name, source in (("earlier", tmp_path / "earlier.pt"), ("today", runs / "dmd2" / "dmd2_checkpoint_step_2.pt")):
+        succeed("train_dmd2.py", *arguments, "--resume_from_checkpoint", source, "--output_dir", tmp_path / name)
+    ours, theirs = (load(tmp_path / name / "dmd2_final.pt")["guidance_cls_state_dict"] for name in ("earlier", "today"))
+    assert_same(dict(ours), dict(theirs))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_refused(tmp_path):
     done = run_script("train_teacher.py", "--dataset", "mnist5k", "--device", "cuda", "--output_dir", tmp_path / "out")
