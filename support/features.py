@@ -25,10 +25,10 @@ from sampling import random_stream
 from support.config import UserError
 from support.images import to_float
 from support.parallel import broadcast, gather_rows, one_first, own_rows, rank
-from support.training import adamw, load_optimizer, lr_factor
+from support.training import load_optimizer, lr_factor
 
 BATCH_SIZE = 250
-EPOCHS = 32
+EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # how long a classifier trains: whichever is less
 SAVE_SECONDS = 10  # between two savings of a judge that is being trained
 TELL_AFTER, TELL_SECONDS = 10, 30  # steps to the first line about its progress, and seconds between the next
 
@@ -88,12 +88,12 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A small residual network with features `[N, 128]`. Its first convolution halves the resolution, so the others cost little."""
+    """A small residual network with features `[N, 128]`."""
 
     def __init__(self, img_channels, num_classes):
         super().__init__()
-        widths = [32, 64, 128]
-        layers = [nn.Conv2d(img_channels, widths[0], 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
+        widths = [16, 32, 64, 128]
+        layers = [nn.Conv2d(img_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
         for width_in, width in pairwise(widths):
             layers += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [Residual(width)]
@@ -132,10 +132,10 @@ def augment(images, stream):
 
 
 def plan(dataset):
-    """(steps, batch size) for `dataset`: EPOCHS, but no longer than 40,000 images at 32x32 take, and no handful of steps."""
+    """(steps, batch size) to train on `dataset`; however few the images, not just a handful of steps."""
     size, pixels = len(dataset.labels), dataset.images[0, 0].numel()
     batch_size = min(128, size // 4)
-    images_seen = EPOCHS * min(size, 40_000 * 32 * 32 / pixels)
+    images_seen = min(EPOCHS * size, MOST_PIXELS / pixels)
     return max(300, round(images_seen / batch_size)), batch_size
 
 
@@ -188,7 +188,7 @@ def train_classifier(network, dataset, cache, fingerprint):
     happened: data, augmentation and learning rate follow from the number of the step alone.
     """
     steps, batch_size = plan(dataset)
-    optimizer = adamw(network.parameters(), lr=0)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05, fused=True)
     batches = Batches(dataset, batch_size, seed=0)
     part, done = cache.with_name(cache.name + ".part"), 0
     if state := stored(part, fingerprint):
