@@ -142,7 +142,8 @@ def plan(dataset):
 def classifier(dataset, cache, device):
     """A judge trained on four fifths of the real images of `dataset`, the same at every call; kept in the file `cache`.
 
-    Returns (judge, its accuracy on the fifth held out). Under torchrun rank 0 trains and the others wait for its weights.
+    Returns (judge, its accuracy on the fifth held out): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
+    torchrun rank 0 trains and the others wait for its weights.
     """
     if len(dataset.labels) < 10:
         raise UserError(f"--features classifier: the data set has only {len(dataset.labels)} images")

@@ -209,7 +209,7 @@ FAILURES = {  # what is done -> the figures that must see it, and those that mus
     ten_images: ("recall coverage frechet_distance pixel_frechet_distance within_class_spread", "precision own_label near_copies"),
     towards_the_mean: (
         "recall density pixel_frechet_distance within_class_spread",
-        "precision coverage own_label near_copies",
+        "frechet_distance precision coverage own_label near_copies",
     ),
     blurred: (
         "recall density coverage frechet_distance pixel_frechet_distance within_class_spread own_label",
