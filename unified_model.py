@@ -1,8 +1,8 @@
 """UnifiedModel: the generator and its guidance, with the two turns of a DMD2 iteration.
 
 What they cost, in forward passes of one network (a backward pass counts two): a generator turn 5, which is 3 for the generator and
-1 each for teacher and `fake_unet`; a guidance turn 3; and 1 to generate for it where the generator does not train. With one
-generator update in r iterations that is 4 + 4 / r an iteration: 4.4 at r = 10, 4.8 at r = 5.
+1 each for teacher and `fake_unet` (by SiD 2 each, as the gradient runs through both); a guidance turn 3; and 1 to generate for it
+where the generator does not train. With one generator update in r iterations that is 4 + 4 / r an iteration: 4.4 at r = 10.
 """
 
 import copy
