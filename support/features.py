@@ -24,7 +24,7 @@ from data import Batches, Dataset
 from sampling import random_stream
 from support.config import UserError
 from support.images import to_float
-from support.parallel import broadcast, gather_rows, one_first, own_rows, rank
+from support.parallel import barrier, broadcast, gather_rows, one_first, own_rows, rank
 from support.training import load_optimizer, lr_factor
 
 BATCH_SIZE = 250
@@ -161,6 +161,7 @@ def classifier(dataset, cache, device):
             network.load_state_dict(state["model_state_dict"])
         else:
             train_classifier(network, train_set, Path(cache), fingerprint)
+    barrier()  # by gloo, which waits longer than NCCL would
     broadcast(network)
     network.eval()
 
