@@ -5,6 +5,7 @@ standard deviation of the noise in x = x0 + sigma * n.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ class Denoiser(nn.Module):
 def as_it_comes(x):
     """The context in which operators take `x` in the precision that it has: CUDA's autocast would make float32 of bfloat16 in some
     that gain nothing by it, norms and upsampling, and keep twice the memory for the backward pass."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class GroupNorm(nn.GroupNorm):
