@@ -16,7 +16,7 @@ import torch
 
 from model import SimpleUNet
 from networks.song_unet import SongUNet
-from sampling import few_step_sampler, heun_sampler
+from sampling import heun_sampler, student_sampler
 from support.config import UserError
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key.
@@ -115,7 +115,7 @@ def sampler(state, steps=18):
     A generator is called once at each of the noise levels that it was trained at; a teacher by `steps` steps of Heun's method.
     """
     if kind(state) == "dmd2":
-        return partial(few_step_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
+        return partial(student_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
 
 

@@ -4,11 +4,12 @@ import copy
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
 from model import denoising_loss, get_sigmas_karras
-from objectives import NUM_BINS, dmd_gradient, dmd_loss, normalised_f_divergence_weight, sid_loss
+from objectives import NUM_BINS, dmd_gradient, dmd_loss, fake_lag, normalised_f_divergence_weight, sid_loss
 
 
 class GuidanceModel(nn.Module):
@@ -21,6 +22,7 @@ class GuidanceModel(nn.Module):
     min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
     objective:                 dmd or sid, of `objectives.py`; sid_alpha: alpha of the latter
     f_divergence:              weights the images in dmd by a key of `F_DIVERGENCES`; all but rkl need `gan_classifier`
+    fake_loss_weighting:       of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: a squared error
     gan_classifier:            adds heads on feature maps that tell real from generated images (DMD2 section 4.3); `real_unet` must
                                then be a `Denoiser`
     gan_features:              of the encoder of `fake_unet` ("fake"), which then learns them too, or of the teacher ("teacher")
@@ -45,6 +47,7 @@ class GuidanceModel(nn.Module):
         objective="dmd",
         sid_alpha=1.0,
         f_divergence="rkl",
+        fake_loss_weighting="edm",
         gan_classifier=False,
         gan_features="fake",
         gan_resolutions=None,
@@ -65,6 +68,7 @@ class GuidanceModel(nn.Module):
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
         self.randint, self.randn, self.total = randint, randn, total
         self.objective, self.sid_alpha, self.f_divergence = objective, sid_alpha, f_divergence
+        self.fake_loss_weighting = fake_loss_weighting
 
         self.gan_classifier = gan_classifier
         self.diffusion_gan = diffusion_gan
@@ -109,12 +113,11 @@ class GuidanceModel(nn.Module):
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
                 scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
             loss = dmd_loss(images, pred_real, pred_fake, scale)
-        with torch.no_grad():
-            gradient_norm = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()
         log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
-        return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()} | {
-            "dmtrain_gradient_norm": gradient_norm
-        }
+        with torch.no_grad():
+            log_dict["dmtrain_gradient_norm"] = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()
+            log_dict["fake_lag"] = fake_lag(images, pred_real, pred_fake)
+        return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()}
 
     def compute_f_divergence_weight(self, noisy, sigma, labels):
         """The weights `[B]` of noised images by the heads' mean logit, in ten bins of the schedule's noise levels."""
@@ -153,7 +156,11 @@ class GuidanceModel(nn.Module):
             pred_fake, log_dict["features"] = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
         else:
             pred_fake = self.fake_unet(noisy, sigma, labels)
-        return {"loss_fake_mean": denoising_loss(pred_fake, images, sigma, self.sigma_data)}, log_dict
+        if self.fake_loss_weighting == "edm":
+            loss = denoising_loss(pred_fake, images, sigma, self.sigma_data)
+        else:
+            loss = F.mse_loss(pred_fake, images)
+        return {"loss_fake_mean": loss}, log_dict
 
     def compute_cls_logits(self, images, labels):
         """The heads' logits `[B, heads]`, positive for "real", of `images` at random noise levels, or at the least."""

@@ -9,20 +9,39 @@ from model import get_sigmas_karras
 from support.parallel import gather_rows, own_rows, world_size
 
 
-def few_step_sampler(net, noise, labels, sigmas, generator=None):
-    """Images of a distilled generator, in one forward pass for each noise level of `sigmas` (DMD2 section 4.5).
+def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=None):
+    """Images of a distilled generator, in one forward pass per noise level of `sigmas` (DMD2 section 4.5).
 
     x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
     noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: where
-    e is drawn from (default: torch's own). Returns `[B, C, H, W]`. Gradients flow.
+    e is drawn from (default: torch's own); fresh_noise: or e itself, a list of `[B, C, H, W]`, one for each further level.
+    Returns `[B, C, H, W]`. Gradients flow.
     """
     x = noise * sigmas[0]
     for index, sigma in enumerate(sigmas):
         if index:
-            e = torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device)
+            draw = fresh_noise is None
+            e = torch.randn(x.shape, generator=generator, device=(generator or x).device) if draw else fresh_noise[index - 1]
             x = x + sigma * e.to(x.device)
         x = net(x, noise.new_full((len(noise),), sigma), labels)
     return x
+
+
+def student_sampler(net, noise, labels, sigmas):
+    """`few_step_sampler` whose images depend on their own `noise` and labels alone, whatever the batch and number of processes.
+
+    The fresh noise of an image comes from a random stream that the bits of its `noise` seed.
+    """
+    levels = len(sigmas) - 1
+    bits = noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist() if levels else []
+    streams = [random_stream(*pair) for pair in bits]
+    draws = [[torch.randn(noise.shape[1:], generator=stream) for stream in streams] for _ in range(levels)]
+    return few_step_sampler(net, noise, labels, sigmas, fresh_noise=[torch.stack(draw) for draw in draws])
+
+
+def spread_levels(num_steps, conditioning_sigma, sigma_min=0.002, rho=7.0):
+    """A student's `num_steps` noise levels, a list: spread evenly over the schedule's steps from `conditioning_sigma` down."""
+    return [conditioning_sigma, *get_sigmas_karras(num_steps + 1, sigma_min, conditioning_sigma, rho)[1:-1].tolist()]
 
 
 def one_step_sampler(net, noise, labels, conditioning_sigma):

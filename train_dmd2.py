@@ -1,4 +1,4 @@
-"""Distil a teacher into a one-step generator by DMD2 (Yin et al. 2024): two time-scale updates of generator and guidance."""
+"""Distil a teacher into a generator of one step, or a few, by DMD2 (Yin et al. 2024): generator and guidance train in turns."""
 
 from support.config import DMD2, UserError, exit_on_error, parse_args
 
@@ -7,6 +7,7 @@ args = (
 )  # before torch: --help and mistakes answer at once
 
 import copy
+import math
 import sys
 from inspect import signature
 
@@ -15,7 +16,7 @@ import torch
 import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
-from sampling import class_noise, few_step_sampler, heun_sampler
+from sampling import class_noise, heun_sampler, spread_levels, student_sampler
 from support.parallel import broadcast, micro_batches, own_rows, rows_of, total
 from support.runs import Run
 from support.training import (
@@ -40,6 +41,9 @@ def main(args):
     teacher_state = checkpoint.load(args.teacher_checkpoint)
     checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
     run = Run(args, "dmd2")
+    sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
+    if run.resumed and run.resumed["student_sigmas"] != sigmas:
+        raise UserError(f"checkpoint {run.resumed_from}: a student at sigma {run.resumed['student_sigmas']}, not at {sigmas}")
     if run.resumed and args.gan_classifier != ("guidance_cls_state_dict" in run.resumed):
         how = "without" if args.gan_classifier else "with"
         raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
@@ -56,13 +60,15 @@ def main(args):
     options = [name for name in signature(GuidanceModel).parameters if hasattr(args, name)]  # of the same names
     processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # alike at any number of them
     guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, **{name: getattr(args, name) for name in options}, **processes)
-    model = UnifiedModel(guidance, args.conditioning_sigma).to(device)
+    model = UnifiedModel(guidance, student_sigmas=sigmas).to(device)
     broadcast(model)
     model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
     generator = model.feedforward_model
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
     optimizer_generator = adamw(generator.parameters(), args.generator_lr)
-    optimizer_guidance = adamw([p for p in guidance.parameters() if p.requires_grad], args.guidance_lr)
+    by_guidance = guidance.fake_unet if args.gan_lr else guidance  # which without an optimizer for them holds the heads too
+    optimizer_guidance = adamw([p for p in by_guidance.parameters() if p.requires_grad], args.guidance_lr)
+    optimizer_gan = adamw(guidance.cls_pred_branch.parameters(), args.gan_lr) if args.gan_lr else None
     compile_networks(args, teacher, guidance.fake_unet, generator)
 
     parts = {
@@ -74,7 +80,8 @@ def main(args):
     }
     if args.gan_classifier:
         parts["guidance_cls_state_dict"] = guidance.cls_pred_branch
-    sigmas = model.student_sigmas
+    if optimizer_gan:
+        parts["optimizer_gan_state_dict"] = optimizer_gan
     run.start(device, batches, parts, model_config=generator.config, class_names=class_names, student_sigmas=sigmas)
     del teacher_state  # its optimizer's moments, above all
     logger = run.logger
@@ -88,6 +95,7 @@ def main(args):
     while run.goes_on():
         real_images, labels = next(batches)  # the generator is asked for the classes of real images, in their proportions
         noise = torch.randn_like(real_images)
+        level = int(torch.randint(len(sigmas), ())) if len(sigmas) > 1 else 0  # of the student's, for this batch
         factor = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
@@ -96,32 +104,37 @@ def main(args):
         for z, y in micro_batches(args.grad_accum, noise, labels):
             if generator_updates:
                 with autocast(args, device):
-                    loss_dict, seen, images = model.generator_turn(z, y)
+                    loss_dict, seen, images = model.generator_turn(z, y, level)
                 loss = loss_dict["loss_dm"]
                 if args.gan_classifier:
                     loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
                 (loss / args.grad_accum).backward()
                 accumulate(metrics, loss_dict, args.grad_accum)
-                accumulate(metrics, {"dmtrain_gradient_norm": seen["dmtrain_gradient_norm"]}, args.grad_accum)
+                accumulate(metrics, {name: seen[name] for name in ("dmtrain_gradient_norm", "fake_lag")}, args.grad_accum)
             else:
                 with torch.no_grad(), autocast(args, device):
-                    images = model.generate(z, y)
+                    images = model.generate_at(z, y, level)
             fake_images.append(images)
         norms = {}
         if generator_updates:
             norms["generator_grad_norm"] = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
             metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
 
-        # Guidance turn, on every step: fake_unet learns what the generator makes, the head to tell it from real images.
-        for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
-            with autocast(args, device):
-                loss_dict, logits = model.guidance_turn(fake, y, real, y)
-            loss = loss_dict["loss_fake_mean"]
-            if args.gan_classifier:
-                loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
-            (loss / args.grad_accum).backward()
-            accumulate(metrics, loss_dict | logits, args.grad_accum)
-        norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * factor, args.clip_grad_norm)
+        # Guidance turn, on every step: fake_unet learns what the generator makes, the heads to tell it from real images.
+        updates = 0 if args.alternate_turns and generator_updates else args.guidance_updates
+        for _ in range(updates):
+            for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
+                with autocast(args, device):
+                    loss_dict, logits = model.guidance_turn(fake, y, real, y)
+                loss = loss_dict["loss_fake_mean"]
+                if args.gan_classifier:
+                    loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
+                (loss / args.grad_accum).backward()
+                accumulate(metrics, loss_dict | logits, args.grad_accum * updates)
+            most = args.clip_grad_norm if args.clip_guidance else math.inf
+            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * factor, most)
+            if optimizer_gan:
+                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, args.gan_lr * factor, most)
 
         if ema and generator_updates:
             # The generator wanders at a constant learning rate: a long average, from early on.
@@ -134,7 +147,7 @@ def main(args):
         logger.log(run.step, metrics | norms)
         if logger.wants_samples(run.step):
             with torch.no_grad():
-                student_grid = few_step_sampler(ema or generator, *grid, sigmas)
+                student_grid = student_sampler(ema or generator, *grid, sigmas)
             logger.samples(run.step, teacher_grid, student_grid, columns=8)
         if seen and logger.wandb_wants("images", run.step):
             logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])

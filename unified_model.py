@@ -2,11 +2,14 @@
 
 What they cost, in forward passes of one network (a backward pass counts two): a generator turn 5, which is 3 for the generator and
 1 each for teacher and `fake_unet` (by SiD 2 each, as the gradient runs through both); a guidance turn 3; and 1 to generate for it
-where the generator does not train. With one generator update in r iterations that is 4 + 4 / r an iteration: 4.4 at r = 10.
+where the generator does not train. With one generator update in r iterations that is 4 + 4 / r per iteration: 4.4 at r = 10.
+k updates of the guidance on the same images make that 1 + 3 k + 4 / r. A student of N steps makes (N - 1) / 2 more passes per
+batch of images, on average.
 """
 
 import copy
 
+import torch
 from torch import nn
 
 from sampling import few_step_sampler
@@ -29,13 +32,28 @@ class UnifiedModel(nn.Module):
         """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass per level."""
         return few_step_sampler(self.feedforward_model, noise, labels, self.student_sigmas)
 
-    def generator_turn(self, noise, labels):
+    def generate_at(self, noise, labels, level=0):
+        """What the generator makes at `student_sigmas[level]`, `[B, C, H, W]`, by backward simulation (DMD2 section 4.5).
+
+        What it is given there it made itself, from standard normal `noise` through the levels above, without gradient: in training
+        it sees what it will see in use.
+        """
+        sigma, x = self.student_sigmas[level], self.student_sigmas[0] * noise
+        if level:
+            *fresh, last = [self.guidance_model.randn(noise.shape, device=noise.device) for _ in range(level)]
+            with torch.no_grad():
+                x = few_step_sampler(self.feedforward_model, noise, labels, self.student_sigmas[:level], fresh_noise=fresh)
+            x = x + sigma * last
+        return self.feedforward_model(x, noise.new_full((len(noise),), sigma), labels)
+
+    def generator_turn(self, noise, labels, level=0):
         """The generator's losses on fresh images: distribution matching, and `gen_cls_loss` where the guidance has a GAN head.
 
-        noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns (losses in a dict, what was computed on the way in a dict, the
-        images detached): the guidance turn of the same iteration trains on those images, so that nothing is generated twice.
+        noise: standard normal `[B, C, H, W]`; labels: `[B]`; level: number of the student's level that is trained. Returns (losses
+        in a dict, what was computed on the way in a dict, the images detached): the guidance turn of the same iteration trains on
+        those images, so that nothing is generated twice.
         """
-        images = self.generate(noise, labels)
+        images = self.generate_at(noise, labels, level)
         loss_dict, log_dict = self.guidance_model.compute_distribution_matching_loss(images, labels)
         if self.guidance_model.gan_classifier:
             loss_dict |= self.guidance_model.compute_generator_clean_cls_loss(images, labels)[0]

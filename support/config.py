@@ -164,7 +164,12 @@ DMD2 = [
     Option("generator_lr", 2e-6, positive, "learning rate of the generator (AdamW)"),
     Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model (AdamW)"),
     Option("dfake_gen_update_ratio", 10, count, "guidance updates for each generator update"),
-    Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called"),
+    Option("guidance_updates", 1, count, "guidance updates per iteration, on the same images at fresh noise levels"),
+    Option("alternate_turns", False, flag, "no guidance update in an iteration that updates the generator (FastGen)"),
+    Option("clip_guidance", True, flag, "clip_grad_norm holds for the guidance model too"),
+    Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called; of several the first"),
+    Option("student_steps", 1, count, "steps of the generator, at levels spread evenly over the schedule"),
+    Option("student_sigmas", None, positive, "... or at these noise levels, descending", "+"),
     Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
     Option("sigma_min", 0.002, positive, "least noise of the schedule"),
     Option("sigma_max", 80.0, positive, "most noise of the schedule"),
@@ -174,9 +179,11 @@ DMD2 = [
     Option("objective", "dmd", choice("dmd", "sid"), "what moves the generator: dmd, or score identity distillation (SiD)"),
     Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers take 1.0 and 1.2"),
     Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "that dmd minimises; all but rkl need --gan_classifier"),
+    Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss over noise levels; none: plain squared error"),
     Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
     Option("gan_features", "fake", choice("fake", "teacher"), "whose features the GAN's heads see: fake_unet's or the teacher's"),
     Option("gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"),
+    Option("gan_lr", None, positive, "learning rate of the GAN's heads, which then have an optimizer of their own"),
     Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's"),
     Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's"),
     Option("diffusion_gan", True, flag, "the GAN head sees noised images, as in the paper"),
@@ -376,6 +383,15 @@ def check(args):
             raise UserError(f"--f_divergence {args.f_divergence} takes its weights from the GAN's heads: add --gan_classifier")
         if args.objective != "dmd":
             raise UserError(f"--f_divergence {args.f_divergence} needs --objective dmd, not {args.objective}")
+    if sigmas := getattr(args, "student_sigmas", None):
+        if sigmas != sorted(set(sigmas), reverse=True):
+            raise UserError(f"--student_sigmas {' '.join(map(str, sigmas))}: must descend, from the most noise")
+        if args.student_steps not in (1, len(sigmas)):
+            raise UserError(f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)} levels; give one of them")
+    if getattr(args, "gan_lr", None) and not args.gan_classifier:
+        raise UserError("--gan_lr needs --gan_classifier")
+    if getattr(args, "alternate_turns", False) and args.dfake_gen_update_ratio == 1:
+        raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
     if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):
