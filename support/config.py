@@ -234,6 +234,17 @@ EVALUATE = [
     *SAMPLING,
     *MACHINE,
 ]
+COMPARE = [
+    Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", text, "the teacher that all distil"),
+    Option("configs", ["config_train1.yaml"], text, "files of options for train_dmd2.py, one per configuration", "+"),
+    Option("seeds", [0, 1, 2], number(0, 2**31 - 1, whole=True), "seeds of the runs of each", "+"),
+    Option("minutes", None, positive, "equal time: train each for so long on this machine, which does nothing else meanwhile"),
+    Option("forward_passes", None, positive, "equal work: or for the arithmetic of so many forward passes of a batch"),
+    Option("output_dir", "./log/compare", text, "where runs, tables and pictures go; what is there is not done again"),
+    Option("num_samples", 2000, number(2, whole=True), "images of each that evaluate.py measures"),
+    Option("features", "classifier", choice("inception", "classifier"), "of evaluate.py's Frechet distance"),
+    *MACHINE[1:],
+]
 IMPORT_TEACHER = [
     Option("source", "./edm-cifar10-32x32-cond-vp.pkl", text, "NVIDIA's pickle, or a state_dict of the same network (.pth)"),
     Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", text, "teacher checkpoint to write; must not exist"),
@@ -390,6 +401,8 @@ def check(args):
             raise UserError(f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)} levels; give one of them")
     if getattr(args, "gan_lr", None) and not args.gan_classifier:
         raise UserError("--gan_lr needs --gan_classifier")
+    if hasattr(args, "forward_passes") and (args.minutes is None) == (args.forward_passes is None):
+        raise UserError("give --minutes, for equal time, or --forward_passes, for equal work")
     if getattr(args, "alternate_turns", False) and args.dfake_gen_update_ratio == 1:
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
     if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):

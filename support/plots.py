@@ -1,6 +1,7 @@
 """Pictures of numbers: a run's curves, and quality over training steps."""
 
 import json
+from statistics import median
 
 import matplotlib
 
@@ -16,10 +17,12 @@ PANELS = [
     ("size of the DMD2 gradient", ["dmtrain_gradient_norm"], False),
     ("loss_fake_mean", ["loss_fake_mean"], True),
     ("gradient norms, before clipping", ["grad_norm", "generator_grad_norm", "guidance_grad_norm"], True),
+    ("fake_lag", ["fake_lag"], False),
     ("GAN losses", ["gen_cls_loss", "guidance_cls_loss"], False),
     ("GAN logits", ["real_logit", "fake_logit"], False),
     ("spread of the images", ["fake_std", "real_std"], False),
 ]
+CURVES = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]  # of checkpoints: quality and variety
 
 
 def read_metrics(path):
@@ -70,13 +73,36 @@ def plot_metrics(metrics_path, path):
 
 def plot_steps(rows, path):
     """Draws the figures of checkpoints, rows of evaluate.py, over their training steps, with their noise as bars."""
-    names = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2))
-    for axis, name in zip(axes, names, strict=True):
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
+    for axis, name in zip(axes, CURVES, strict=True):
         values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
         axis.errorbar([row["step"] for row in rows], values, noise, marker="o", capsize=3)
         axis.set_title(name)
         axis.set_xlabel("step")
+    save(figure, path)
+
+
+def plot_comparison(teacher, results, path):
+    """Draws quality over minutes of training: a line per configuration, the median over its seeds, and a point for each run.
+
+    teacher: its row of evaluate.py, drawn as a dashed line; results: from each configuration's name to its runs, as compare.py has
+    them.
+    """
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.6))
+    for axis, figure_name in zip(axes, CURVES, strict=True):
+        axis.axhline(teacher[figure_name], color="black", linestyle="--", linewidth=1, label="teacher")
+        for name, runs in results.items():
+            points = [one["points"] for one in runs]
+            if points:
+                middle = [
+                    [median(p[key] for p in moment) for moment in zip(*points, strict=False)] for key in ("minutes", figure_name)
+                ]
+                (line,) = axis.plot(*middle, label=name)
+                last = [(p["minutes"], p[figure_name]) for run in points for p in run]
+                axis.plot(*zip(*last, strict=True), ".", color=line.get_color(), markersize=4)
+        axis.set_title(figure_name)
+        axis.set_xlabel("minutes of training")
+    axes[-1].legend(fontsize="small")
     save(figure, path)
 
 

@@ -53,7 +53,7 @@ def test_numbers_as_people_and_yaml_write_them(tmp_path):
     assert args.lr == 1e-4 and args.step_number == 100_000 and isinstance(args.step_number, int)
 
 
-T, D, G, E = "train_teacher.py", "train_dmd2.py", "generate.py", "evaluate.py"
+T, D, G, E, C = "train_teacher.py", "train_dmd2.py", "generate.py", "evaluate.py", "compare.py"
 WRONG = [  # script, arguments, what the one line must say
     (T, "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
     (T, "--learning_rate 1", "unknown argument --learning_rate"),
@@ -102,6 +102,12 @@ WRONG = [  # script, arguments, what the one line must say
     (D, "--f_divergence js --gan_classifier --objective sid", "--f_divergence js needs --objective dmd, not sid"),
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
     (D, "--gan_resolutions", "--gan_resolutions: expected at least one argument"),
+    (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, from the most noise"),
+    (D, "--student_sigmas 5 1 --student_steps 3", "--student_steps 3: --student_sigmas gives 2 levels; give one of them"),
+    (D, "--gan_lr 1e-3", "--gan_lr needs --gan_classifier"),
+    (D, "--alternate_turns --dfake_gen_update_ratio 1", "--alternate_turns needs a --dfake_gen_update_ratio of at least 2"),
+    (C, "--seeds 0", "give --minutes, for equal time, or --forward_passes, for equal work"),
+    (C, "--minutes 1 --forward_passes 10", "give --minutes, for equal time, or --forward_passes, for equal work"),
     (D, "--lr 1e-4", "unknown argument --lr (did you mean"),
     (G, "--num_samples 0", "--num_samples must be at least 1"),
     (G, "--format gif", "--format must be one of grid, png, npz"),

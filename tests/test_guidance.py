@@ -7,6 +7,7 @@ from conftest import GaussianDenoiser, tiny_unet
 
 from guidance import GuidanceModel
 from objectives import dmd_loss, sid_loss
+from sampling import few_step_sampler
 from unified_model import UnifiedModel
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -69,6 +70,38 @@ def test_fake_loss_is_edm_weighted_error():
     expected = ((sigma**-2 + 0.4**-2) * (0.1 * sigma) ** 2).mean()
     torch.testing.assert_close(losses["loss_fake_mean"], expected)
     assert not losses["loss_fake_mean"].requires_grad
+
+
+def test_fake_loss_without_weighting_is_the_plain_squared_error():
+    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), fake_loss_weighting="none")
+    x, sigma = torch.rand(4, 1, 6, 6), torch.tensor([0.1, 0.5, 2.0, 50.0])
+    guidance.fake_unet.forward = lambda x_t, sigma, labels: x + 0.1 * sigma.reshape(-1, 1, 1, 1)
+    losses, _ = guidance.compute_loss_fake(x, LABELS, sigma, torch.zeros_like(x))
+    torch.testing.assert_close(losses["loss_fake_mean"], (0.1 * sigma).square().mean())
+
+
+def test_backward_simulation_gives_a_level_what_the_levels_above_made():
+    """At level 2 of 3: two passes without gradient, then one with it, from the same noises as `few_step_sampler` takes."""
+    noises = [torch.randn(4, 1, 8, 8) for _ in range(2)]
+    draws = iter(noises)
+    guidance = GuidanceModel(tiny_unet(), randn=lambda shape, device: next(draws))
+    model, calls = UnifiedModel(guidance, student_sigmas=[3.0, 1.0, 0.3]), []
+    forward = model.feedforward_model.forward
+    model.feedforward_model.forward = lambda x, sigma, labels: (
+        calls.append((sigma, torch.is_grad_enabled())),
+        forward(x, sigma, labels),
+    )[1]
+    z = torch.randn(4, 1, 8, 8)
+    images = model.generate_at(z, LABELS, level=2)
+    assert [(sigma.tolist(), grad) for sigma, grad in calls] == [
+        ([3.0] * 4, False),
+        ([1.0] * 4, False),
+        ([torch.tensor(0.3).item()] * 4, True),
+    ]
+    torch.testing.assert_close(images, few_step_sampler(model.feedforward_model, z, LABELS, [3.0, 1.0, 0.3], fresh_noise=noises))
+    images.sum().backward()
+    assert len(grads(model.feedforward_model)) == len(list(model.feedforward_model.parameters()))
+    torch.testing.assert_close(model.generate_at(z, LABELS), few_step_sampler(model.feedforward_model, z, LABELS, [3.0]))
 
 
 class AffineGenerator(torch.nn.Module):

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from objectives import F_DIVERGENCES, dmd_gradient, dmd_loss, f_divergence_weight, normalised_f_divergence_weight, sid_loss
+from objectives import (
+    F_DIVERGENCES,
+    dmd_gradient,
+    dmd_loss,
+    f_divergence_weight,
+    fake_lag,
+    normalised_f_divergence_weight,
+    sid_loss,
+)
 from support.config import F_DIVERGENCES as OPTIONS
 
 
@@ -183,6 +191,23 @@ def distil(objective, lag=0.0, steps=1500, kind=None, seed=0):
 def test_every_objective_leads_to_the_teachers_mean_and_deviation(objective, kind):
     mean, std = distil(objective, kind=kind)[-1]
     assert abs(mean - REAL[0]) < 0.03 and abs(std - REAL[1]) < 0.03, (mean, std)
+
+
+@pytest.mark.parametrize("behind", [0.0, 0.25, 1.0, -0.5])
+def test_fake_lag_is_the_share_of_the_gradient_that_is_stale(behind):
+    """In closed form: a generator `behind` of the way from what the fake denoiser believes to the teacher, of one deviation."""
+    torch.manual_seed(0)
+    believed, std = -1.0, 0.4
+    x = believed + behind * (REAL[0] - believed) + std * torch.randn(4000, 1, 4, 4)
+    sigma = torch.empty(4000, 1, 1, 1).uniform_(-1.5, 1.5).exp()
+    noisy = x + sigma * torch.randn_like(x)
+    lag = fake_lag(x, gaussian(REAL[0], std)(noisy, sigma), gaussian(believed, std)(noisy, sigma))
+    assert lag.item() == pytest.approx(behind, abs=0.02)
+
+
+def test_fake_lag_of_equal_denoisers_is_zero():
+    x = torch.randn(4, 1, 2, 2)
+    assert fake_lag(x, x / 2, x / 2).item() == 0
 
 
 @pytest.mark.parametrize("objective", ["dmd", "sid"])

@@ -3,7 +3,8 @@ from itertools import pairwise
 import torch
 from conftest import GaussianDenoiser
 
-from sampling import class_noise, few_step_sampler, heun_sampler, one_step_sampler
+from model import get_sigmas_karras
+from sampling import class_noise, few_step_sampler, heun_sampler, one_step_sampler, spread_levels, student_sampler
 
 
 def test_heun_reaches_the_data_distribution():
@@ -59,6 +60,35 @@ def test_few_steps_noise_their_own_images_again():
         x = (x + sigma * torch.randn(z.shape, generator=random)) / 2 + offset
     torch.testing.assert_close(images, x)
     assert [sigma.tolist() for _, sigma in calls] == [[80.0] * 2, [24.0] * 2, [5.0] * 2]
+
+
+def test_a_students_images_depend_on_their_own_noise_alone():
+    """Other images in the batch, or none, change nothing; and the fresh noise is standard normal, new at each level and image."""
+    seen = []
+
+    def net(x, sigma, labels):
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    z, labels, sigmas = torch.randn(500, 1, 4, 4), torch.zeros(500, dtype=torch.long), [3.0, 2.0, 1.0]
+    student_sampler(net, z, labels, sigmas)
+    first, second, third = seen[0] / 3, seen[1] / 2, seen[2]
+    assert torch.equal(seen[0], 3 * z)
+    for e in (second, third):
+        assert abs(e.mean()) < 0.05 and abs(e.std() - 1) < 0.05
+    for a, b in ((first, second), (second, third), (second[1:], second[:-1])):
+        assert abs((a * b).mean()) < 0.05
+    seen.clear()
+    student_sampler(net, z[7:9], labels[7:9], sigmas)
+    assert torch.equal(seen[1] / 2, second[7:9]) and torch.equal(seen[2], third[7:9])
+
+
+def test_levels_are_spread_evenly_over_the_schedule():
+    assert spread_levels(1, 80.0) == [80.0]
+    schedule = get_sigmas_karras(1001)  # 80 down to 0.002 in a thousand steps
+    torch.testing.assert_close(torch.tensor(spread_levels(4, 80.0)), schedule[[0, 250, 500, 750]])
+    levels = spread_levels(3, 2.5)
+    assert levels[0] == 2.5 and levels == sorted(levels, reverse=True) and len(levels) == 3
 
 
 def test_heun_keeps_within_the_networks_noise_levels():

@@ -176,6 +176,9 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
 OBJECTIVES = {
     "sid": ["--objective", "sid", "--conditioning_sigma", 2.5, "--min_step_percent", 0, "--max_step_percent", 0.8],
     "sid with heads": ["--objective", "sid", "--gan_classifier", "--gan_features", "fake", "--gan_resolutions", 8, 4],
+    "few steps": ["--student_steps", 3, "--conditioning_sigma", 3],
+    "few steps, two guidance updates": ["--student_sigmas", 80, 5, "--guidance_updates", 2, "--fake_loss_weighting", "none"],
+    "heads with an optimizer of their own": ["--gan_classifier", "--gan_lr", 1e-3, "--no-clip_guidance"],
     "f-divergence": ["--f_divergence", "js", "--gan_classifier", "--gan_features", "teacher", "--gan_resolutions", 8, 4],
 }
 
@@ -194,6 +197,34 @@ def test_objectives_train_and_go_on(runs, tmp_path, name):
     assert_same(ours, theirs)
     rows = metrics(tmp_path / "straight")
     assert all(np.isfinite(row["loss_dm"]) and ("gen_cls_loss" in row) == ("--gan_classifier" in arguments) for row in rows)
+
+
+def test_turns_can_alternate(runs, tmp_path):
+    """As in FastGen: no guidance update where the generator is updated; the log says which iterations had which."""
+    arguments = [*TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--output_dir", tmp_path, "--log_every", 1]
+    succeed("train_dmd2.py", *arguments, "--alternate_turns", "--dfake_gen_update_ratio", 2)
+    had = [("loss_dm" in row, "loss_fake_mean" in row) for row in metrics(tmp_path)]
+    assert had == [(True, False), (False, True)] * 2
+
+
+def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
+    """Every script finds them in the checkpoint; a resume that asks for others is refused."""
+    arguments = [*TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--output_dir", tmp_path / "run"]
+    succeed("train_dmd2.py", *arguments, "--student_steps", 2, "--save_every", 2)
+    final = tmp_path / "run" / "dmd2_final.pt"
+    sigmas = load(final)["student_sigmas"]
+    assert sigmas[0] == 80 and len(sigmas) == 2 and 2 < sigmas[1] < 3  # half way down the schedule
+    data = ["--checkpoint", final, "--features", "classifier", "--num_samples", 20, "--data_dir", tmp_path]
+    succeed("evaluate.py", *data, "--device", "cpu", "--batch_size", 7)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"][1]["evaluations"] == 2
+    for batch_size in (7, 100):
+        out = ["--format", "npz", "--output_dir", tmp_path / str(batch_size), "--num_samples", 2, "--device", "cpu"]
+        succeed("generate.py", "--checkpoint", final, *out, "--batch_size", batch_size)
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("7", "100"))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+    resume = ["--resume_from_checkpoint", tmp_path / "run" / "dmd2_checkpoint_step_2.pt"]
+    done = run_script("train_dmd2.py", *arguments[:-2], "--output_dir", tmp_path / "other", "--student_steps", 4, *resume)
+    assert_refused(done, "a student at sigma [80.0, ")
 
 
 def test_resolutions_that_the_teacher_lacks_are_refused(runs, tmp_path):

@@ -1,10 +1,13 @@
 import math
+import platform
+import subprocess
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
 import torch._inductor.compile_fx
-from conftest import tiny_unet
+from conftest import ROOT, tiny_unet
 
 from support.config import UserError
 from support.training import BadSteps, adamw, compile_networks, load_optimizer, lr_factor, update_ema
@@ -23,6 +26,28 @@ def test_ema_equals_its_closed_form():
     assert math.isclose(ema.weight.item(), expected, rel_tol=1e-6)
     update_ema(ema, net, decay, updates=1)  # early, the decay is 1/11
     assert math.isclose(ema.weight.item(), expected / 11 + weights[-1] * 10 / 11, rel_tol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc's memory")
+def test_freed_memory_serves_the_next_tensors():
+    """Large tensors made and freed in turn, in a fresh process: with it the kernel gives no new pages after the first round."""
+    code = """
+import resource, torch
+from support.training import keep_freed_memory
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        tensors = [torch.ones(size, 1000, 1000) for size in (1, 3, 10)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = new_pages()
+keep_freed_memory()
+new_pages()
+print(before, new_pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 50_000 and after < 1000
 
 
 def test_learning_rate_rises_and_falls_linearly():

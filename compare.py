@@ -1,0 +1,166 @@
+"""Compare configurations of train_dmd2.py: each distils the same teacher for equal time or work, over seeds, and is measured."""
+
+from support.config import COMPARE, DMD2, UserError, exit_on_error, make_folder, parse_args, public, writing
+
+args = exit_on_error(parse_args, COMPARE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, median
+
+import yaml
+from support.dry_run import forward_passes
+
+import checkpoint
+from data import load_dataset
+from sampling import class_noise, sample_in_batches
+from support.images import save_diversity, to_uint8
+from support.metrics import BETTER
+from support.plots import plot_comparison, read_metrics
+from support.training import choose_device
+
+POINTS = 4  # checkpoints of each run that are measured
+FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every"}  # options that may differ between runs
+
+
+def main(args):
+    """Compares by the options `args`, as `parse_args(COMPARE, ...)` gives them. What an earlier call has done is kept."""
+    folder, device = Path(args.output_dir), choose_device(args)
+    teacher_state = checkpoint.load(args.teacher_checkpoint)
+    checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
+    names = [Path(config).stem for config in args.configs]
+    if len(set(names)) < len(names):
+        raise UserError("--configs: two files of the same name; results are kept by name")
+    options = {
+        (name, seed): read_options(args, config, folder / name / f"seed_{seed}", seed)
+        for name, config in zip(names, args.configs, strict=True)
+        for seed in args.seeds
+    }
+    make_folder("--output_dir", folder)
+
+    # ---- train and measure: seed by seed, so that a comparison that is stopped early knows something of each configuration --
+    first = options[names[0], args.seeds[0]]
+    real, teacher = measure(args, first, args.teacher_checkpoint, folder / "teacher")
+    results = {name: [] for name in names}
+    for seed in args.seeds:
+        for name in names:
+            train(options[name, seed], steps_of(args, folder / name, options[name, seed]))
+            results[name].append(result_of(args, options[name, seed]))
+        write_report(args, folder, real, teacher, results)
+
+    # ---- a page of pictures: 64 images of one class from each ---------------------------------------------------------------
+    config = teacher_state["model_config"]
+    dataset = load_dataset(first.dataset, first.data_dir, config["img_resolution"], config["img_channels"])
+    noise, labels = class_noise(range(len(dataset.class_names)), 64, dataset.images.shape[1:], seed=0)
+    sets = [dataset.images]
+    for file in (args.teacher_checkpoint, *(Path(options[name, args.seeds[0]].output_dir, "dmd2_final.pt") for name in names)):
+        state = checkpoint.load(file)
+        images = sample_in_batches(checkpoint.sampler(state)[0], checkpoint.network(state, file, device), noise, labels, 250)
+        sets.append(to_uint8(images))
+    label = save_diversity(folder / "pictures.png", sets, [dataset.labels, *[labels] * (len(sets) - 1)])
+    print(
+        f"pictures.png: class {dataset.class_names[label]} of {', '.join(['real images', 'teacher', *names])}, from left to right"
+    )
+    print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
+
+
+def read_options(args, config, folder, seed):
+    """The options of one run, which `folder` belongs to. Raises UserError where it holds a run with others."""
+    argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint, "--device", args.device]
+    options = parse_args(DMD2, None, [*argv, "--seed", str(seed), "--output_dir", str(folder)])
+    if (folder / "config.yaml").exists():
+        stored = yaml.safe_load((folder / "config.yaml").read_text())
+        for name in public(options).keys() - FREE:
+            if stored.get(name) != getattr(options, name):
+                raise UserError(
+                    f"{folder} was trained with {name} {stored.get(name)}, not {getattr(options, name)}: delete it, or take "
+                    "another --output_dir"
+                )
+    return options
+
+
+def steps_of(args, folder, options):
+    """The iterations of a configuration: those of a run that `folder` holds already, else as many as time or work allow."""
+    for stored in sorted(folder.glob("seed_*/config.yaml")):
+        return yaml.safe_load(stored.read_text())["step_number"]
+    if args.forward_passes:
+        return max(1, round(args.forward_passes / forward_passes(options)))
+    steps = 20 * options.dfake_gen_update_ratio
+    with tempfile.TemporaryDirectory() as scratch:  # the pace of its second half
+        run("train_dmd2.py", vars(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
+        pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
+    return max(1, round(60 * args.minutes * pace))
+
+
+def train(options, steps):
+    """Trains the run of `options`, goes on with it, or leaves it, where it is at its end."""
+    folder = Path(options.output_dir)
+    if not (folder / "dmd2_final.pt").exists():
+        resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
+        changes = {"step_number": steps, "save_every": -(-steps // POINTS), "keep_last": POINTS + 1, "sample_every": steps}
+        run("train_dmd2.py", vars(options) | changes | {"resume_from_checkpoint": resume})
+
+
+def measure(args, options, path, output_dir):
+    """The rows of evaluate.py: of real images, and of the checkpoint at `path` or of each one in that folder."""
+    written = Path(output_dir, "evaluation.json")
+    if not written.exists():
+        flags = {name: getattr(args, name) for name in ("features", "num_samples", "device")}
+        data = {"dataset": options.dataset, "data_dir": options.data_dir}
+        run("evaluate.py", {"checkpoint": str(path), "output_dir": str(output_dir)} | flags | data)
+    return json.loads(written.read_text())["rows"]
+
+
+def run(script, options):
+    """Runs `script` with the dict `options`; ends with its exit status where that is not 0: it has said why."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump({name: value for name, value in options.items() if value is not None}, file)
+        file.flush()
+        status = subprocess.run([sys.executable, Path(__file__).with_name(script), "--config", file.name]).returncode
+    if status:
+        sys.exit(status)
+
+
+def result_of(args, options):
+    """What one run came to: its measured checkpoints as `points`, and what its `metrics.jsonl` tells."""
+    folder = Path(options.output_dir)
+    points = measure(args, options, folder, folder)[1:]
+    rows, minutes = read_metrics(folder / "metrics.jsonl"), {0: 0.0}
+    for row, before in zip(rows, [{"step": 0}, *rows[:-1]], strict=True):
+        images = (row["step"] - before["step"]) * options.batch_size
+        minutes[row["step"]] = minutes[before["step"]] + images / row["images_per_second"] / 60
+    for point in points:
+        point["minutes"] = minutes[max(step for step in minutes if step <= point["step"])]
+    lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
+    return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}
+
+
+def write_report(args, folder, real, teacher, results):
+    """Prints the table of medians and ranges over the seeds; writes it, all figures, and the plot of quality against time."""
+
+    def cell(values):
+        middle, low, high = (f"{value:.3g}" for value in (median(values), min(values), max(values)))
+        return middle if low == high else f"{middle} ({low} to {high})"
+
+    columns = [*BETTER, "evaluations", "step", "minutes"]
+    lines = ["| | seeds | " + " | ".join(columns) + " | fake_lag |", "|---" * (len(columns) + 3) + "|"]
+    for name, points in (("real, held out", [real]), ("teacher", [teacher]), *((name, None) for name in results)):
+        runs = results.get(name, [])
+        points = points or [one["points"][-1] for one in runs]
+        cells = [cell([point[column] for point in points]) if column in points[0] else "" for column in columns]
+        lags = [one["fake_lag"] for one in runs if one["fake_lag"] is not None]
+        lines.append(" | ".join([f"| {name}", str(len(runs) or ""), *cells, cell(lags) if lags else ""]) + " |")
+    print("\n".join(lines))
+    budget = f"{args.minutes:g} minutes each" if args.minutes else f"{args.forward_passes:g} forward passes each"
+    with writing(folder):
+        (folder / "compare.md").write_text(f"{budget}; median (range) over the seeds\n\n" + "\n".join(lines) + "\n")
+        found = {"budget": budget, "real": real, "teacher": teacher, "configurations": results}
+        (folder / "compare.json").write_text(json.dumps(found, indent=2) + "\n")
+    plot_comparison(teacher, results, folder / "compare.png")
+
+
+if __name__ == "__main__":
+    exit_on_error(main, args)
