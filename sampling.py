@@ -9,19 +9,22 @@ from model import get_sigmas_karras
 from support.parallel import gather_rows, own_rows, world_size
 
 
-def few_step_sampler(net, noise, labels, sigmas, generator=None):
+def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=None):
     """Images of a distilled generator, in one forward pass for each noise level of `sigmas` (DMD2 section 4.5).
 
     x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
     noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: where
-    e is drawn from (default: torch's own). Returns `[B, C, H, W]`. Gradients flow.
+    e is drawn from (default: torch's own); fresh_noise: e for each further level, where it is not to be drawn. Gradients flow.
+    Returns `[B, C, H, W]`, which may leave [-1, 1] a little; `support.images.to_uint8` clamps.
     """
     x = noise * sigmas[0]
     for index, sigma in enumerate(sigmas):
-        if index:
+        if index and fresh_noise:
+            x = x + sigma * fresh_noise[index - 1]
+        elif index:
             e = torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device)
             x = x + sigma * e.to(x.device)
-        x = net(x, noise.new_full((len(noise),), sigma), labels)
+        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # len(noise) would fix the batch's size in torch.export
     return x
 
 
