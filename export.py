@@ -77,6 +77,8 @@ def write_onnx(output, model, facts):
 
     temporary = output.with_name(output.name + ".tmp")
     any_size = {0: torch.export.Dim.DYNAMIC}
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     try:
         program = torch.onnx.export(
             model,
@@ -89,7 +91,6 @@ def write_onnx(output, model, facts):
         )
         program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
         with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
             program.save(temporary, external_data=False)
         difference = check(onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"]), model, facts["shape"])
         if not difference <= TOLERANCE:
