@@ -1,14 +1,18 @@
 """The page of `export.py --page` in a headless Chromium, driven through its debugging pipe (--remote-debugging-pipe)."""
 
+import base64
 import functools
 import http.server
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +221,26 @@ def test_a_folder_of_the_runtime_is_taken_or_refused(tmp_path):
     page.write(tmp_path, {}, page.find_runtime(tmp_path))
     assert json.loads((tmp_path / "generator.json").read_text()) == {"runtime": "./"}
     assert all((tmp_path / name).read_bytes() == name.encode() for name in page.RUNTIME)
+
+
+def photograph(folder, picture):
+    """Writes a PNG of the page in `folder`, with the slider part of the way. docs/page.png was made by
+
+    PYTHONPATH=. python tests/test_page.py PAGE docs/page.png
+    """
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        served(folder) as url,
+        opened(url, profile) as call,
+    ):
+        until(call, "Boolean(window.page)")
+        evaluate(call, "page.ready")
+        evaluate(call, "(() => { slider.value = 0.4; slider.dispatchEvent(new Event('input')); })()")
+        until(call, "page.idle()")
+        clip = {"x": 0, "y": 0, "width": 960, "height": evaluate(call, "document.documentElement.scrollHeight"), "scale": 1}
+        answer = call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        Path(picture).write_bytes(base64.b64decode(answer["data"]))
+
+
+if __name__ == "__main__":
+    photograph(*sys.argv[1:])
