@@ -122,6 +122,8 @@ def sampler(state, steps=18):
 def load_sampler(path, device="cpu", steps=18):
     """A function of standard normal noise `[B, C, H, W]` and labels `[B]` to images, by the checkpoint at `path`.
 
+    The images may leave [-1, 1] a little: `support.images.to_uint8` clamps, and so does `images.clamp(-1, 1)`.
+
     Raises UserError as `load` does.
     """
     state = load(path, device)

@@ -1,9 +1,10 @@
-"""Write a one-step generator as an ONNX file: noise and class to image, for any batch size, checked against PyTorch."""
+"""Write a generator as an ONNX file, for any batch size, checked against PyTorch; with --page a browser's page too."""
 
 from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
 
 args = exit_on_error(parse_args, EXPORT, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
+import json
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,79 +12,121 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from sampling import class_noise
+from sampling import class_noise, random_stream
+from support import page
 from support.images import to_uint8
 
 TOLERANCE = 1e-4  # of images in [-1, 1]; one step of 8 bits is 8e-3
 
 
 class Deployed(torch.nn.Module):
-    """Noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in [-1, 1] and pixels, uint8 `[B, H, W, C]`."""
+    """Standard normal noise `[B, C, H, W]` for each noise level, then (with classes) labels `[B]`, to images and pixels.
 
-    def __init__(self, net, sampler):
+    images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A label without a class is an error.
+    """
+
+    def __init__(self, net, sampler, levels):
         super().__init__()
         self.net, self.sampler = net, sampler
+        self.input_names = ["noise", *[f"noise_{level}" for level in range(1, levels)], *["labels"] * bool(net.label_dim)]
+        self.register_buffer("classes", torch.arange(net.label_dim))
 
-    def forward(self, noise, labels):
-        images = self.sampler(self.net, noise, labels)
+    def forward(self, *inputs):
+        noise, *fresh_noise = inputs[: len(inputs) - bool(self.net.label_dim)]
+        labels = None
+        if self.net.label_dim:
+            # ONNX's one_hot would make zeros of a wrong label, in silence; an index, where negative, would count from the end
+            labels = self.classes[inputs[-1].where(inputs[-1] >= 0, self.net.label_dim)]
+        images = self.sampler(self.net, noise, labels, fresh_noise=fresh_noise).clamp(-1, 1)
         return images, to_uint8(images).permute(0, 2, 3, 1)
 
 
 def main(args):
-    """Writes an ONNX file by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    """Writes an ONNX file, and a page, by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
-    import onnxruntime  # after the message about what is missing
-
     state = checkpoint.load(args.checkpoint)
     if checkpoint.kind(state) != "dmd2":
-        raise UserError(f"--checkpoint {args.checkpoint}: a teacher; only a generator makes an image in one step")
-    model = Deployed(checkpoint.network(state, args.checkpoint), checkpoint.sampler(state)[0]).eval()
-    shape = [model.net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")]
-    output = Path(args.output)
+        raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator, which needs few evaluations")
+    output = Path(args.output or Path(args.page or ".", "generator.onnx"))
     if output.is_dir():
         raise UserError(f"--output {output}: a folder; name a file, such as generator.onnx")
+    present = [path for path in [output, *(page.files(args.page) if args.page else [])] if path.exists()]
+    if present and not args.overwrite:
+        raise UserError(f"{present[0]} exists; choose another place, or replace it by --overwrite")
+    runtime = page.find_runtime(args.ort) if args.page else None
+
+    net, (sampler, levels) = checkpoint.network(state, args.checkpoint), checkpoint.sampler(state)
+    facts = {
+        "class_names": (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim],
+        "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
+        "student_sigmas": state["student_sigmas"],
+        "network_evaluations": levels,
+        "step": state["step"],
+        "versions": checkpoint.versions(),
+    }
+    write_onnx(output, Deployed(net, sampler, levels).eval(), facts)
+    if args.page:
+        page.write(args.page, facts, runtime)
+
+
+def write_onnx(output, model, facts):
+    """Writes `model` to the path `output`, with the `facts` as its metadata, each as JSON, once it has passed its `check`."""
+    import onnxruntime  # after `main` has said what is missing
+
     temporary = output.with_name(output.name + ".tmp")
     any_size = {0: torch.export.Dim.DYNAMIC}
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        program = torch.onnx.export(
+            model,
+            example(model, facts["shape"], num_samples=2, seed=0),
+            input_names=model.input_names,
+            output_names=["images", "pixels"],
+            dynamic_shapes={"inputs": (any_size,) * len(model.input_names)},
+            dynamo=True,
+            verbose=False,
+        )
+        program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
         with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            torch.onnx.export(
-                model,
-                class_noise([0], 2, shape, seed=0),
-                temporary,
-                input_names=["noise", "labels"],
-                output_names=["images", "pixels"],
-                dynamic_shapes={"noise": any_size, "labels": any_size},
-                external_data=False,
-                dynamo=True,
-                verbose=False,
-            )
-        difference = check(onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"]), model, shape)
+            program.save(temporary, external_data=False)
+        difference = check(onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"]), model, facts["shape"])
         if not difference <= TOLERANCE:
-            raise UserError(f"--output {output}: not written: it gave images {difference:.1e} away from PyTorch's")
+            raise UserError(f"{output}: not written: it gave images {difference:.1e} away from PyTorch's")
         with writing(output):
             temporary.replace(output)
     finally:
         with suppress(OSError):
             temporary.unlink()
     print(f"images at most {difference:.1e} away from PyTorch's (on a scale of -1 to 1)")
-    print(f"wrote {output}: noise {['batch', *shape]}, labels ['batch'] -> images, pixels")
+    shapes = [f"{name} {['batch', *facts['shape']] if name != 'labels' else ['batch']}" for name in model.input_names]
+    print(f"wrote {output}: {', '.join(shapes)} -> images, pixels")
+
+
+def example(model, shape, num_samples, seed):
+    """Inputs of `model`: `num_samples` images of each class, of ten classes spread over all where there are more."""
+    K = model.net.label_dim
+    classes = range(0, K, -(-K // 10)) if K else [0]
+    noise, labels = class_noise(classes, num_samples, shape, seed)
+    draw = random_stream(seed, K + 1)  # no class's
+    fresh = [torch.randn(noise.shape, generator=draw) for name in model.input_names if name.startswith("noise_")]
+    return noise, *fresh, *[labels] * bool(K)
 
 
 def check(session, model, shape):
-    """The largest difference of the ONNX `session`'s images to those of `model`, over every class and two sizes of batch.
+    """The largest difference of the ONNX `session`'s images to those of `model`, over up to ten classes and two sizes of batch.
 
     Where the pixels are not the images' own, it is infinite.
     """
     worst = torch.tensor(0.0)
     for num_samples in (1, 3):
-        noise, labels = class_noise(range(model.net.label_dim), num_samples, shape, seed=1)
-        outputs = session.run(["images", "pixels"], {"noise": noise.numpy(), "labels": labels.numpy()})
-        images, pixels = map(torch.from_numpy, outputs)
+        inputs = example(model, shape, num_samples, seed=1)
+        feeds = {name: tensor.numpy() for name, tensor in zip(model.input_names, inputs, strict=True)}
+        images, pixels = map(torch.from_numpy, session.run(["images", "pixels"], feeds))
         with torch.no_grad():
-            expected = model(noise, labels)[0]
+            expected = model(*inputs)[0]
         worst = torch.maximum(worst, (images - expected).abs().max())  # which, unlike Python's max, lets NaN through
         if pixels.dtype != torch.uint8 or (pixels.permute(0, 3, 1, 2).int() - to_uint8(images).int()).abs().max() > 1:
             return float("inf")

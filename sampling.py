@@ -15,7 +15,7 @@ def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=Non
     x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
     noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: where
     e is drawn from (default: torch's own); fresh_noise: or e itself, a list of `[B, C, H, W]`, one for each further level.
-    Returns `[B, C, H, W]`. Gradients flow.
+    Returns `[B, C, H, W]`, which may leave [-1, 1] a little; `support.images.to_uint8` clamps. Gradients flow.
     """
     x = noise * sigmas[0]
     for index, sigma in enumerate(sigmas):
@@ -23,7 +23,7 @@ def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=Non
             draw = fresh_noise is None
             e = torch.randn(x.shape, generator=generator, device=(generator or x).device) if draw else fresh_noise[index - 1]
             x = x + sigma * e.to(x.device)
-        x = net(x, noise.new_full((len(noise),), sigma), labels)
+        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # len(noise) would fix the batch's size in torch.export
     return x
 
 

@@ -251,7 +251,10 @@ IMPORT_TEACHER = [
 ]
 EXPORT = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator"),
-    Option("output", "./generator.onnx", text, "ONNX file to write"),
+    Option("output", None, text, "ONNX file to write; default: ./generator.onnx, or with --page the same name in its folder"),
+    Option("page", None, text, "folder to write a page into that runs the generator in a browser"),
+    Option("ort", None, text, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
+    Option("overwrite", False, flag, "replace files that are there already"),
 ]
 
 
@@ -405,6 +408,10 @@ def check(args):
         raise UserError("give --minutes, for equal time, or --forward_passes, for equal work")
     if getattr(args, "alternate_turns", False) and args.dfake_gen_update_ratio == 1:
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
+    if getattr(args, "page", None) and args.output:
+        raise UserError("--output and --page: give one of them; the page's folder gets a generator.onnx of its own")
+    if getattr(args, "ort", None) and not args.page:
+        raise UserError("--ort names the runtime of a page: add --page")
     if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):
         raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):

@@ -1,0 +1,57 @@
+"""A page that runs an exported generator in a browser: `page.html`, what it must know, and onnxruntime-web beside it."""
+
+import json
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from support.config import UserError, writing
+
+VERSION = "1.30.0"  # of onnxruntime-web
+RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of its package's dist/, all that the page needs
+TEMPLATE = Path(__file__).with_name("page.html")
+PUBLIC = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
+
+
+def files(folder):
+    """The paths in `folder` that `write` may write."""
+    return [Path(folder, name) for name in ("index.html", "generator.json", *RUNTIME)]
+
+
+def find_runtime(folder=None):
+    """The files of onnxruntime-web, a dict of name to content: from `folder`, or fetched by npm; None where npm cannot.
+
+    folder: npm's package, unpacked, or its dist/. Raises UserError where that holds no onnxruntime-web.
+    """
+    if folder:
+        found = [place for place in (Path(folder), Path(folder, "dist")) if all((place / name).is_file() for name in RUNTIME)]
+        if not found:
+            raise UserError(f"--ort {folder}: needs {' and '.join(RUNTIME)}, as npm's package onnxruntime-web has them in dist/")
+        return {name: (found[0] / name).read_bytes() for name in RUNTIME}
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["npm", "pack", "--silent", f"onnxruntime-web@{VERSION}"]
+        try:
+            subprocess.run(command, cwd=scratch, check=True, capture_output=True, timeout=300)
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                return {name: archive.extractfile(f"package/dist/{name}").read() for name in RUNTIME}
+        except (OSError, subprocess.SubprocessError, StopIteration, tarfile.TarError, KeyError):
+            return None
+
+
+def write(folder, facts, runtime):
+    """Writes the page that belongs to `folder`/generator.onnx: index.html, the `facts` as generator.json, and the `runtime`.
+
+    runtime: of `find_runtime`; where it is None, the page loads it from its public source.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        for name, content in (runtime or {}).items():
+            (folder / name).write_bytes(content)
+        facts = {**facts, "runtime": "./" if runtime else PUBLIC}
+        (folder / "generator.json").write_text(json.dumps(facts))
+        shutil.copyfile(TEMPLATE, folder / "index.html")
+    if not runtime:
+        print(f"npm could not fetch onnxruntime-web {VERSION}: the page loads it from {PUBLIC}, unless --ort names a copy of yours")
+    print(f"wrote {folder / 'index.html'}; to see it: python -m http.server --directory {folder}")
