@@ -17,6 +17,8 @@ from pathlib import Path
 
 import yaml
 
+from support.terminal import outlive_readers
+
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
 
 
@@ -405,7 +407,11 @@ def public(args):
 
 
 def exit_on_error(function, *arguments):
-    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback."""
+    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback.
+
+    A closed terminal or pipe is no error: what is printed from then on is dropped.
+    """
+    outlive_readers()
     try:
         return function(*arguments)
     except UserError as error:

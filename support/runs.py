@@ -182,29 +182,29 @@ def resume(path, folder, kind):
 
 
 class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
+    """Tells a loop to end after the step at hand: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
 
-    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
-    asks all processes, so that they stop after the same step.
+    A second SIGINT or SIGTERM ends it at once. Within a second it counts as the first: torchrun and a scheduler may both pass on
+    the same. Where SIGHUP is ignored, as under nohup, it stays so. Under torchrun `due` asks all processes, so that they stop after
+    the same step.
     """
 
     def __init__(self, max_minutes=None):
-        self.signal = self.reason = 0
+        self.signal = self.exit_status = 0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() > self.since + 1:
+        elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # a terminal that closes is no impatience
             os._exit(128 + number)
 
     @property
     def due(self):
-        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
-        return self.reason > 0
-
-    @property
-    def exit_status(self):
-        return 128 + self.reason if self.reason > 1 else 0
+        reason = 128 + self.signal if self.signal else int(time.monotonic() > self.deadline)
+        reason = parallel.agree(reason)
+        self.exit_status = reason if reason > 1 else 0
+        return reason > 0

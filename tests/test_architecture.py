@@ -11,7 +11,8 @@ MODULES = {
     if path.stem != "__init__"
 }
 FLOORS = [  # from the ground up; each imports from its own and from those below
-    {"support.config", "support.parallel", "support.metrics", "support.costs", "objectives", "model", "importers.safe_pickle"},
+    {"support.config", "support.terminal", "support.parallel", "support.metrics", "support.costs"}
+    | {"objectives", "model", "importers.safe_pickle"},
     {"networks.song_unet", "discriminator", "sampling", "support.images", "support.training", "support.plots"},
     {"guidance", "unified_model", "checkpoint", "data", "support.logger", "importers.edm"},
     {"support.runs", "support.features"},
