@@ -305,13 +305,14 @@ def parse_args(table, description, argv=None, config=None):
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}{meant(unknown[0].split('=')[0], table)}")
 
-    path = given.pop("config", config)
+    named = given.pop("config", None)
+    path = named or config
     from_file = read_yaml(path) if path else {}
     for key in from_file:
         if key not in [option.name for option in table]:
             raise UserError(f"{path}: unknown key {key}{meant(key, table)}")
 
-    values = argparse.Namespace(given={*given, *from_file})
+    values = argparse.Namespace(given={*given, *(from_file if named else [])})
     for option in table:
         value = option.default
         for source, raw in ((f"--{option.name}", given), (f"{path}: {option.name}", from_file)):

@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, run_script
 
-from support.config import DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
+from support.config import BENCHMARK, DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
 
 
 def parse(table, *arguments):
@@ -57,6 +57,8 @@ def test_the_default_attends_where_the_network_has_that_resolution():
     """And `config.yaml`, which holds what came of it, is accepted again."""
     assert parse(TEACHER).attn_resolutions == [16] and parse(TEACHER, "--img_resolution", 48).attn_resolutions == []
     assert parse(TEACHER, "--img_resolution", 48, "--attn_resolutions").attn_resolutions == []
+    small = ["--img_resolution", "16", "--channel_mult", "1", "2"]  # of benchmark.py's network, which attends at 4
+    assert parse_args(BENCHMARK, "", small, ROOT / "configs" / "mnist0.yaml").attn_resolutions == []
 
 
 T, D, G, E = "train_teacher.py", "train_dmd2.py", "generate.py", "evaluate.py"
