@@ -63,9 +63,11 @@ def load(path, device="cpu"):
     if not intact:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
     complete = isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys()
-    if not complete or not isinstance(state["model_config"], dict):
+    if not complete or not isinstance(state["model_config"], dict) or not isinstance(state["config"], dict):
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
     # What earlier checkpoints lack, as it then was.
+    if "guidance_cls_state_dict" in state:
+        state.setdefault("gan_channels_per_group", 16 if {"network", "channels_per_group"} & state["model_config"].keys() else 4)
     if "network" not in state["model_config"]:
         state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's
     if kind(state) == "dmd2":  # one level, which stood in the options
@@ -103,10 +105,17 @@ def load_network(path, device="cpu"):
     return network(load(path, device), path, device)
 
 
-def check_teacher(state, path):
-    """Raises UserError unless `state`, loaded from `path`, which `--teacher_checkpoint` gave, is a teacher's."""
+def load_teacher(path):
+    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError where it is none."""
+    if not Path(path).exists():
+        raise UserError(
+            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py takes a "
+            "pretrained one"
+        )
+    state = load(path)
     if kind(state) != "teacher":
         raise UserError(f"--teacher_checkpoint {path}: a generator; it takes what train_teacher.py writes")
+    return state
 
 
 def sampler(state, steps=18):

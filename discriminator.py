@@ -7,11 +7,11 @@ from torch import nn
 from model import group_norm
 
 
-def gan_head(channels):
-    """Feature map `[B, channels, h, w]` to logit `[B, 1]`, positive for "real"."""
+def gan_head(channels, channels_per_group=16):
+    """Feature map `[B, channels, h, w]` to logit `[B, 1]`, positive for "real", by a norm of `channels_per_group` or more."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
-        group_norm(channels),
+        group_norm(channels, channels_per_group),
         nn.SiLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -22,12 +22,12 @@ def gan_head(channels):
 class Discriminator(nn.Module):
     """A head for each feature map: list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
 
-    channels: of each feature map
+    channels: of each feature map; channels_per_group: least width of the groups in the heads' norms
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, channels_per_group=16):
         super().__init__()
-        self.heads = nn.ModuleList(gan_head(width) for width in channels)
+        self.heads = nn.ModuleList(gan_head(width, channels_per_group) for width in channels)
 
     def forward(self, features):
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()

@@ -8,6 +8,7 @@ import json
 import pickle
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -138,10 +139,9 @@ def load_models(args, path, device):
         raise UserError(f"--checkpoint {path}: no checkpoints in this folder")
     models = []
     for file in [args.teacher_checkpoint] * bool(args.teacher_checkpoint) + files:
-        state = checkpoint.load(file)
-        if file is args.teacher_checkpoint:
-            checkpoint.check_teacher(state, file)
+        state = checkpoint.load_teacher(file) if file is args.teacher_checkpoint else checkpoint.load(file)
         sampler, evaluations = checkpoint.sampler(state, args.steps)
+        sampler = partial(sample_pixels, sampler)
         net = checkpoint.network(state, file, device)
         compile_networks(args, net)
         models.append({"file": str(file), "kind": checkpoint.kind(state), "step": state["step"], "evaluations": evaluations})
@@ -150,6 +150,11 @@ def load_models(args, path, device):
         if differs:
             raise UserError(f"{file}: another {differs[0]} than {models[0]['file']}; they cannot be compared")
     return models
+
+
+def sample_pixels(sampler, net, noise, labels):
+    """The sampler's images as uint8: torchrun's processes exchange them, and floats would be four times as much."""
+    return to_uint8(sampler(net, noise, labels))
 
 
 def read_fid_reference(path, size=2048):
@@ -185,12 +190,12 @@ def generate(args, models, image_shape):
         noise = torch.stack([torch.randn(image_shape, generator=stream) for stream in streams])
         batch_labels = torch.stack([torch.randint(classes, (), generator=stream) for stream in streams])
         labels.append(batch_labels)
-        for model in models:  # in turn, from the same noise, so that changes of the machine's speed meet all alike
+        for model in models:  # in turn, so that a change in the machine's speed affects all of them
             begin = perf_counter()
             with autocast(args, next(model["net"].parameters()).device):
                 images = sample_in_batches(model["sampler"], model["net"], noise, batch_labels, args.batch_size)
             model["seconds"].append((perf_counter() - begin) / len(images))
-            model["images"].append(to_uint8(images))
+            model["images"].append(images)
     for model in models:
         model["images"] = torch.cat(model["images"])
     return torch.cat(labels)

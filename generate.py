@@ -8,6 +8,7 @@ from support.config import GENERATE, UserError, did_you_mean, exit_on_error, mak
 
 args = exit_on_error(parse_args, GENERATE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
+import csv
 import re
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(args):
         return
     seconds = time.perf_counter() - start
     number = f"{len(images)} image{'s' * (len(images) > 1)}"
-    print(f"{number} in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} an image")
+    print(f"{number} in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} per image")
 
     delete(earlier, output_dir)
     if args.format == "npz":
@@ -113,16 +114,17 @@ def delete(files, output_dir):
 def choose_classes(wanted, names):
     """The indices in `names` of the classes that `--classes` names, in its order; all where it is not given.
 
-    Names are separated by commas; a name that has one itself can be given alone. Raises UserError for an unknown name.
+    Names are separated by commas; one that has a comma itself stands in double quotes, or alone. Raises UserError for others.
     """
     if not wanted:
         return list(range(len(names)))
     if wanted in names:
         return [names.index(wanted)]
-    wanted = dict.fromkeys(name.strip() for name in wanted.split(","))
+    wanted = dict.fromkeys(name.strip() for row in csv.reader(wanted.splitlines(), skipinitialspace=True) for name in row)
     for name in wanted:
         if name not in names:
-            raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {', '.join(names)}")
+            known = ", ".join(f'"{known}"' if "," in known else known for known in names)
+            raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {known}")
     return [names.index(name) for name in wanted]
 
 

@@ -26,7 +26,8 @@ class GuidanceModel(nn.Module):
     gan_classifier:            adds heads on feature maps that tell real from generated images (DMD2 section 4.3); `real_unet` must
                                then be a `Denoiser`
     gan_features:              of the encoder of `fake_unet` ("fake"), which then learns them too, or of the teacher ("teacher")
-    gan_resolutions:           of the feature maps, a head each; default: the coarsest alone
+    gan_resolutions:           of the feature maps, one head per resolution; default: the coarsest alone
+    gan_channels_per_group:    least width of the groups in the heads' norms
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
     diffusion_gan_max_timestep: their noise levels are the first so many of `karras_sigmas`
     randint, randn:            draw noise levels and noise, called as torch's own functions are, with a size and a `device`
@@ -51,6 +52,7 @@ class GuidanceModel(nn.Module):
         gan_classifier=False,
         gan_features="fake",
         gan_resolutions=None,
+        gan_channels_per_group=16,
         diffusion_gan=True,
         diffusion_gan_max_timestep=1000,
         randint=torch.randint,
@@ -76,7 +78,8 @@ class GuidanceModel(nn.Module):
         if gan_classifier:
             self.gan_features = gan_features
             self.gan_resolutions = gan_resolutions or [min(real_unet.feature_channels)]
-            self.cls_pred_branch = Discriminator([real_unet.feature_channels[side] for side in self.gan_resolutions])
+            channels = [real_unet.feature_channels[side] for side in self.gan_resolutions]
+            self.cls_pred_branch = Discriminator(channels, gan_channels_per_group)
 
     def train(self, mode=True):
         super().train(mode)

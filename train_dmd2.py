@@ -17,7 +17,7 @@ import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
 from sampling import class_noise, heun_sampler, spread_levels, student_sampler
-from support.parallel import broadcast, micro_batches, own_rows, rows_of, total
+from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
 from support.runs import Run
 from support.training import (
     BadSteps,
@@ -36,11 +36,11 @@ from unified_model import UnifiedModel
 def main(args):
     """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
+    run = Run(args, "dmd2")
+    args = run.args  # with the options of the run that is resumed, where it is
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    teacher_state = checkpoint.load(args.teacher_checkpoint)
-    checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
-    run = Run(args, "dmd2")
+    teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
     if run.resumed and run.resumed["student_sigmas"] != sigmas:
         raise UserError(f"checkpoint {run.resumed_from}: a student at sigma {run.resumed['student_sigmas']}, not at {sigmas}")
@@ -57,9 +57,11 @@ def main(args):
         raise UserError(
             f"--gan_resolutions {min(missing)}: the teacher's encoder has {', '.join(map(str, teacher.feature_channels))}"
         )
-    options = [name for name in signature(GuidanceModel).parameters if hasattr(args, name)]  # of the same names
+    # A head of an earlier run keeps its norms, by which it reads features, whatever the teacher's.
+    groups = (run.resumed or {}).get("gan_channels_per_group") or teacher.config.get("channels_per_group", 16)
+    options = {name: getattr(args, name) for name in signature(GuidanceModel).parameters if hasattr(args, name)}
     processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # alike at any number of them
-    guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, **{name: getattr(args, name) for name in options}, **processes)
+    guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, gan_channels_per_group=groups, **options, **processes)
     model = UnifiedModel(guidance, student_sigmas=sigmas).to(device)
     broadcast(model)
     model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
@@ -82,13 +84,14 @@ def main(args):
         parts["guidance_cls_state_dict"] = guidance.cls_pred_branch
     if optimizer_gan:
         parts["optimizer_gan_state_dict"] = optimizer_gan
-    run.start(device, batches, parts, model_config=generator.config, class_names=class_names, student_sigmas=sigmas)
+    facts = dict(model_config=generator.config, class_names=class_names, student_sigmas=sigmas, gan_channels_per_group=groups)
+    run.start(device, batches, parts, **facts)
     del teacher_state  # its optimizer's moments, above all
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
-    teacher_grid = heun_sampler(teacher, *grid)
+    teacher_grid = None if rank() else heun_sampler(teacher, *grid)  # rank 0 alone draws samples
     seen = None  # what the latest generator turn saw
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def main(args):
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
         generator_updates = run.step % args.dfake_gen_update_ratio == 0
-        metrics, fake_images = {"real_std": own_rows(real_images).std(0, correction=0).mean()}, []
+        metrics, fake_images = {"real_std": real_images.std(0, correction=0).mean()}, []
         for z, y in micro_batches(args.grad_accum, noise, labels):
             if generator_updates:
                 with autocast(args, device):
@@ -118,7 +121,7 @@ def main(args):
         norms = {}
         if generator_updates:
             norms["generator_grad_norm"] = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
-            metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
+            metrics["fake_std"] = std(torch.cat(fake_images)).mean()
 
         # Guidance turn, on every step: fake_unet learns what the generator makes, the heads to tell it from real images.
         updates = 0 if args.alternate_turns and generator_updates else args.guidance_updates

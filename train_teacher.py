@@ -32,9 +32,10 @@ from support.training import (
 def main(args):
     """Trains by the options `args`, as `parse_args(TEACHER, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
+    run = Run(args, "teacher")
+    args = run.args  # with the options of the run that is resumed, where it is
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "teacher")
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
     batches = Batches(dataset, args.batch_size, args.seed, hflip)
@@ -66,7 +67,9 @@ def main(args):
         # Dropout alone draws from torch's own stream: in each process differently.
         torch.manual_seed(args.seed + 1000003 * run.step + rank())
     bad_steps = BadSteps(args.max_bad_steps, device)
-    logger.message(f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f} M parameters, {len(dataset.labels)} images, {device}")
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    attention = ", ".join(str(side) for side in net.feature_channels if side in args.attn_resolutions) or "no resolution"
+    logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {len(dataset.labels)} images, {device}")
     grid = [part.to(device) for part in class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)]
 
     # ---- loop -----------------------------------------------------------------------------------------------------------

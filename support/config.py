@@ -6,22 +6,26 @@ Every mistake becomes a `UserError`: one line on standard error and exit status 
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
 import sys
+import time
 import traceback
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+
+from support.terminal import outlive_readers
 
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: what, where, and what would be right."""
+    """A mistake of the user's, reported in one line: what, where, and what would be right."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.splitlines()))  # names in a damaged file may hold anything
@@ -103,14 +107,20 @@ DATA = [
     Option("data_dir", "./data", text, "where data sets are kept and downloaded to; for `folder`: the folder or ZIP itself"),
 ]
 TRAINING = [
-    Option("batch_size", 128, count, "images a step, over all processes"),
+    Option("batch_size", 128, count, "images per step, over all processes"),
     Option("grad_accum", 1, count, "parts in which a batch passes through the networks, where it does not fit in one"),
     Option("step_number", 100_000, count, "steps to train, in all"),
     Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its value"),
     Option("lr_decay", 0.0, share, "share of the steps, at the end, over which the learning rate falls to zero"),
     Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient"),
     Option("save_every", 5000, count, "steps between checkpoints"),
-    Option("resume_from_checkpoint", None, text, "checkpoint to go on from, or `latest`: the newest in output_dir"),
+    Option(
+        "resume_from_checkpoint",
+        None,
+        text,
+        "checkpoint to go on from, or `latest`: the newest in output_dir. Options that are not given are those of its run, and "
+        "output_dir is its folder; device, compile and max_minutes are never taken from it",
+    ),
     Option("keep_last", 3, count, "newest step checkpoints that are kept; the final one always stays"),
     Option("keep_every", None, count, "keep each checkpoint whose step is a multiple of this, too"),
     Option("overwrite", False, flag, "start afresh in an output_dir that holds another run: its checkpoints are deleted"),
@@ -122,7 +132,7 @@ TRAINING = [
     Option("wandb_project", "minimal-dmd", text, "W&B project"),
     Option("wandb_run_name", None, text, "W&B run name"),
     Option("wandb_mode", "online", choice("online", "offline", "disabled"), "W&B mode"),
-    Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files"),
+    Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files, copies of checkpoints among them"),
     Option("wandb_key", None, text, "W&B API key; never stored (else `wandb login`, or WANDB_API_KEY)"),
     Option("wandb_log_every", 50, count, "steps between scalars sent to W&B; below log_every, metrics.jsonl gets them as often"),
     Option("wandb_log_images", False, flag, "send what the losses see: images noised and denoised"),
@@ -182,7 +192,7 @@ DMD2 = [
     Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss over noise levels; none: plain squared error"),
     Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
     Option("gan_features", "fake", choice("fake", "teacher"), "whose features the GAN's heads see: fake_unet's or the teacher's"),
-    Option("gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"),
+    Option("gan_resolutions", None, count, "resolutions of these features, one head per resolution; default: the coarsest", "+"),
     Option("gan_lr", None, positive, "learning rate of the GAN's heads, which then have an optimizer of their own"),
     Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's"),
     Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's"),
@@ -195,7 +205,7 @@ GENERATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher"),
     Option("output_dir", "./generated", text, "where images go"),
     Option("num_samples", 16, count, "images of each class"),
-    Option("classes", None, text, "names of the classes wanted, separated by commas; default: all"),
+    Option("classes", None, text, 'names of the classes wanted, separated by commas, as in cat,"a, b",dog; default: all'),
     Option(
         "format",
         "grid",
@@ -209,7 +219,7 @@ GENERATE = [
 ]
 BENCHMARK = [
     *TEACHER,
-    Option("repeats", 7, count, "how often everything is timed, in turn; medians are told"),
+    Option("repeats", 7, count, "how often everything is timed, in turn; medians are reported"),
     Option("output", "benchmark.json", text, "file of the results"),
     Option("peers", False, flag, "time diffusers' UNet2DModel too, at equal arithmetic (needs pip install diffusers)"),
 ]
@@ -257,6 +267,19 @@ EXPORT = [
     Option("overwrite", False, flag, "replace files that are there already"),
 ]
 
+SCRIPTS = {
+    "train_teacher.py": TEACHER,
+    "train_dmd2.py": DMD2,
+    "generate.py": GENERATE,
+    "evaluate.py": EVALUATE,
+    "export.py": EXPORT,
+    "import_teacher.py": IMPORT_TEACHER,
+    "benchmark.py": BENCHMARK,
+    "compare.py": COMPARE,
+}
+# A resumed run does not take these from its checkpoint: they belong to the machine, or to one call of the script.
+NOT_RESUMED = ("resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes")
+
 
 # ---- reading ------------------------------------------------------------------------------------------------------------
 
@@ -264,6 +287,18 @@ EXPORT = [
 def did_you_mean(word, known):
     close = difflib.get_close_matches(str(word), known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def meant(word, table):
+    """The hint behind an unknown flag or key: whose option it is, that a file needs --config, or the option with a similar name."""
+    name = str(word).removeprefix("--")
+    script = next((script for script, other in SCRIPTS.items() if name in [option.name for option in other]), None)
+    if script:
+        return f": it is an option of {script}"
+    if name.endswith((".yaml", ".yml")):
+        return f" (did you mean --config {word}?)"
+    dashes = str(word)[: len(str(word)) - len(name)]
+    return did_you_mean(word, [dashes + option.name for option in table])
 
 
 class Parser(argparse.ArgumentParser):
@@ -274,6 +309,8 @@ class Parser(argparse.ArgumentParser):
 def parse_args(table, description, argv=None, config=None):
     """The options of `table` as a namespace, from the command line, `--config` and the defaults, each checked.
 
+    The namespace also has `given`, the names that the command line or YAML gave. With `--resume_from_checkpoint` the options are
+    not complete yet, so how they fit together is checked by `options_of_run`.
     config: the YAML file that is read where `--config` names none. Raises UserError for the first value, key or flag that is wrong.
     """
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -288,17 +325,16 @@ def parse_args(table, description, argv=None, config=None):
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        known = [f"--{option.name}" for option in table]
-        raise UserError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}")
+        raise UserError(f"unknown argument {unknown[0]}{meant(unknown[0].split('=')[0], table)}")
 
-    path = given.pop("config", config)
+    named = given.pop("config", None)
+    path = named or config
     from_file = read_yaml(path) if path else {}
-    names = [option.name for option in table]
     for key in from_file:
-        if key not in names:
-            raise UserError(f"{path}: unknown key {key}{did_you_mean(key, names)}")
+        if key not in [option.name for option in table]:
+            raise UserError(f"{path}: unknown key {key}{meant(key, table)}")
 
-    values = argparse.Namespace()
+    values = argparse.Namespace(given={*given, *(from_file if named else [])})
     for option in table:
         value = option.default
         for source, raw in ((f"--{option.name}", given), (f"{path}: {option.name}", from_file)):
@@ -306,8 +342,37 @@ def parse_args(table, description, argv=None, config=None):
                 value = convert(option, raw[option.name], source)
                 break
         setattr(values, option.name, value)
-    check(values)
+    if not getattr(values, "resume_from_checkpoint", None):
+        check(values)
+        if hasattr(values, "attn_resolutions"):
+            values.attn_resolutions = reached(values)
+    elif values.overwrite:
+        raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     return values
+
+
+def reached(args):
+    """The `attn_resolutions` that occur in the network. Raises UserError where one does not, unless it is only the default."""
+    sides = [args.img_resolution >> level for level in range(len(args.channel_mult))]
+    missing = [side for side in args.attn_resolutions if side not in sides]
+    if missing and "attn_resolutions" in args.given:
+        raise UserError(f"--attn_resolutions {missing[0]}: the network's resolutions are {', '.join(map(str, sides))}")
+    return [side for side in args.attn_resolutions if side in sides]
+
+
+def options_of_run(args, kind, stored, source):
+    """`args`, in which each option that was not given has the value of the run that is resumed. Checks the result.
+
+    args: what `parse_args` returned; kind: teacher or dmd2; stored: the options of that run, a dict; source: its checkpoint, for
+    messages. The options in `NOT_RESUMED` are not taken from it.
+    """
+    values = vars(args).copy()
+    for option in {"teacher": TEACHER, "dmd2": DMD2}[kind]:
+        if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
+            values[option.name] = convert(option, stored[option.name], f"checkpoint {source}: {option.name}")
+    args = argparse.Namespace(**values)
+    check(args)
+    return args
 
 
 def convert(option, raw, source):
@@ -364,7 +429,7 @@ def read_yaml(path):
 
 
 def check(args):
-    """What no single option can tell."""
+    """Raises UserError where options do not fit together."""
     low_high = [("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")]
     for low, high in low_high:
         if hasattr(args, low) and getattr(args, low) >= getattr(args, high):
@@ -412,8 +477,6 @@ def check(args):
         raise UserError("--output and --page: give one of them; the page's folder gets a generator.onnx of its own")
     if getattr(args, "ort", None) and not args.page:
         raise UserError("--ort names the runtime of a page: add --page")
-    if getattr(args, "overwrite", False) and getattr(args, "resume_from_checkpoint", None):
-        raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):
         raise UserError(f"--data_dir {args.data_dir} does not exist; --dataset folder needs a folder of classes or a ZIP")
 
@@ -436,12 +499,16 @@ def writing(path):
 
 
 def public(args):
-    """The options as a dict fit to be stored: no keys."""
-    return {name: value for name, value in vars(args).items() if name != "wandb_key"}
+    """The options as a dict fit to be stored: without the API key."""
+    return {name: value for name, value in vars(args).items() if name not in ("wandb_key", "given")}
 
 
 def exit_on_error(function, *arguments):
-    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback."""
+    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback.
+
+    A closed terminal or pipe is no error: what is printed from then on is dropped.
+    """
+    outlive_readers()
     try:
         return function(*arguments)
     except UserError as error:
@@ -455,14 +522,24 @@ def exit_on_error(function, *arguments):
 
 
 def leave(message, status):
-    """Ends the process with `message` on standard error. Under torchrun at once, and told by the first process that fails:
-    the others wait for this one, and to end in good order it would have to wait for them."""
+    """Ends the process with `message` on standard error. Under torchrun the first process that fails prints it, and
+    it ends at once: the others wait for it, and to end in good order it would have to wait for them."""
     if TORCHRUN:
         from support.parallel import first_to_fail  # torch: not before a mistake under torchrun
 
         if first_to_fail():
             print(message, file=sys.stderr, flush=True)
+            report_to_torchrun(message)
         sys.stdout.flush()
         os._exit(status)
     print(message, file=sys.stderr)
     sys.exit(status)
+
+
+def report_to_torchrun(message):
+    """Has torchrun repeat `message` at the end of its own report: forty lines, behind which nobody would look for it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The earliest failure, in whole seconds, stands last as the root cause: others of this second must not be as early.
+        report = {"message": message, "extraInfo": {"timestamp": int(time.time()) - 1}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": report}))

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,19 @@ from tqdm import tqdm
 from support import parallel
 from support.config import public, writing
 from support.images import save_grid
+
+
+@contextmanager
+def wandb_folders(folder):
+    """Within it W&B copies the files that it sends to `folder`, not to the home folder, unless the environment says where."""
+    names = {"WANDB_DATA_DIR": "", "WANDB_CACHE_DIR": "cache"}
+    ours = {name: str(Path(folder, part).resolve()) for name, part in names.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 class Logger:
@@ -28,7 +43,7 @@ class Logger:
         self.metrics_path = self.output_dir / "metrics.jsonl"
         silent = None if self.writes else True  # None: where there is no terminal
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
-        self.sums, self.counts = {}, {}
+        self.sums, self.counts, self.losses = {}, {}, {}
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
@@ -41,17 +56,18 @@ class Logger:
             import wandb  # only where it is wanted: it takes a second, and need not be installed
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
-            return wandb.init(
-                project=args.wandb_project,
-                name=args.wandb_run_name,
-                mode=args.wandb_mode,
-                dir=args.wandb_dir,
-                config=public(args),
-                id=run_id,
-                resume="allow",
-                # W&B records the command line in a run's metadata: not when the key stands in it.
-                settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
-            )
+            with wandb_folders(args.wandb_dir):
+                return wandb.init(
+                    project=args.wandb_project,
+                    name=args.wandb_run_name,
+                    mode=args.wandb_mode,
+                    dir=args.wandb_dir,
+                    config=public(args),
+                    id=run_id,
+                    resume="allow",
+                    # W&B records the command line in a run's metadata: not when the key stands in it.
+                    settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
+                )
         except Exception as error:  # whatever W&B's many parts raise, hours of training must not depend on it
             self.without_wandb(error)
             return None
@@ -90,7 +106,9 @@ class Logger:
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
             print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON knows no NaN
 
-        losses = {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
+        # Without a generator turn since the last line its losses are shown again, so that columns keep their places.
+        self.losses |= {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
+        losses = dict(sorted(self.losses.items()))
         self.bar.set_postfix({**losses, "img/s": f"{images_per_second:.0f}"})
         if self.bar.disable:  # no terminal: plain lines for a log file
             left = (self.args.step_number - step) * self.args.batch_size / images_per_second
@@ -139,7 +157,8 @@ class Logger:
         """Sends the checkpoint at `path` to W&B where that is wanted."""
         if self.args.wandb_log_checkpoints:
             options = dict(type="model", aliases=[path.stem])
-            self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **options))
+            with wandb_folders(self.args.wandb_dir):
+                self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **options))
 
     @property
     def wandb_run_id(self):

@@ -96,6 +96,13 @@ def total(tensor):
     return tensor
 
 
+def std(rows):
+    """The standard deviation over the global batch, `[...]`, of each process's rows of it, `[B / world_size, ...]`."""
+    count = len(rows) * world_size()
+    mean = total(rows.sum(0)) / count
+    return (total((rows - mean).square().sum(0)) / count).sqrt()
+
+
 def in_memory_order(tensor):
     """The elements of a dense tensor as a vector in the order of memory, whatever that is: a view, which costs no copy."""
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)

@@ -13,7 +13,7 @@ import yaml
 
 import checkpoint
 from support import parallel
-from support.config import UserError, make_folder, public, writing
+from support.config import UserError, make_folder, options_of_run, public, writing
 from support.logger import Logger
 from support.training import load_optimizer
 
@@ -31,18 +31,20 @@ class Run:
             run.save_if_due()
         return run.finish()            # the last checkpoint; the script's exit status
 
-    args: the script's options; kind: teacher or dmd2, with which the names of its checkpoints begin.
-    Under torchrun rank 0 alone writes.
+    args: the script's options. In `run.args` those that were not given have the values of the run that is resumed.
+    kind: teacher or dmd2, with which the names of its checkpoints begin. Under torchrun rank 0 alone writes.
     """
 
     def __init__(self, args, kind):
-        self.args, self.kind, self.folder = args, kind, Path(args.output_dir)
-        self.step, self.resumed = 0, None
+        self.kind, self.step, self.resumed = kind, 0, None
         if args.resume_from_checkpoint:
-            self.resumed_from, self.resumed = resume(args.resume_from_checkpoint, self.folder, kind)
+            self.resumed_from, self.resumed = resume(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind:
                 raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
             self.step = self.resumed["step"]
+            stored = self.resumed["model_config"] | self.resumed["config"]
+            args = options_of_run(args, kind, stored | {"output_dir": str(Path(self.resumed_from).parent)}, self.resumed_from)
+        self.args, self.folder = args, Path(args.output_dir)
 
     def start(self, device, batches, parts, **facts):
         """Takes the folder; restores step, data position, random numbers and `parts` where the run goes on from a checkpoint.
@@ -60,6 +62,13 @@ class Run:
         if not parallel.rank():
             self.take_folder()
         self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
+        if self.resumed and not self.done:
+            self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
+        if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
+            self.logger.message(
+                f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "
+                f"the learning rate reaches no more than {self.args.step_number / warmup:.0%} of its value"
+            )
         if self.resumed and self.device.type == "cuda" and self.resumed["random_state"]["cuda"] is None:
             self.logger.message(f"{self.resumed_from} was written on a CPU: the GPU's random numbers start from the seed")
         if self.done:
@@ -116,7 +125,8 @@ class Run:
             self.cut_metrics()
             # config.yaml repeats the run from its start
             afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(afresh, sort_keys=False))
+            content = yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True)
+            (self.folder / "config.yaml").write_text(content, encoding="utf-8")
 
     def cut_metrics(self):
         """Drops the lines of `metrics.jsonl` after `step`, and a torn one."""
@@ -167,7 +177,7 @@ class Run:
 
 
 def resume(path, folder, kind):
-    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is whole.
+    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is not damaged.
 
     Raises UserError where there is none.
     """
@@ -182,29 +192,29 @@ def resume(path, folder, kind):
 
 
 class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT or SIGTERM, or after `max_minutes`. A second signal ends it at once.
+    """Tells a loop to end after the step at hand: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
 
-    A second signal within a second counts as the first: torchrun and a scheduler may both pass on the same. Under torchrun `due`
-    asks all processes, so that they stop after the same step.
+    A second SIGINT or SIGTERM ends it at once, but not within a second of the first: torchrun and a scheduler may both pass on the
+    same signal. Where SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun `due` asks all processes, so that they
+    stop after the same step.
     """
 
     def __init__(self, max_minutes=None):
-        self.signal = self.reason = 0
+        self.signal = self.exit_status = 0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
-        elif time.monotonic() > self.since + 1:
+        elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # nobody closes a terminal to hurry a save
             os._exit(128 + number)
 
     @property
     def due(self):
-        self.reason = parallel.agree(self.signal or int(time.monotonic() > self.deadline))  # the numbers of signals are above 1
-        return self.reason > 0
-
-    @property
-    def exit_status(self):
-        return 128 + self.reason if self.reason > 1 else 0
+        reason = 128 + self.signal if self.signal else int(time.monotonic() > self.deadline)
+        reason = parallel.agree(reason)
+        self.exit_status = reason if reason > 1 else 0
+        return reason > 0

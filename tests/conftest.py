@@ -59,10 +59,10 @@ def succeed(script, *arguments, **options):
     return done.stdout
 
 
-def torchrun(script, *arguments, cwd=ROOT):
+def torchrun(script, *arguments, cwd=ROOT, env=None):
     """The same under torchrun, in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -11,11 +11,12 @@ MODULES = {
     if path.stem != "__init__"
 }
 FLOORS = [  # from the ground up; each imports from its own and from those below
-    {"support.config", "support.parallel", "support.metrics", "support.costs", "objectives", "model", "importers.safe_pickle"},
+    {"support.config", "support.terminal", "support.parallel", "support.metrics", "support.costs"}
+    | {"objectives", "model", "importers.safe_pickle"},
     {"networks.song_unet", "discriminator", "sampling", "support.images", "support.training", "support.plots", "support.page"},
     {"guidance", "unified_model", "checkpoint", "data", "support.logger", "importers.edm"},
     {"support.runs", "support.features"},
-    {"train_teacher", "train_dmd2", "generate", "evaluate", "export", "benchmark", "import_teacher", "import_edm"},
+    {"train_teacher", "train_dmd2", "generate", "evaluate", "export", "benchmark", "compare", "import_teacher", "import_edm"},
 ]
 
 

@@ -1,7 +1,7 @@
 import pytest
 from conftest import ROOT, run_script
 
-from support.config import DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
+from support.config import BENCHMARK, DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
 
 
 def parse(table, *arguments):
@@ -53,12 +53,21 @@ def test_numbers_as_people_and_yaml_write_them(tmp_path):
     assert args.lr == 1e-4 and args.step_number == 100_000 and isinstance(args.step_number, int)
 
 
+def test_the_default_attends_where_the_network_has_that_resolution():
+    """And `config.yaml`, which holds what came of it, is accepted again."""
+    assert parse(TEACHER).attn_resolutions == [16] and parse(TEACHER, "--img_resolution", 48).attn_resolutions == []
+    assert parse(TEACHER, "--img_resolution", 48, "--attn_resolutions").attn_resolutions == []
+    small = ["--img_resolution", "16", "--channel_mult", "1", "2"]  # of benchmark.py's network, which attends at 4
+    assert parse_args(BENCHMARK, "", small, ROOT / "configs" / "mnist0.yaml").attn_resolutions == []
+
+
 T, D, G, E, C = "train_teacher.py", "train_dmd2.py", "generate.py", "evaluate.py", "compare.py"
 WRONG = [  # script, arguments, what the one line must say
     (T, "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
     (T, "--learning_rate 1", "unknown argument --learning_rate"),
     (T, "--batch 3", "unknown argument --batch"),
     (T, "stray", "unknown argument stray"),
+    (T, "my.yaml", "unknown argument my.yaml (did you mean --config my.yaml?)"),
     (T, "--lr", "--lr: expected one argument"),
     (T, "--lr fast", "--lr needs a number, not 'fast'"),
     (T, "--lr nan", "--lr must be above 0, not nan"),
@@ -81,6 +90,7 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--device gpu", "--device must be auto, cpu, cuda or cuda:N, not 'gpu'"),
     (T, "--device cuda:x", "--device must be auto, cpu, cuda or cuda:N"),
     (T, "--img_resolution 20", "--img_resolution 20 must be divisible by 8"),
+    (T, "--img_resolution 48 --attn_resolutions 16 12", "--attn_resolutions 16: the network's resolutions are 48, 24, 12, 6"),
     (T, "--img_resolution 4", "--img_resolution must be at least 8"),
     (T, "--img_channels 2", "--img_channels must be 1 or 3"),
     (T, "--model_channels 20", "--model_channels must be a multiple of 8"),
@@ -90,6 +100,7 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--wandb_mode onlin", "--wandb_mode must be one of online, offline, disabled"),
     (T, "--config /no/such.yaml", "--config /no/such.yaml: No such file"),
     (T, "--config config_mnist0.yaml", "No such file or directory; it is configs/mnist0.yaml now"),
+    (D, "--config config_train1_gan.yaml", "No such file or directory; it is configs/train1_gan.yaml now"),
     (D, "--sigma_min 5 --sigma_max 1", "--sigma_min (5.0) must be below --sigma_max (1.0)"),
     (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent (0.1)"),
     (D, "--max_step_percent 1.5", "--max_step_percent must be at least 0 and at most 1"),
@@ -108,7 +119,8 @@ WRONG = [  # script, arguments, what the one line must say
     (D, "--alternate_turns --dfake_gen_update_ratio 1", "--alternate_turns needs a --dfake_gen_update_ratio of at least 2"),
     (C, "--seeds 0", "give --minutes, for equal time, or --forward_passes, for equal work"),
     (C, "--minutes 1 --forward_passes 10", "give --minutes, for equal time, or --forward_passes, for equal work"),
-    (D, "--lr 1e-4", "unknown argument --lr (did you mean"),
+    (D, "--lr 1e-4", "unknown argument --lr: it is an option of train_teacher.py"),
+    (T, "--teacher_checkpoint=x", "unknown argument --teacher_checkpoint: it is an option of train_dmd2.py"),
     (G, "--num_samples 0", "--num_samples must be at least 1"),
     (G, "--format gif", "--format must be one of grid, png, npz"),
     (G, "--steps 0", "--steps must be at least 1"),
@@ -135,6 +147,7 @@ WRONG_YAML = [  # content, what the one line must say
     ("lr: !!int x", "not YAML"),
     (b"\xff\xfe\x00\x01", "not YAML"),
     ("learning_rte: 1", "unknown key learning_rte"),
+    ("teacher_checkpoint: x", "unknown key teacher_checkpoint: it is an option of train_dmd2.py"),
     ("batchsize: 1", "unknown key batchsize (did you mean batch_size?)"),
     ("wandb:\n  projekt: x\n", "unknown key wandb_projekt (did you mean wandb_project?)"),
     ("wandb:\n  enabled: true\nwandb_enabled: true\n", "unknown key wandb_enabled"),
@@ -175,6 +188,12 @@ def test_help_answers_at_once(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = run_script(script, "--help", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "--config" in done.stdout, done.stderr
+
+
+def test_the_former_name_of_import_teacher_tells_the_new_one(tmp_path):
+    done = run_script("import_edm.py", "--source", tmp_path / "none")
+    assert done.returncode == 2 and done.stderr.splitlines()[0] == "import_edm.py is import_teacher.py now"
+    assert len(done.stderr.splitlines()) == 2 and "--source" in done.stderr
 
 
 def test_parse_errors_are_user_errors():

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 import zipfile
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import ROOT, write_images, write_zip
 from PIL import Image
 from torchvision import datasets
 
-from data import Batches, Dataset, load_dataset, resize
+from data import Batches, Dataset, check_classes, load_dataset, resize
 from support.config import UserError
 from support.images import to_float, to_uint8
 
@@ -258,3 +259,10 @@ def test_zip_without_index_is_refused(tmp_path):
         archive.writestr("dataset.json", json.dumps({"labels": []}))
     with pytest.raises(UserError, match="no images"):
         load_dataset("folder", tmp_path / "set.zip", 16)
+
+
+def test_classes_of_another_teacher_are_refused_by_name():
+    dataset = Dataset(None, None, ["cat", "dog", "owl"])
+    teacher = {"class_names": ["a", "b", "c"], "model_config": {"label_dim": 3}, "config": {"dataset": "folder"}}
+    with pytest.raises(UserError, match=r"learnt the classes a, b, c of folder; the data set folder has cat, dog, owl$"):
+        check_classes(Namespace(teacher_checkpoint="t.pt", dataset="folder"), dataset, teacher)

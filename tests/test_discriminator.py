@@ -1,6 +1,6 @@
 import torch
 
-from discriminator import discriminator_gan_loss, gan_head, generator_gan_loss
+from discriminator import Discriminator, discriminator_gan_loss, gan_head, generator_gan_loss
 
 
 def test_losses_follow_dmd2_equation_4():
@@ -10,6 +10,11 @@ def test_losses_follow_dmd2_equation_4():
     fake.requires_grad_()
     generator_gan_loss(fake).backward()
     torch.testing.assert_close(fake.grad, -torch.sigmoid(-fake.detach()) / 2)  # -sigmoid(-logit): largest where it is caught
+
+
+def test_norms_have_groups_of_the_width_asked_for():
+    heads = Discriminator([32, 64], channels_per_group=4).heads
+    assert [head[1].num_groups for head in heads] == [8, 16]
 
 
 def test_head_gives_a_logit_for_each_image_of_any_resolution():

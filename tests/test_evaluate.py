@@ -112,6 +112,7 @@ def test_an_image_depends_on_its_number_alone(runs, tmp_path):
         args = parse_args(EVALUATE, "", ["--checkpoint", str(runs / "dmd2" / "dmd2_final.pt"), *map(str, flags)])
         models = evaluate.load_models(args, runs / "dmd2" / "dmd2_final.pt", torch.device("cpu"))
         drawn.append((evaluate.generate(args, models, (1, 8, 8)), models[0]["images"]))
+        assert models[0]["sampler"](models[0]["net"], torch.zeros(1, 1, 8, 8), torch.tensor([0])).dtype == torch.uint8
     assert torch.equal(drawn[0][0], drawn[1][0]) and len(drawn[0][0].unique()) > 3
     assert (drawn[0][1].int() - drawn[1][1].int()).abs().max() <= 1
 

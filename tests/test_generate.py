@@ -11,6 +11,7 @@ from test_config import assert_refused
 import checkpoint
 from generate import choose_classes, file_names
 from sampling import class_noise, heun_sampler, one_step_sampler
+from support.config import UserError
 
 
 def generate(runs, folder, *arguments, run=succeed):
@@ -41,7 +42,7 @@ def test_a_grid_of_each_class(runs, tmp_path):
     """A second run, also of fewer classes, replaces its own grids and leaves the others."""
     file = runs / "dmd2" / "dmd2_final.pt"
     out = succeed("generate.py", "--checkpoint", file, "--output_dir", tmp_path)
-    assert "160 images in" in out and "1 network evaluation an image" in out
+    assert "160 images in" in out and "1 network evaluation per image" in out
     assert out.endswith(f"wrote 160 images of 10 classes to {tmp_path}\n")
     names = {f"{digit}_samples.png" for digit in range(10)} | {"overview.png"}
     first = contents(tmp_path)
@@ -181,3 +182,6 @@ def test_unknown_class_is_refused(runs, tmp_path):
 def test_a_class_with_a_comma_in_its_name_can_be_asked_for():
     assert choose_classes("c,d", ["a", "b", "c,d"]) == [2]
     assert choose_classes("b, a,b", ["a", "b", "c,d"]) == [1, 0]
+    assert choose_classes('b, "c,d",a', ["a", "b", "c,d"]) == [1, 2, 0]
+    with pytest.raises(UserError, match=r'there are a, b, "c,d"'):
+        choose_classes("a,c", ["a", "b", "c,d"])

@@ -44,7 +44,7 @@ def test_two_processes_train_like_one(both, stage):
     for row, other in zip(one, two, strict=True):
         assert row.keys() == other.keys()
         for name in row:
-            if name not in ("fake_std", "real_std", "images_per_second"):  # spreads are of a process's own images
+            if name != "images_per_second":
                 assert other[name] == pytest.approx(row[name], rel=1e-5), (row["step"], name)
     networks = [checkpoint.load_network(both / name / stage / f"{stage}_final.pt") for name in ("one", "two")]
     for a, b in zip(*[net.parameters() for net in networks], strict=True):
@@ -158,8 +158,24 @@ def test_a_mistake_under_torchrun_is_told_once(both):
     done = torchrun(
         "train_dmd2.py", *DMD2, "--teacher_checkpoint", both / "one/teacher/teacher_final.pt", "--output_dir", both / "two/dmd2"
     )
-    assert done.returncode and done.stderr.count("holds another run") == 1
+    assert done.returncode and done.stderr.count("holds another run") == 2  # at once, and at the end of torchrun's report
+    *_, message, border = done.stderr.splitlines()
+    assert "train_dmd2.py: error: --output_dir" in message and set(border) == {"="}
     assert 'train_dmd2.py", line' not in done.stderr
+
+
+def test_rank_0_alone_draws_the_teachers_grid(both, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, sampling
+heun_sampler = sampling.heun_sampler
+def told(*arguments):
+    os.write(2, b"drawn by rank %s." % os.environb[b"RANK"])
+    return heun_sampler(*arguments)
+sampling.heun_sampler = told
+""")
+    options = ["--teacher_checkpoint", both / "one/teacher/teacher_final.pt", "--output_dir", tmp_path / "out"]
+    done = torchrun("train_dmd2.py", *DMD2, *options, "--step_number", 1, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 0 and re.findall("drawn by rank .", done.stderr) == ["drawn by rank 0"], done.stderr
 
 
 FAILS = """
@@ -192,9 +208,11 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, rank, failure, 
     done = torchrun(tmp_path / "script.py")
     assert done.returncode and time.monotonic() - start < 60
     assert "in order" not in done.stderr  # which under NCCL would wait for the others, who wait for it
-    assert done.stderr.count(told) == 1 and done.stderr.count('Traceback (most recent call last):\n  File "' + str(ROOT)) == (
+    first, report = done.stderr.split("ChildFailedError: \n")
+    assert first.count(told) == 1 and first.count('Traceback (most recent call last):\n  File "' + str(ROOT)) == (
         told.startswith("Zero")
     ), done.stderr
+    assert told in report.split("Root Cause")[1]
 
 
 def test_a_lost_process_is_told(tmp_path):

@@ -84,14 +84,30 @@ def test_checkpoints_from_before_groups_were_recorded_are_what_they_were(runs, t
     arguments = [*TINY, *TINY_NET, "--model_channels", 16, "--output_dir", tmp_path / "run"]
     succeed("train_teacher.py", *arguments, "--channels_per_group", 4)
     state = torch.load(tmp_path / "run" / "teacher_final.pt", weights_only=True)
-    assert state["model_config"].pop("channels_per_group") == 4
+    assert state["model_config"].pop("channels_per_group") == state["config"].pop("channels_per_group") == 4
     checkpoint.save(tmp_path / "earlier.pt", state)
     inputs = torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([0, 1])
     earlier, today = (checkpoint.load_network(tmp_path / name) for name in ("earlier.pt", "run/teacher_final.pt"))
     assert torch.equal(earlier(*inputs), today(*inputs))
     resume = [*arguments, "--resume_from_checkpoint", tmp_path / "earlier.pt", "--step_number", 5]
-    assert_refused(run_script("train_teacher.py", *resume), "not a teacher with this network")
-    succeed("train_teacher.py", *resume, "--channels_per_group", 4)
+    assert_refused(run_script("train_teacher.py", *resume, "--channels_per_group", 16), "not a teacher with this network")
+    succeed("train_teacher.py", *resume)
+
+
+def test_a_gans_head_has_the_teachers_groups_and_keeps_its_own(tmp_path):
+    """Heads of earlier runs had 16 channels per group whatever their teacher's, and at first 4: they go on as they were."""
+    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "teacher", "--channels_per_group", 4)
+    arguments = [*TINY, "--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt", "--gan_classifier"]
+    succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "run")
+    state = load(tmp_path / "run" / "dmd2_final.pt")
+    assert state.pop("gan_channels_per_group") == 4
+    checkpoint.save(tmp_path / "earlier.pt", state)
+    more = ["--resume_from_checkpoint", tmp_path / "earlier.pt", "--output_dir", tmp_path / "resumed", "--step_number", 5]
+    succeed("train_dmd2.py", *arguments, *more)
+    assert load(tmp_path / "resumed" / "dmd2_final.pt")["gan_channels_per_group"] == 16
+    del state["model_config"]["channels_per_group"]
+    checkpoint.save(tmp_path / "earliest.pt", state)
+    assert checkpoint.load(tmp_path / "earliest.pt")["gan_channels_per_group"] == 4
 
 
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
@@ -117,6 +133,44 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
         assert {k: v for k, v in row.items() if k != "images_per_second"} == {
             k: v for k, v in rows[row["step"]].items() if k != "images_per_second"
         }
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
+    """All but the device: it ends as the run that never stopped, in the folder of its checkpoint, wherever that is now."""
+    shutil.copytree(runs / stage, tmp_path / "moved")
+    source = tmp_path / "moved" / f"{stage}_checkpoint_step_2.pt"
+    more = ["--device", "cpu", "--wandb_run_name", "für alle"]
+    told = succeed(f"train_{stage}.py", "--resume_from_checkpoint", source, *more, cwd=tmp_path)
+    assert f"going on from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
+    lines = [re.findall(r"\w*loss\w*", line) for line in told.splitlines() if line.startswith("step ")]
+    assert (
+        len(lines) == 2 and lines[0] == lines[1] and len(lines[0]) == {"teacher": 1, "dmd2": 4}[stage]
+    )  # columns keep their places
+    ours, theirs = (load(folder / f"{stage}_final.pt") for folder in (tmp_path / "moved", runs / stage))
+    changed = {"wandb_run_name": "für alle", "output_dir": str(tmp_path / "moved"), "resume_from_checkpoint": str(source)}
+    assert ours["config"] == theirs["config"] | changed
+    assert "wandb_run_name: für alle" in (tmp_path / "moved" / "config.yaml").read_text(encoding="utf-8")
+    for state in (ours, theirs):
+        del state["config"], state["versions"]
+    assert_same(ours, theirs)
+
+
+def test_what_a_resume_takes_is_checked(runs, tmp_path):
+    """With what is given: the batch of 16 cannot be had in 3 parts; and what a checkpoint says is not trusted."""
+    options = ["--resume_from_checkpoint", runs / "teacher" / "teacher_checkpoint_step_2.pt", "--output_dir", tmp_path / "out"]
+    assert_refused(run_script("train_teacher.py", *options, "--grad_accum", 3), "--grad_accum 3 must divide --batch_size 16")
+    state = load(runs / "teacher" / "teacher_checkpoint_step_2.pt")
+    state["config"]["lr"] = "fast"
+    checkpoint.save(tmp_path / "bad.pt", state)
+    done = run_script("train_teacher.py", "--resume_from_checkpoint", tmp_path / "bad.pt", "--output_dir", tmp_path / "out")
+    assert_refused(done, f"checkpoint {tmp_path}/bad.pt: lr needs a number, not 'fast'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_teacher_is_named_by_its_option(tmp_path):
+    done = run_script("train_dmd2.py", *TINY, cwd=tmp_path)
+    assert_refused(done, "--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train_teacher.py")
 
 
 def test_latest_without_checkpoints_is_refused(tmp_path):
@@ -162,7 +216,7 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
     assert_refused(done, "not a generator with the teacher's network")
     done = run_script("train_teacher.py", *TINY, *out, "--img_resolution", 16, "--resume_from_checkpoint", teacher)
     assert_refused(done, "not a teacher with this network")
-    done = run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", teacher, "--resume_from_checkpoint", student)
+    done = run_script("train_dmd2.py", *TINY, *out, "--no-gan_classifier", "--resume_from_checkpoint", student)
     assert_refused(done, "trained with --gan_classifier")
     write_images(tmp_path / "letters", classes="abcdefghij", each=2, size=8)
     data = ["--dataset", "folder", "--data_dir", tmp_path / "letters", "--teacher_checkpoint", teacher]
@@ -284,7 +338,10 @@ def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, t
     flags += ["--wandb_dir", tmp_path / "wandb", "--wandb_log_every", 2, "--wandb_log_images", "--wandb_log_samples"]
     flags += ["--wandb_sample_every", 2, "--wandb_log_checkpoints", "--log_every", 1, "--save_every", 2, "--wandb_key", "x" * 40]
     teacher = runs / "teacher" / "teacher_final.pt"
-    succeed("train_dmd2.py", *TINY, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", *flags)
+    arguments = [*TINY, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", *flags]
+    succeed("train_dmd2.py", *arguments, env={"HOME": str(tmp_path / "home")})
+    assert list((tmp_path / "wandb" / "artifacts" / "staging").iterdir())  # copies of checkpoints, to be sent by `wandb sync`
+    assert not list((tmp_path / "home").rglob("artifacts"))
     assert "wandb_key" not in load(tmp_path / "out" / "dmd2_final.pt")["config"]
 
     (run_file,) = (tmp_path / "wandb").glob("wandb/offline-run-*/*.wandb")

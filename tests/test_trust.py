@@ -1,5 +1,6 @@
 """The promises of the README's section "Your hours are safe", each done for real: signals, kills, full disks, damaged files."""
 
+import fcntl
 import json
 import os
 import random
@@ -7,7 +8,9 @@ import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -81,6 +84,69 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=5)
     assert process.returncode == 143
+
+
+def steps_in(folder):
+    log = folder / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path):
+    """A real one, which then answers every write with an error; the signal may come before or after that."""
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    arguments = [*TEACHER[1:], "--step_number", 100_000, "--output_dir", tmp_path, "--log_every", 1]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / TEACHER[0]), *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+
+    def has_trained():
+        with suppress(BlockingIOError):
+            os.read(ours, 65536)  # a terminal that nobody reads makes writers wait
+        return steps_in(tmp_path) > 3
+
+    wait_for(has_trained, process)
+    os.close(ours)
+    assert process.wait(120) == 128 + signal.SIGHUP
+    assert [file.name for file in tmp_path.glob("*.pt")] == [f"teacher_checkpoint_step_{steps_in(tmp_path)}.pt"]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
+    arguments = [*TEACHER, "--step_number", 100_000, "--output_dir", tmp_path, "--log_every", 1]
+    process = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: steps_in(tmp_path), process)
+    process.send_signal(signal.SIGHUP)
+    before = steps_in(tmp_path)
+    wait_for(lambda: steps_in(tmp_path) > before + 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered"])
+def test_a_closed_standard_output_means_silence(tmp_path, how):
+    """As `| head -1` and `>&-` bring it about: the training goes on to its end."""
+    command = [sys.executable, ROOT / TEACHER[0], *TEACHER[1:], "--step_number", 12, "--output_dir", tmp_path, "--log_every", 1]
+    shell = ["sh", "-c", 'exec "$@"' + " >&-" * (how == "closed before"), "sh", *map(str, command)]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1" if how == "unbuffered" else ""}
+    process = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(120) == 0 and "Traceback" not in err and "Exception" not in err, err
+    assert (tmp_path / "teacher_final.pt").exists()
+
+
+def test_a_command_whose_reader_leaves_ends_quietly():
+    process = start("generate.py", "--help", bufsize=0)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path):
