@@ -16,6 +16,7 @@ import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
 from sampling import class_noise, few_step_sampler, heun_sampler
+from support.dry_run import DryRun, load_teacher
 from support.parallel import broadcast, micro_batches, own_rows, rows_of, total
 from support.runs import Run
 from support.training import (
@@ -37,9 +38,9 @@ def main(args):
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    teacher_state = checkpoint.load(args.teacher_checkpoint)
+    teacher_state = (load_teacher if args.dry_run else checkpoint.load)(args.teacher_checkpoint)
     checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
-    run = Run(args, "dmd2")
+    run = (DryRun if args.dry_run else Run)(args, "dmd2")
     if run.resumed and args.gan_classifier != ("guidance_cls_state_dict" in run.resumed):
         how = "without" if args.gan_classifier else "with"
         raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
@@ -81,7 +82,7 @@ def main(args):
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
-    teacher_grid = heun_sampler(teacher, *grid)
+    teacher_grid = None if args.dry_run else heun_sampler(teacher, *grid)
     seen = None  # what the latest generator turn saw
 
     # ---- loop -----------------------------------------------------------------------------------------------------------

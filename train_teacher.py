@@ -12,8 +12,9 @@ import sys
 import torch
 
 from data import Batches, load_dataset
-from model import SimpleUNet, denoising_loss
+from model import SimpleUNet, denoising_loss, memory_layout
 from sampling import class_noise, heun_sampler, random_stream
+from support.dry_run import DryRun
 from support.parallel import broadcast, micro_batches, rank
 from support.runs import Run
 from support.training import (
@@ -34,7 +35,7 @@ def main(args):
     # ---- setup ----------------------------------------------------------------------------------------------------------
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    run = Run(args, "teacher")
+    run = (DryRun if args.dry_run else Run)(args, "teacher")
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
     batches = Batches(dataset, args.batch_size, args.seed, hflip)
@@ -53,7 +54,7 @@ def main(args):
         dropout=args.dropout,
         sigma_data=args.sigma_data,
         channels_per_group=args.channels_per_group,
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device, memory_format=memory_layout(device))
     broadcast(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = adamw(net.parameters(), args.lr)
