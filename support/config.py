@@ -132,9 +132,7 @@ TRAINING = [
 ]
 DRY_RUN = [
     Option("dry_run", False, flag, "count what the training takes, memory and time, and stop: nothing is trained or written"),
-    Option(
-        "peak_tflops", None, positive, "for --dry_run: the device's peak in the run's precision, TFLOP/s (docs/memory-and-time.md)"
-    ),
+    Option("peak_tflops", None, positive, "for --dry_run: the device's peak, TFLOP/s, in the precision of the run"),
     Option("memory_gb", None, positive, "for --dry_run: the device's memory (1 GB: 2^30 bytes); it suggests --grad_accum"),
 ]
 SAMPLING = [

@@ -1,4 +1,4 @@
-"""What a training will take, by count: its own loop runs for some iterations on torch's `meta` device, where tensors have shapes alone."""
+"""What a training will take, by count: its own loop runs on torch's `meta` device, where tensors have shapes and no numbers."""
 
 import gc
 import os
@@ -69,7 +69,7 @@ class DryRun(Run):
         updates = getattr(args, "dfake_gen_update_ratio", 1)
         flops, memory = yield from self.trace(0, self.parts_asked)
         if updates > 1:
-            flops_between, _ = yield from self.trace(1, self.batch_size)
+            flops_between, _ = yield from self.trace(1, 1)  # on `meta` size costs nothing
             flops = (flops + (updates - 1) * flops_between) / updates
         self.report(flops * self.batch_size, memory)
         if args.memory_gb:
@@ -87,18 +87,16 @@ class DryRun(Run):
     def suggest(self, asked):
         """Prints the least --grad_accum whose memory fits into --memory_gb; `asked` is that of the run as it is."""
         limit, told = (1 - HEADROOM) * self.args.memory_gb * GIB, f"--memory_gb {self.args.memory_gb:g}"
-        fixed = sum(self.memory.values())
+        left, fixed = f"{HEADROOM:.0%} are left for what is not counted", sum(self.memory.values())
         an_image = (asked.peak - asked.gradients - fixed) / (self.batch_size // self.parts_asked)
         for parts in (parts for parts in range(1, self.batch_size + 1) if self.batch_size % parts == 0):
             if fixed + 0.9 * an_image * self.batch_size / parts > limit:
                 continue  # by far: not worth a trace
             memory = asked if parts == self.parts_asked else (yield from self.trace(0, parts))[1]
             if memory.peak <= limit:
-                print(
-                    f"{told}: take --grad_accum {parts}, {memory.peak / GIB:.2f} GiB; {HEADROOM:.0%} are left for what is not counted"
-                )
+                print(f"{told}: take --grad_accum {parts}, which takes {memory.peak / GIB:.4g} GiB; {left}")
                 return
-        print(f"{told}: too little even for one image at once; {HEADROOM:.0%} are left for what is not counted")
+        print(f"{told}: too little even for one image at once; {left}")
 
     def report(self, flops, memory):
         args, steps = self.args, self.args.step_number - self.first_step
@@ -106,7 +104,7 @@ class DryRun(Run):
         rows["activations"] = memory.peak - sum(rows.values())
         print(f"counted, nothing trained: batch {self.batch_size} in {self.parts_asked} parts, {args.precision}, GiB at the peak")
         for name, value in (rows | {"together": memory.peak}).items():
-            print(f"  {name:20} {value / GIB:8.3f}")
+            print(f"  {name:20} {value / GIB:10.4g}")
         print(f"arithmetic: {flops / 1e12:.4g} TFLOP an iteration, {steps} iterations")
         if args.peak_tflops:
             seconds = flops / (SHARE_OF_PEAK * args.peak_tflops * 1e12)
@@ -161,7 +159,7 @@ def on_device(kind="meta"):
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Has `meta` choose operators and precision as CUDA does: fused attention, and under bf16 the operators that autocast casts.
+    """Has `meta` choose operators and precision as CUDA does: fused attention and dropout, and under bf16 the operators that autocast casts.
 
     `meta` has no autocast of its own. Where its operators are given two precisions, autocast takes the wider one, float32.
     """
@@ -187,6 +185,8 @@ class AsOnCuda(TorchFunctionMode):
             args = [arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32 else arg for arg in args]
         if function is F.scaled_dot_product_attention:
             return aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
+        if function is torch.dropout:
+            return torch.native_dropout(*args)[0]
         return function(*args, **(kwargs or {}))
 
 

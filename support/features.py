@@ -204,7 +204,7 @@ def train_classifier(network, dataset, cache, fingerprint):
     saved = time.monotonic()
     for step in progress(done, steps):
         images, labels = next(batches)
-        images = augment(images, random_stream(0, step)).contiguous(memory_format=memory_layout(device))
+        images = augment(images, random_stream(0, step)).contiguous(memory_format=memory_layout(images.device))
         loss = F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1e-2 * lr_factor(step, steps // 4, 0.75, steps)
