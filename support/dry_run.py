@@ -159,9 +159,9 @@ def on_device(kind="meta"):
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Has `meta` choose operators and precision as CUDA does: fused attention and dropout, and under bf16 the operators that autocast casts.
+    """Has `meta` choose operators and precision as CUDA does: fused attention and dropout, and under bf16 what autocast casts.
 
-    `meta` has no autocast of its own. Where its operators are given two precisions, autocast takes the wider one, float32.
+    `meta` has no autocast of its own.
     """
 
     CAST = (
@@ -185,8 +185,8 @@ class AsOnCuda(TorchFunctionMode):
             args = [arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32 else arg for arg in args]
         if function is F.scaled_dot_product_attention:
             return aten._scaled_dot_product_efficient_attention(*args[:3], None, True)[0]
-        if function is torch.dropout:
-            return torch.native_dropout(*args)[0]
+        if function is F.dropout and kwargs["training"]:
+            return torch.native_dropout(*args, kwargs["p"], True)[0]
         return function(*args, **(kwargs or {}))
 
 
