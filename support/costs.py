@@ -33,14 +33,16 @@ class LiveMemory(TorchDispatchMode):
         for key, storage in storages.items():
             self.live.add(key)
             self.now += storage.nbytes()
-            weakref.finalize(storage, self.remove, key, storage.nbytes())
+            weakref.finalize(storage, LiveMemory.remove, weakref.ref(self), key, storage.nbytes())
         if self.now > self.peak:
             self.peak = self.now
             self.gradients = sum(parameter.grad.nbytes for parameter in self.parameters if parameter.grad is not None)
 
-    def remove(self, key, size):
-        self.live.remove(key)
-        self.now -= size
+    @staticmethod
+    def remove(reference, key, size):  # a finalizer is kept while its storage lives, and would keep the parameters with `self`
+        if memory := reference():
+            memory.live.remove(key)
+            memory.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

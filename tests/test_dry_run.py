@@ -49,7 +49,7 @@ class CountedRun(Run):
 def test_a_dry_run_counts_what_the_real_loop_takes(request, tmp_path, monkeypatch, capsys, way):
     """The arithmetic exactly, the memory beyond that of the start within 5%, of so small a network."""
     script, table = (train_teacher, TEACHER) if way == "teacher" else (train_dmd2, DMD2)
-    arguments = [*TINY[:2], "--batch_size", 64, "--output_dir", tmp_path / "out", "--device", "cpu", "--step_number", 2]
+    arguments = [*TINY[:2], "--batch_size", 64, "--output_dir", tmp_path / "out", "--device", "cpu", "--step_number", 3]
     if way == "teacher":
         arguments += [*TINY_NET, "--dropout", 0, "--grad_accum", 2]  # a CPU keeps more of dropout than CUDA does
     else:
