@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from data import Batches, Dataset
 from guidance import GuidanceModel
-from model import SimpleUNet, denoising_loss
+from model import SimpleUNet, denoising_loss, memory_layout
 from sampling import heun_sampler
 from support.costs import convolution_shapes, count, dmd2_memory, shares_by_operator, time_in_turn
 from support.logger import Logger
@@ -68,7 +68,7 @@ def main(args):
     weights = 8 * 4 * sum(parameter.numel() for parameter in net.parameters())
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "network": net.config,
         "batch_size": args.batch_size,
@@ -92,7 +92,7 @@ def training_and_sampling(args, device):
     names = signature(SimpleUNet).parameters.keys() - {"img_channels", "label_dim"}
     channels = args.img_channels or (1 if "mnist" in args.dataset else 3)
     net = SimpleUNet(img_channels=channels, **{name: getattr(args, name) for name in names})
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=memory_layout(device))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = UnifiedModel(GuidanceModel(copy.deepcopy(ema))).to(device).eval()
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
@@ -166,7 +166,7 @@ def convolution_inputs(args, device, out_channels, in_channels, side):
     """Images and weights, in the precision in which a convolution computes: casting them is not its work."""
     sizes = (args.batch_size, in_channels, side, side), (out_channels, in_channels, 3, 3)
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    return [torch.randn(size).to(device, dtype, memory_format=torch.channels_last).requires_grad_() for size in sizes]
+    return [torch.randn(size).to(device, dtype, memory_format=memory_layout(device)).requires_grad_() for size in sizes]
 
 
 def convolution(x, weight, mark):
@@ -225,7 +225,7 @@ def diffusers_unet(config, flops, device):
         (Peer(width) for width in range(8, config["model_channels"] + 8, 8)),
         key=lambda peer: abs(count(lambda: peer(image, 1.0, torch.zeros(1, dtype=torch.long)))[0] - flops),
     )
-    return best.to(device, memory_format=torch.channels_last)
+    return best.to(device, memory_format=memory_layout(device))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import SimpleUNet
+from model import SimpleUNet, memory_layout
 from networks.song_unet import SongUNet
 from sampling import heun_sampler, student_sampler
 from support.config import UserError
@@ -93,7 +93,7 @@ def network(state, path, device="cpu"):
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
     tensor_cores = torch.device(device).type == "cuda"
-    layout = torch.channels_last if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
+    layout = memory_layout(device) if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
     return net.to(device, memory_format=layout).eval().requires_grad_(False)
 
 

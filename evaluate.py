@@ -37,8 +37,10 @@ def main(args):
         print(f"wrote {output_dir / 'curves.png'}")
         return
 
+    place = torch.device("cpu") if device.type == "mps" else device  # of the figures, which take float64: mps has none
+
     models = load_models(args, path, device)
-    fid_reference = read_fid_reference(args.fid_reference) if args.fid_reference else None
+    fid_reference = [part.to(place) for part in read_fid_reference(args.fid_reference)] if args.fid_reference else None
     shape = models[0]["net"].config
     name, data_dir = args.dataset or models[-1]["config"].get("dataset"), args.data_dir or models[-1]["config"].get("data_dir")
     if not name or not data_dir:
@@ -61,7 +63,7 @@ def main(args):
         if inception:
             seen["features"], seen["inception_logits"] = inception(images)
             seen["neighbours"] = seen["features"]
-        return {part: rows.to(device) for part, rows in seen.items()}
+        return {part: rows.to(place) for part, rows in seen.items()}
 
     # ---- real images ----------------------------------------------------------------------------------------------------
     training_part, held_out = features.split(dataset)
@@ -74,9 +76,9 @@ def main(args):
         "training": real["small"],
         "copied_below": metrics.nearest(seen["small"], real["small"]).quantile(0.01),
     }
-    rows = [] if rank() else [{"name": "real, held out"} | measured(seen, held_out.labels, reference, size)]
+    rows = [] if rank() else [{"name": "real, held out"} | measured(seen, held_out.labels.to(place), reference, size)]
     if inception and fid_reference is None:
-        fid_reference = metrics.statistics(inception(dataset.images)[0].to(device))
+        fid_reference = metrics.statistics(inception(dataset.images)[0].to(place))
 
     # ---- the models -----------------------------------------------------------------------------------------------------
     labels = generate(args, models, dataset.images.shape[1:])
@@ -85,7 +87,7 @@ def main(args):
         if rank():
             continue
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
-        row |= measured(seen, labels.to(device), reference, size)
+        row |= measured(seen, labels.to(place), reference, size)
         if inception:
             draws = seen["features"].split(args.num_samples)
             row["fid_draws"] = [metrics.frechet_distance(metrics.statistics(draw), fid_reference) for draw in draws]

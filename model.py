@@ -108,11 +108,17 @@ class Denoiser(nn.Module):
         return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
+def memory_layout(device):
+    """Channels last, as tensor cores and CPUs like it; not on mps, where torch has open faults with it (pytorch/pytorch#174345)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def as_it_comes(x):
     """The context in which operators take `x` in the precision that it has: CUDA's autocast would make float32 of bfloat16 in some
     that gain nothing by it, norms and upsampling, and keep twice the memory for the backward pass."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 class GroupNorm(nn.GroupNorm):
@@ -264,7 +270,7 @@ class SimpleUNet(Denoiser):
             emb = emb + self.embed_class(class_labels)
         emb = F.silu(self.embed_out(F.silu(emb)))
 
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(x.contiguous(memory_format=memory_layout(x.device)))
         skips, maps = [], {}
         for level, blocks in enumerate(self.encoder):
             if level:

@@ -82,7 +82,9 @@ def sample_in_batches(sampler, net, noise, labels, batch_size):
 
 
 def random_stream(seed, index, device="cpu"):
-    """The random generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed."""
+    """The random generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed. `meta` has none."""
+    if torch.device(device).type == "meta":
+        return None
     return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)
 
 

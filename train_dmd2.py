@@ -17,6 +17,7 @@ import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
 from sampling import class_noise, heun_sampler, spread_levels, student_sampler
+from support.dry_run import DryRun, load_teacher
 from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
 from support.runs import Run
 from support.training import (
@@ -36,11 +37,11 @@ from unified_model import UnifiedModel
 def main(args):
     """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
-    run = Run(args, "dmd2")
+    run = (DryRun if args.dry_run else Run)(args, "dmd2")
     args = run.args  # with the options of the run that is resumed, where it is
     device = choose_device(args)
     torch.manual_seed(args.seed)
-    teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
+    teacher_state = (load_teacher if args.dry_run else checkpoint.load_teacher)(args.teacher_checkpoint)
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
     if run.resumed and run.resumed["student_sigmas"] != sigmas:
         raise UserError(f"checkpoint {run.resumed_from}: a student at sigma {run.resumed['student_sigmas']}, not at {sigmas}")
@@ -91,7 +92,7 @@ def main(args):
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
-    teacher_grid = None if rank() else heun_sampler(teacher, *grid)  # rank 0 alone draws samples
+    teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # rank 0 alone draws samples
     seen = None  # what the latest generator turn saw
 
     # ---- loop -----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import sys
 import torch
 
 from data import Batches, load_dataset
-from model import SimpleUNet, denoising_loss
+from model import SimpleUNet, denoising_loss, memory_layout
 from sampling import class_noise, heun_sampler, random_stream
+from support.dry_run import DryRun
 from support.parallel import broadcast, micro_batches, rank
 from support.runs import Run
 from support.training import (
@@ -32,7 +33,7 @@ from support.training import (
 def main(args):
     """Trains by the options `args`, as `parse_args(TEACHER, ...)` gives them. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
-    run = Run(args, "teacher")
+    run = (DryRun if args.dry_run else Run)(args, "teacher")
     args = run.args  # with the options of the run that is resumed, where it is
     device = choose_device(args)
     torch.manual_seed(args.seed)
@@ -54,7 +55,7 @@ def main(args):
         dropout=args.dropout,
         sigma_data=args.sigma_data,
         channels_per_group=args.channels_per_group,
-    ).to(device, memory_format=torch.channels_last)
+    ).to(device, memory_format=memory_layout(device))
     broadcast(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = adamw(net.parameters(), args.lr)

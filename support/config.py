@@ -82,8 +82,8 @@ def flag(value):
 
 
 def device_name(value):
-    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,2}", value):
-        raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
+    if value not in ("auto", "cpu", "cuda", "mps") and not re.fullmatch(r"cuda:\d{1,2}", value):
+        raise UserError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
     return value
 
 
@@ -98,7 +98,7 @@ DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
 
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
-    Option("device", "auto", device_name, "auto (CUDA where there is one), cpu, cuda or cuda:N"),
+    Option("device", "auto", device_name, "auto (CUDA where there is one), cpu, cuda, cuda:N or mps (Apple's GPUs; untried)"),
     Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "of the networks; tf32 is fp32 but on CUDA; bf16 is autocast"),
     Option("compile", False, flag, "have torch.compile fuse the networks: slow to start, then faster"),
 ]
@@ -140,6 +140,11 @@ TRAINING = [
     Option("wandb_sample_every", 1000, count, "steps between images and sample grids sent to W&B"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
 ]
+DRY_RUN = [
+    Option("dry_run", False, flag, "count what the training takes, memory and time, and stop: nothing is trained or written"),
+    Option("peak_tflops", None, positive, "for --dry_run: the device's peak, TFLOP/s, in the precision of the run"),
+    Option("memory_gb", None, positive, "for --dry_run: the device's memory (1 GB: 2^30 bytes); it suggests --grad_accum"),
+]
 SAMPLING = [
     Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
     Option("batch_size", 250, count, "images generated at once, over all processes"),
@@ -165,6 +170,7 @@ TEACHER = [
     Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
     Option("channels_per_group", 16, count, "least width of the groups in the network's norms"),
     *MACHINE,
+    *DRY_RUN,
 ]
 DMD2 = [
     *DATA,
@@ -200,6 +206,7 @@ DMD2 = [
     Option("diffusion_gan_max_timestep", 1000, count, "... noised by the first so many levels of the schedule"),
     Option("ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then what is sampled; 0: no average"),
     *MACHINE,
+    *DRY_RUN,
 ]
 GENERATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher"),
@@ -218,7 +225,7 @@ GENERATE = [
     *MACHINE,
 ]
 BENCHMARK = [
-    *TEACHER,
+    *[option for option in TEACHER if option not in DRY_RUN],
     Option("repeats", 7, count, "how often everything is timed, in turn; medians are reported"),
     Option("output", "benchmark.json", text, "file of the results"),
     Option("peers", False, flag, "time diffusers' UNet2DModel too, at equal arithmetic (needs pip install diffusers)"),
@@ -278,7 +285,7 @@ SCRIPTS = {
     "compare.py": COMPARE,
 }
 # A resumed run does not take these from its checkpoint: they belong to the machine, or to one call of the script.
-NOT_RESUMED = ("resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes")
+NOT_RESUMED = ("resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes", "dry_run", "peak_tflops", "memory_gb")
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------
@@ -454,6 +461,8 @@ def check(args):
                 f"--batch_size {args.batch_size} in {args.grad_accum} parts (--grad_accum) must be divisible by torchrun's "
                 f"{processes} processes, which share each part"
             )
+    if getattr(args, "dry_run", False) and TORCHRUN:
+        raise UserError("--dry_run counts one process: start it without torchrun, with the share of --batch_size that is one's own")
     for name in ("inception_score", "fid_reference"):
         if getattr(args, name, None) and args.features != "inception":
             raise UserError(f"--{name} needs --features inception")

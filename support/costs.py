@@ -11,30 +11,60 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
+class LiveMemory(TorchDispatchMode):
+    """The bytes of the tensors that are made within it, for as long as they are there: `now`, and the most so far, `peak`.
+
+    tensors: some that are there before, and count too; parameters: `gradients` are the bytes of their gradients at the peak;
+    device_type: counts the tensors of this kind of device alone
+    """
+
+    def __init__(self, tensors=(), parameters=(), device_type=None):
+        super().__init__()
+        self.parameters, self.device_type = list(parameters), device_type
+        self.live, self.now, self.peak, self.gradients = set(), 0, 0, 0
+        self.add(self.storages(tensors))
+
+    def storages(self, tree):
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        tensors = [tensor for tensor in tensors if self.device_type in (None, tensor.device.type)]
+        return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+
+    def add(self, storages):
+        for key, storage in storages.items():
+            self.live.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, LiveMemory.remove, weakref.ref(self), key, storage.nbytes())
+        if self.now > self.peak:
+            self.peak = self.now
+            self.gradients = sum(parameter.grad.nbytes for parameter in self.parameters if parameter.grad is not None)
+
+    @staticmethod
+    def remove(reference, key, size):  # a finalizer is kept while its storage lives, and would keep the parameters with `self`
+        if memory := reference():
+            memory.live.remove(key)
+            memory.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        new = {key: storage for key, storage in self.storages(result).items() if key not in self.live}
+        if new:
+            given = self.storages((args, kwargs))
+            self.add({key: storage for key, storage in new.items() if key not in given})
+        return result
+
+
 def count(task):
     """What one call of `task` takes: floating-point operations of its products of matrices and convolutions, and the most bytes of
     tensors that it holds beyond those that were there before."""
-
-    def storages(tree):
-        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-
-    class Memory(TorchDispatchMode):
-        live, peak = {}, 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            given = storages((args, kwargs))
-            for pointer, storage in storages(result).items():
-                if pointer not in given and pointer not in self.live:
-                    self.live[pointer] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, pointer)
-            self.peak = max(self.peak, sum(self.live.values()))
-            return result
-
-    with FlopCounterMode(display=False) as flops, Memory() as memory:
+    with FlopCounterMode(display=False) as flops, LiveMemory() as memory:
         task()
     return flops.get_total_flops(), memory.peak
+
+
+def synchronize(device):
+    """Waits until `device` has done what it was asked to."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 def shares_by_operator(task, repeats, device):
@@ -45,8 +75,7 @@ def shares_by_operator(task, repeats, device):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             start = perf_counter()
             result = function(*args, **(kwargs or {}))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             name = function.overloadpacket.__name__.removeprefix("native_").removesuffix("_backward").rstrip("_")
             seconds[name] += perf_counter() - start
             return result
@@ -89,8 +118,7 @@ def time_in_turn(tasks, repeats, device):
             times, parts = [], []
 
             def mark(part):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 parts.append(part)  # noqa: B023 - called within this turn of the loop
                 times.append(perf_counter())  # noqa: B023
 

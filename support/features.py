@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import checkpoint
 from data import Batches, Dataset
+from model import memory_layout
 from sampling import random_stream
 from support.config import UserError
 from support.images import to_float
@@ -150,7 +151,7 @@ def classifier(dataset, cache, device):
     train_set, held_out = split(dataset)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=torch.channels_last)
+        network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=memory_layout(device))
     if not rank():
         identity = hashlib.sha256(f"{network} {plan(train_set)}".encode())
         for code in (Residual, Classifier, augment, train_classifier):  # changed, they make another judge
@@ -203,7 +204,7 @@ def train_classifier(network, dataset, cache, fingerprint):
     saved = time.monotonic()
     for step in progress(done, steps):
         images, labels = next(batches)
-        images = augment(images, random_stream(0, step)).contiguous(memory_format=torch.channels_last)
+        images = augment(images, random_stream(0, step)).contiguous(memory_format=memory_layout(images.device))
         loss = F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1e-2 * lr_factor(step, steps // 4, 0.75, steps)

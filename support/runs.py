@@ -69,8 +69,9 @@ class Run:
                 f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "
                 f"the learning rate reaches no more than {self.args.step_number / warmup:.0%} of its value"
             )
-        if self.resumed and self.device.type == "cuda" and self.resumed["random_state"]["cuda"] is None:
-            self.logger.message(f"{self.resumed_from} was written on a CPU: the GPU's random numbers start from the seed")
+        kind = self.device.type
+        if self.resumed and kind != "cpu" and self.resumed["random_state"].get(kind) is None:
+            self.logger.message(f"{self.resumed_from} was not written on {kind}: the GPU's random numbers start from the seed")
         if self.done:
             self.logger.message(
                 f"nothing left to train: {self.resumed_from} is at step {self.step}; a larger --step_number goes on"
@@ -94,8 +95,8 @@ class Run:
                 ) from None
         self.batches.images_seen = state["images_seen"]
         torch.set_rng_state(state["random_state"]["cpu"].cpu())
-        if self.device.type == "cuda" and state["random_state"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_state"]["cuda"].cpu(), self.device)
+        if (own := state["random_state"].get(self.device.type)) is not None and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(own.cpu())  # of the current device, which `choose_device` set
 
     def take_folder(self):
         """Makes the folder this run's alone: refuses another run's, cleans up after a kill, sets aside what is after `step`."""
@@ -154,8 +155,9 @@ class Run:
             return
         path = self.folder / name
         state = {key: None if part is None else part.state_dict() for key, part in self.parts.items()}
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        random_state = {"cpu": torch.get_rng_state(), "cuda": cuda}
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            random_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state}
         checkpoint.save(path, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {path}")

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -14,8 +15,10 @@ from support.config import UserError
 def choose_device(args):
     """The torch device of `--device`, ready for `--precision`; under torchrun a GPU a process. Joins torchrun's processes.
 
-    Raises UserError where CUDA is asked for and absent.
+    A dry run has the `meta` device, whichever is asked for. Raises UserError where CUDA is asked for and absent.
     """
+    if getattr(args, "dry_run", False):
+        return torch.device("meta")
     name, processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +32,12 @@ def choose_device(args):
             f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
         )
     keep_freed_memory()
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("--device mps: torch finds no Apple GPU on this machine; use --device cpu or auto")
+        if args.precision == "bf16" or args.compile or processes > 1:
+            raise UserError("--device mps: one process in fp32, without --precision bf16, --compile and torchrun")
+        print("--device mps: nobody has tried this yet; where it fails, tell us, and use --device cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
@@ -52,8 +61,10 @@ def autocast(args, device):
     """The context in which networks run: bfloat16 where `--precision bf16` asks for it.
 
     It reaches convolutions and products of matrices; weights, preconditioning and losses stay in float32. Its cache of cast weights
-    is off, since it would hand those cast without gradients to a pass that needs them.
+    is off, since it would hand those cast without gradients to a pass that needs them. On `meta` `DryRun` casts.
     """
+    if device.type == "meta":
+        return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
 
 
@@ -74,12 +85,16 @@ def compile_networks(args, *networks):
 
 
 def adamw(parameters, lr):
-    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+    """AdamW; fused where torch's fused one skips a step by itself (`optimizer_step`), which that of mps does not."""
+    parameters = list(parameters)
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01, fused=fused, foreach=False)
 
 
 def load_optimizer(optimizer, state):
     """Loads `state`, its moments laid out in memory as the parameters are, which fused AdamW takes for granted."""
-    optimizer.load_state_dict(state)
+    fused = optimizer.defaults["fused"]  # the state may come from another kind of device
+    optimizer.load_state_dict({**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
     for parameter, moments in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
@@ -102,8 +117,13 @@ def optimizer_step(optimizer, lr, clip_grad_norm):
     group["lr"] = lr
     parallel.average([parameter.grad for parameter in group["params"]])
     norm = torch.nn.utils.clip_grad_norm_(group["params"], clip_grad_norm)
-    optimizer.found_inf = (~norm.isfinite()).float()  # what GradScaler tells fused AdamW: skip this step, without a synchronisation
-    optimizer.step()
+    if group["fused"]:
+        optimizer.found_inf = (
+            ~norm.isfinite()
+        ).float()  # what GradScaler tells fused AdamW: skip this step, without a synchronisation
+        optimizer.step()
+    elif norm.is_meta or norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
     return norm
 

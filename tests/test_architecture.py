@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; each imports from its own and from those below
     | {"objectives", "model", "importers.safe_pickle"},
     {"networks.song_unet", "discriminator", "sampling", "support.images", "support.training", "support.plots", "support.page"},
     {"guidance", "unified_model", "checkpoint", "data", "support.logger", "importers.edm"},
-    {"support.runs", "support.features"},
+    {"support.runs", "support.dry_run", "support.features"},
     {"train_teacher", "train_dmd2", "generate", "evaluate", "export", "benchmark", "compare", "import_teacher", "import_edm"},
 ]
 

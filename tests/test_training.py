@@ -9,8 +9,9 @@ import torch
 import torch._inductor.compile_fx
 from conftest import ROOT, tiny_unet
 
+from model import memory_layout
 from support.config import UserError
-from support.training import BadSteps, adamw, compile_networks, load_optimizer, lr_factor, update_ema
+from support.training import BadSteps, adamw, choose_device, compile_networks, load_optimizer, lr_factor, optimizer_step, update_ema
 
 
 def test_ema_equals_its_closed_form():
@@ -104,3 +105,40 @@ def test_compiled_graphs_have_fixed_sizes(monkeypatch):
     assert trial == 1 and len(graphs) == 1 + 2 * 2
     for inputs in graphs:
         assert all(torch.is_tensor(tensor) and all(type(size) is int for size in tensor.shape) for tensor in inputs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_not_finite_moves_nothing(fused):
+    """By fused AdamW itself, or, where there is none that does (mps), by a look at the norm."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+    for bad in (False, True, False):
+        before = layer.weight.detach().clone()
+        layer(torch.full((1, 2), float("nan") if bad else 1.0)).sum().backward()
+        norm = optimizer_step(optimizer, 1e-2, 10.0)
+        assert norm.isfinite() != bad and layer.weight.grad is None
+        assert torch.equal(layer.weight, before) == bad and layer.weight.isfinite().all()
+
+
+def test_an_optimizer_goes_on_on_another_kind_of_device():
+    """Fused or not is the device's own matter, not the checkpoint's."""
+    layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")]
+    optimizers = [adamw(layer.parameters(), 1e-3) for layer in layers]
+    layers[0](torch.ones(1, 2)).sum().backward()
+    optimizers[0].step()
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    assert [optimizer.param_groups[0]["fused"] for optimizer in optimizers] == [True, False]
+    assert optimizers[1].state[layers[1].weight]["exp_avg"].is_meta
+
+
+def test_mps_is_plain_and_said_to_be_untried(monkeypatch, capsys):
+    args = Namespace(device="mps", precision="tf32", compile=False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device mps: torch finds no Apple GPU"):
+        choose_device(args)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device(args) == torch.device("mps") and "nobody has tried this" in capsys.readouterr().out
+    for change in (dict(precision="bf16"), dict(compile=True)):
+        with pytest.raises(UserError, match="one process in fp32"):
+            choose_device(Namespace(**{**vars(args), **change}))
+    assert memory_layout("mps") == torch.contiguous_format != memory_layout("cuda")
