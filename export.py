@@ -1,4 +1,4 @@
-"""Write a one-step generator as an ONNX file: noise and class to image, for any batch size, checked against PyTorch."""
+"""Write a one-step generator as an ONNX file, noise and class to image, checked against PyTorch; or a checkpoint as safetensors."""
 
 from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
 
@@ -30,7 +30,14 @@ class Deployed(torch.nn.Module):
 
 
 def main(args):
-    """Writes an ONNX file by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    """Writes an ONNX or safetensors file by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    output = Path(args.output or f"./generator.{args.format}")
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file, such as generator.{args.format}")
+    if args.format == "safetensors":
+        checkpoint.save_safetensors(output, checkpoint.load(args.checkpoint))
+        print(f"wrote {output}: weights and configuration, without optimizer states")
+        return
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
@@ -41,9 +48,6 @@ def main(args):
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; only a generator makes an image in one step")
     model = Deployed(checkpoint.network(state, args.checkpoint), checkpoint.sampler(state)[0]).eval()
     shape = [model.net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")]
-    output = Path(args.output)
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder; name a file, such as generator.onnx")
     temporary = output.with_name(output.name + ".tmp")
     any_size = {0: torch.export.Dim.DYNAMIC}
     try:

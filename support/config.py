@@ -228,12 +228,20 @@ EVALUATE = [
     *MACHINE,
 ]
 IMPORT_TEACHER = [
-    Option("source", "./edm-cifar10-32x32-cond-vp.pkl", text, "NVIDIA's pickle, or a state_dict of the same network (.pth)"),
+    Option(
+        "source",
+        "./edm-cifar10-32x32-cond-vp.pkl",
+        text,
+        "NVIDIA's pickle, a state_dict (.pth, .safetensors), or diffusers' folder",
+    ),
     Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", text, "teacher checkpoint to write; must not exist"),
 ]
 EXPORT = [
-    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator"),
-    Option("output", "./generator.onnx", text, "ONNX file to write"),
+    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator; for safetensors also a teacher"),
+    Option(
+        "format", "onnx", choice("onnx", "safetensors"), "onnx: to run elsewhere; safetensors: to share, a checkpoint without code"
+    ),
+    Option("output", None, text, "file to write; default: ./generator.onnx or ./generator.safetensors"),
 ]
 
 

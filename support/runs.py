@@ -42,6 +42,8 @@ class Run:
             self.resumed_from, self.resumed = resume(args.resume_from_checkpoint, self.folder, kind)
             if checkpoint.kind(self.resumed) != kind:
                 raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
+            if "random_state" not in self.resumed:
+                raise UserError(f"checkpoint {self.resumed_from}: weights alone, to sample or distil; no training to go on from")
             self.step = self.resumed["step"]
 
     def start(self, device, batches, parts, **facts):

@@ -32,7 +32,7 @@ def tiny_song(**changes):
 
 
 def exported(source, output):
-    export.main(Namespace(checkpoint=str(source), output=str(output)))
+    export.main(Namespace(checkpoint=str(source), output=str(output), format="onnx"))
 
 
 @needs_onnx
