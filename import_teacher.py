@@ -22,15 +22,20 @@ def main(args):
         raise UserError(f"--output {args.output}: exists; give another name, or delete it first")
     net, state, left_out, licence = (load_diffusers if source.is_dir() else load_edm)(source)
     label_dim, resolution = net.config["label_dim"], net.config["img_resolution"]
-    of_cifar10 = label_dim == len(CIFAR10) or (not label_dim and "cifar10" in source.resolve().name)
-    dataset = "cifar10" if of_cifar10 else "folder"
+    edms_ten = label_dim == len(CIFAR10) and source.is_file()  # EDM published networks of ten classes for CIFAR-10 alone
+    of_cifar10 = edms_ten or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
     teacher = {
         "ema_state_dict": state,
         "step": 0,
         "images_seen": 0,
         "model_config": net.config,
-        "config": {"dataset": dataset, "data_dir": "./data", "source": args.source, "licence": licence},
-        "class_names": CIFAR10 if label_dim == len(CIFAR10) else [str(label) for label in range(label_dim)],
+        "config": {
+            "dataset": "cifar10" if of_cifar10 else "folder",
+            "data_dir": "./data",
+            "source": args.source,
+            "licence": licence,
+        },
+        "class_names": CIFAR10 if label_dim and of_cifar10 else [str(label) for label in range(label_dim)],
         "versions": checkpoint.versions(),
     }
     checkpoint.save(args.output, teacher)

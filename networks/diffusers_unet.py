@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from model import Denoiser, preconditioning, resolutions
+from model import Denoiser, as_it_comes, preconditioning, resolutions
 from support.config import UserError
 
 BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
@@ -127,4 +127,5 @@ class DiffusersUNet(Denoiser):
             taken = len(block.resnets)
             h = block(h, tuple(skips[-taken:]), emb)
             del skips[-taken:]
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+        with as_it_comes(h):  # in float32: what is predicted is multiplied by sigma, and its rounding with it
+            return unet.conv_out(unet.conv_act(unet.conv_norm_out(h.float())))

@@ -166,6 +166,20 @@ def test_denoising_loss_is_that_of_the_prediction(prediction_type):
 
 
 @needs_diffusers
+def test_what_bf16_rounds_is_not_multiplied_by_sigma(tmp_path):
+    """epsilon comes in float32 under autocast; rounded to bfloat16, at sigma 80 it would move pixels by a tenth and more."""
+    folder, _ = write_folder(tmp_path / "a", num_class_embeds=10)
+    state = checkpoint.load(imported(folder, tmp_path))
+    assert state["class_names"][3] == "3"  # ten classes, but nothing says that they are CIFAR-10's
+    net, x, labels = checkpoint.network(state, "x.pt"), 80 * torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        denoised = net(x, 80.0, labels)
+    epsilon = (x - denoised) / 80
+    rounded = epsilon.bfloat16().float()
+    assert denoised.dtype == torch.float32 and (epsilon - rounded).abs().max() > 1e-4
+
+
+@needs_diffusers
 def test_imported_and_distilled_by_command_line(tmp_path):
     """One line says what was found; both turns with GAN train; the generator is loaded, sampled, and makes finite images."""
     card = "---\ntags:\n- diffusers\nlicense: apache-2.0\n---\n# A model\nlicense: none\n"
