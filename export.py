@@ -35,7 +35,9 @@ def main(args):
     if output.is_dir():
         raise UserError(f"--output {output}: a folder; name a file, such as generator.{args.format}")
     if args.format == "safetensors":
-        checkpoint.save_safetensors(output, checkpoint.load(args.checkpoint))
+        state = checkpoint.load(args.checkpoint)
+        checkpoint.network(state, args.checkpoint)  # refuses what nobody could load
+        checkpoint.save_safetensors(output, state)
         print(f"wrote {output}: weights and configuration, without optimizer states")
         return
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]

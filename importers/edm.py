@@ -19,6 +19,7 @@ from support.config import UserError
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}  # by EDM's names
 NETWORK_NAMES = "SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)"
 LICENCE = "Attribution-NonCommercial-ShareAlike 4.0"  # CC BY-NC-SA 4.0, as the source code in NVIDIA's pickles says at its head
+OURS = "a checkpoint of this project already: --teacher_checkpoint takes it as it is"
 
 
 def load_edm(path):
@@ -52,13 +53,15 @@ def read_source(path):
         if is_safetensors(path):
             tensors, metadata = read_safetensors(path)
             if "minimal_dmd2" in metadata:
-                raise ValueError("a checkpoint of this project already: --teacher_checkpoint takes it as it is")
+                raise ValueError(OURS)
             return without_prefix(tensors), {}, metadata.get("license")
         data = Path(path).read_bytes()
         if data.startswith(b"PK"):  # torch.save writes a ZIP
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch writes checksums but does not read them
                 damaged = archive.testzip()
             content = None if damaged else load_tensors(data)
+            if isinstance(content, dict) and "model_config" in content:
+                raise ValueError(OURS)
             if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
                 raise ValueError("damaged, or no state_dict: it has to hold a network's tensors by name, and nothing else")
             return without_prefix(content), {}, None

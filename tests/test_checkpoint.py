@@ -61,7 +61,8 @@ def test_damaged_and_other_files_are_refused(runs, tmp_path):
     save_file({"x": torch.ones(1)}, bad)
     with pytest.raises(UserError, match=r"not written by export.py; other networks come in by import_teacher.py"):
         checkpoint.load(bad)
-    assert_import_refused(good, tmp_path, "a checkpoint of this project already: --teacher_checkpoint takes it as it is")
+    for already in (good, runs / "teacher" / "teacher_final.pt"):
+        assert_import_refused(already, tmp_path, "a checkpoint of this project already: --teacher_checkpoint takes it as it is")
 
 
 def test_edms_state_dict_as_safetensors(tmp_path):

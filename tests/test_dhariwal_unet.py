@@ -82,6 +82,7 @@ def test_default_is_the_published_imagenet_network():
     assert hashlib.sha256("\n".join(tensors).encode()).hexdigest() == digest
     assert net.feature_channels == {64: 192, 32: 384, 16: 576, 8: 768}
     assert [block.attention.num_heads for block in net.encoder[3][1:]] == [12] * 3
+    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.GroupNorm)} == {1e-5}  # too small to show above
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
