@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
+import json
 import math
 import os
 import pickle
@@ -15,16 +16,26 @@ from pathlib import Path
 import torch
 
 from model import SimpleUNet, memory_layout
+from networks.dhariwal_unet import DhariwalUNet
+from networks.diffusers_unet import DiffusersUNet
 from networks.song_unet import SongUNet
 from sampling import heun_sampler, student_sampler
 from support.config import UserError
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key.
-NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet}
+NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "DiffusersUNet": DiffusersUNet}
+
+
+SHARED = ("step", "images_seen", "model_config", "config", "class_names", "student_sigmas", "versions")  # beside the weights
 
 
 def save(path, state):
-    """Writes `state` (tensors and plain containers) to `path`: a temporary file beside it, flushed to disk, then renamed.
+    """Writes `state` (tensors and plain containers) to `path` as torch.save does. Raises UserError as `write` does."""
+    write(path, partial(torch.save, state))
+
+
+def write(path, writer):
+    """Has `writer` write to `path`, which it gets as a file: a temporary one beside it, flushed to disk, then renamed.
 
     Raises UserError where that fails (full disk, no permission); what was at `path` is then as it was.
     """
@@ -33,7 +44,7 @@ def save(path, state):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            writer(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -51,14 +62,22 @@ def save(path, state):
 
 
 def load(path, device="cpu"):
-    """The state that `save` wrote. Raises UserError where the file is missing, damaged, or no checkpoint of this project."""
+    """The state that `save` wrote, or what `save_safetensors` kept of it.
+
+    Raises UserError where the file is missing, damaged, or no checkpoint of this project.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
-            intact = archive.testzip() is None
-        state = torch.load(path, map_location=device, weights_only=True) if intact else None
+        if is_safetensors(path):
+            state, intact = load_safetensors(path, device), True
+        else:
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
+                intact = archive.testzip() is None
+            state = torch.load(path, map_location=device, weights_only=True) if intact else None
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError):
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError):
         intact = False
     if not intact:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
@@ -77,18 +96,71 @@ def load(path, device="cpu"):
     return state
 
 
+def save_safetensors(path, state):
+    """Writes what others need of a checkpoint's `state` to `path`, in the format safetensors, which can hold no code: the weights
+    (averaged where there are any), and in the metadata, as JSON, network, options and classes. `load` reads it.
+
+    Raises UserError as `write` does, and where the package safetensors is not installed.
+    """
+    facts = {"kind": kind(state), **{name: state[name] for name in SHARED if name in state}}
+    tensors = {name: tensor.contiguous() for name, tensor in weights(state).items()}
+    content = safetensors(path).torch.save(tensors, {"format": "pt", "minimal_dmd2": json.dumps(facts)})
+    write(path, lambda file: file.write(content))
+
+
+def load_safetensors(path, device="cpu"):
+    """The state that `save_safetensors` kept, its weights on `device`."""
+    tensors, metadata = read_safetensors(path, device)
+    if "minimal_dmd2" not in metadata:
+        raise UserError(f"checkpoint {path}: not written by export.py; other networks come in by import_teacher.py")
+    state = json.loads(metadata["minimal_dmd2"])
+    state["feedforward_model_state_dict" if state["kind"] == "dmd2" else "model_state_dict"] = tensors
+    return state
+
+
+def read_safetensors(path, device="cpu"):
+    """(the tensors by name, the metadata, both in dicts) of a safetensors file. Raises ValueError where it is damaged."""
+    package = safetensors(path)
+    try:
+        with package.safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
+    except package.SafetensorError:
+        raise ValueError("damaged, or not safetensors") from None
+
+
+def is_safetensors(path):
+    """Whether the file at `path` begins as the format does: eight bytes that tell a length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def safetensors(path):
+    """The package of that name. Raises UserError where it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError(f"{path}: needs a package that is not installed: pip install safetensors") from None
+    return safetensors
+
+
 def kind(state):
     """`teacher` or `dmd2`, by which script wrote the checkpoint."""
     return "dmd2" if "feedforward_model_state_dict" in state else "teacher"
 
 
+def weights(state):
+    """The `state_dict` of a checkpoint's network: averaged weights where there are any."""
+    return state.get("ema_state_dict") or state["feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"]
+
+
 def network(state, path, device="cpu"):
     """The network of the state loaded from `path` on `device`: averaged weights where there are any, in eval mode, frozen."""
-    raw = "feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"
     try:
         config = dict(state["model_config"])
         net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
-        net.load_state_dict(state.get("ema_state_dict") or state[raw])
+        net.load_state_dict(weights(state))
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.

@@ -1,4 +1,4 @@
-"""Write a generator as an ONNX file, for any batch size, checked against PyTorch; with --page a browser's page too."""
+"""Write a generator as an ONNX file, for any batch size, checked against PyTorch; a browser's page; a safetensors file."""
 
 from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from sampling import class_noise, random_stream
+from sampling import class_noise, few_step_sampler, random_stream
 from support import page
 from support.images import to_uint8
 
@@ -25,10 +25,14 @@ class Deployed(torch.nn.Module):
     images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A label without a class is an error.
     """
 
-    def __init__(self, net, sampler, levels):
+    def __init__(self, net, student_sigmas):
         super().__init__()
-        self.net, self.sampler = net, sampler
-        self.input_names = ["noise", *[f"noise_{level}" for level in range(1, levels)], *["labels"] * bool(net.label_dim)]
+        self.net, self.student_sigmas = net, student_sigmas
+        self.input_names = [
+            "noise",
+            *[f"noise_{level}" for level in range(1, len(student_sigmas))],
+            *["labels"] * bool(net.label_dim),
+        ]
         self.register_buffer("classes", torch.arange(net.label_dim))
 
     def forward(self, *inputs):
@@ -37,36 +41,42 @@ class Deployed(torch.nn.Module):
         if self.net.label_dim:
             # ONNX's one_hot would make zeros of a wrong label, in silence; an index, where negative, would count from the end
             labels = self.classes[inputs[-1].where(inputs[-1] >= 0, self.net.label_dim)]
-        images = self.sampler(self.net, noise, labels, fresh_noise=fresh_noise).clamp(-1, 1)
+        images = few_step_sampler(self.net, noise, labels, self.student_sigmas, fresh_noise=fresh_noise).clamp(-1, 1)
         return images, to_uint8(images).permute(0, 2, 3, 1)
 
 
 def main(args):
-    """Writes an ONNX file, and a page, by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    """Writes an ONNX or safetensors file, or a page, by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    output = Path(args.output or Path(args.page or ".", f"generator.{args.format}"))
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file, such as generator.{args.format}")
+    present = [path for path in [output, *(page.files(args.page) if args.page else [])] if path.exists()]
+    if present and not args.overwrite:
+        raise UserError(f"{present[0]} exists; choose another place, or replace it by --overwrite")
+    if args.format == "safetensors":
+        state = checkpoint.load(args.checkpoint)
+        checkpoint.network(state, args.checkpoint)  # refuses what nobody could load
+        checkpoint.save_safetensors(output, state)
+        print(f"wrote {output}: weights and configuration, without optimizer states")
+        return
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing:
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
     state = checkpoint.load(args.checkpoint)
     if checkpoint.kind(state) != "dmd2":
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator, which needs few evaluations")
-    output = Path(args.output or Path(args.page or ".", "generator.onnx"))
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder; name a file, such as generator.onnx")
-    present = [path for path in [output, *(page.files(args.page) if args.page else [])] if path.exists()]
-    if present and not args.overwrite:
-        raise UserError(f"{present[0]} exists; choose another place, or replace it by --overwrite")
     runtime = page.find_runtime(args.ort) if args.page else None
 
-    net, (sampler, levels) = checkpoint.network(state, args.checkpoint), checkpoint.sampler(state)
+    net, student_sigmas = checkpoint.network(state, args.checkpoint), state["student_sigmas"]
     facts = {
         "class_names": (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim],
         "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
-        "student_sigmas": state["student_sigmas"],
-        "network_evaluations": levels,
+        "student_sigmas": student_sigmas,
+        "network_evaluations": len(student_sigmas),
         "step": state["step"],
         "versions": checkpoint.versions(),
     }
-    write_onnx(output, Deployed(net, sampler, levels).eval(), facts)
+    write_onnx(output, Deployed(net, student_sigmas).eval(), facts)
     if args.page:
         page.write(args.page, facts, runtime)
 

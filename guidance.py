@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
-from model import denoising_loss, get_sigmas_karras
+from model import denoising_loss, get_sigmas_karras, known_range
 from objectives import NUM_BINS, dmd_gradient, dmd_loss, fake_lag, normalised_f_divergence_weight, sid_loss
 
 
@@ -17,7 +17,7 @@ class GuidanceModel(nn.Module):
 
     real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, always in eval mode
     num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
-    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5)
+    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), as far as `real_unet` knows it
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
     min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
     objective:                 dmd or sid, of `objectives.py`; sid_alpha: alpha of the latter
@@ -66,7 +66,7 @@ class GuidanceModel(nn.Module):
         self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
-        karras_sigmas = get_sigmas_karras(num_train_timesteps, sigma_min, sigma_max, rho).flip(0)
+        karras_sigmas = get_sigmas_karras(num_train_timesteps, *known_range(real_unet, sigma_min, sigma_max), rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
         self.randint, self.randn, self.total = randint, randn, total
         self.objective, self.sid_alpha, self.f_divergence = objective, sid_alpha, f_divergence

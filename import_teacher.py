@@ -1,4 +1,4 @@
-"""Make a teacher checkpoint of one of NVIDIA's pretrained EDM networks (Karras et al. 2022), without running code from its file."""
+"""Make a teacher checkpoint of a pretrained network, EDM's (Karras et al. 2022) or diffusers'; no code from its files is run."""
 
 from support.config import IMPORT_TEACHER, UserError, exit_on_error, parse_args
 
@@ -9,6 +9,7 @@ args = (
 from pathlib import Path
 
 import checkpoint
+from importers.diffusers import load_diffusers
 from importers.edm import load_edm
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -16,23 +17,32 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 def main(args):
     """Writes a teacher by the options `args`, as `parse_args(IMPORT_TEACHER, ...)` gives them."""
+    source = Path(args.source)
     if Path(args.output).exists():
         raise UserError(f"--output {args.output}: exists; give another name, or delete it first")
-    net, state, left_out = load_edm(args.source)
+    net, state, left_out, licence = (load_diffusers if source.is_dir() else load_edm)(source)
     label_dim, resolution = net.config["label_dim"], net.config["img_resolution"]
-    of_cifar10 = label_dim == len(CIFAR10)
+    edms_ten = label_dim == len(CIFAR10) and source.is_file()  # EDM published networks of ten classes for CIFAR-10 alone
+    of_cifar10 = edms_ten or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
     teacher = {
         "ema_state_dict": state,
         "step": 0,
         "images_seen": 0,
         "model_config": net.config,
-        "config": {"dataset": "cifar10" if of_cifar10 else "folder", "data_dir": "./data", "source": args.source},
-        "class_names": CIFAR10 if of_cifar10 else [str(label) for label in range(label_dim)],
+        "config": {
+            "dataset": "cifar10" if of_cifar10 else "folder",
+            "data_dir": "./data",
+            "source": args.source,
+            "licence": licence,
+        },
+        "class_names": CIFAR10 if label_dim and of_cifar10 else [str(label) for label in range(label_dim)],
         "versions": checkpoint.versions(),
     }
     checkpoint.save(args.output, teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"{type(net).__name__}, {resolution}x{resolution}, {label_dim} classes, {size:.1f} M parameters")
+    classes = f"{label_dim} classes" if label_dim else "without classes"
+    found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {classes}"
+    print(f"found {found}, licence: {licence or 'not stated'}")
     print(f"{len(state)} tensors taken; left out: {', '.join(left_out) or 'none'}")
     print(f"wrote {args.output}")
 

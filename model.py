@@ -19,6 +19,11 @@ def get_sigmas_karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return ((max_inv_rho + ramp * (min_inv_rho - max_inv_rho)) ** rho).float()
 
 
+def known_range(net, sigma_min, sigma_max):
+    """The noise levels from `sigma_min` to `sigma_max` as far as `net` knows them, where it has bounds: (least, most)."""
+    return max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
+
+
 def preconditioning(sigma, sigma_data=0.5):
     """The factors (c_skip, c_out, c_in, c_noise) of EDM eq. 7 and table 1, each of `sigma`'s shape.
 
@@ -66,12 +71,12 @@ class Denoiser(nn.Module):
     `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same network.
     """
 
-    sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which a sampler may call it
+    sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which it may be called
 
     def __init__(self, **config):
         super().__init__()
         self.config = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}
-        self.label_dim, self.sigma_data = config["label_dim"], config["sigma_data"]
+        self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
         self.feature_channels = {}
 
     def forward(self, x, sigma, class_labels=None, features=None):
@@ -92,13 +97,17 @@ class Denoiser(nn.Module):
         maps, _ = self.run_encoder(*self.precondition(x, sigma, class_labels, features)[2])
         return [maps[resolution] for resolution in features]
 
+    def factors(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) at `sigma`, as `preconditioning` gives them; a network of another training has its own."""
+        return preconditioning(sigma, self.sigma_data)
+
     def precondition(self, x, sigma, class_labels, features):
         """(c_skip, c_out, the arguments of `run_encoder`) of the arguments of `forward`."""
         unknown = [resolution for resolution in features if resolution not in self.feature_channels]
         if unknown:
             raise ValueError(f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}")
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
-        c_skip, c_out, c_in, c_noise = preconditioning(sigma[:, None, None, None], self.sigma_data)
+        c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
         if not self.label_dim:
             class_labels = None
         elif class_labels is None:

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from model import get_sigmas_karras
+from model import get_sigmas_karras, known_range
 from support.parallel import gather_rows, own_rows, world_size
 
 
@@ -56,8 +56,7 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
     noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations, which keep
     within `net.sigma_min` and `net.sigma_max` where the network has these.
     """
-    sigma_min, sigma_max = max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
-    sigmas = [*get_sigmas_karras(num_steps, sigma_min, sigma_max, rho).tolist(), 0.0]
+    sigmas = [*get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist(), 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - net(x, noise.new_full((len(x),), sigma), labels)) / sigma

@@ -49,6 +49,9 @@ def main(args):
         how = "without" if args.gan_classifier else "with"
         raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
+    if not teacher.sigma_min <= args.conditioning_sigma <= teacher.sigma_max:
+        known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
+        raise UserError(f"--conditioning_sigma {args.conditioning_sigma}: {known}")
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)

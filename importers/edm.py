@@ -1,4 +1,4 @@
-"""NVIDIA's pretrained EDM networks (Karras et al. 2022): from their files to `SongUNet`, without running code from a file."""
+"""NVIDIA's pretrained EDM networks (Karras et al. 2022): from their files to ours, without running code from a file."""
 
 import io
 import pickle
@@ -9,45 +9,62 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import is_safetensors, read_safetensors
 from importers.safe_pickle import read
+from importers.state_dict import match
+from networks.dhariwal_unet import DhariwalUNet
 from networks.song_unet import SongUNet, lowpass
 from support.config import UserError
 
+NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}  # by EDM's names
+NETWORK_NAMES = "SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)"
+LICENCE = "Attribution-NonCommercial-ShareAlike 4.0"  # CC BY-NC-SA 4.0, as the source code in NVIDIA's pickles says at its head
+OURS = "a checkpoint of this project already: --teacher_checkpoint takes it as it is"
+
 
 def load_edm(path):
-    """(the network, without weights; its float32 `state_dict`; what was left out of the file, in words) of the file at `path`.
+    """(the network, without weights; its float32 `state_dict`; what was left out, in words; the licence, if stated) of a file.
 
     Raises UserError where it is missing, damaged, hostile or another network.
     """
-    tensors, told = read_source(path)
+    tensors, told, licence = read_source(path)
     try:
         with torch.device("meta"):
-            net = SongUNet(**architecture(tensors), **told)
-        return net, *convert(tensors, net)
+            net = network_of(tensors)(**architecture(tensors), **told)
+        return net, *convert(tensors, net), licence
     except ValueError as error:
         raise UserError(f"--source {path}: {error}") from None
     except (IndexError, ZeroDivisionError, RuntimeError):  # shapes that no network has
-        raise UserError(f"--source {path}: not a SongUNet of EDM's") from None
+        raise UserError(f"--source {path}: not a network of EDM's") from None
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------------
 
 
 def read_source(path):
-    """The tensors of the file at `path` by EDM's names, in a dict, and what no tensor tells: `dropout`, `sigma_data`, if known.
+    """The tensors of the file at `path` by EDM's names, in a dict; what no tensor tells, `dropout` and `sigma_data`, if known, in a
+    dict; and the licence, if stated.
 
-    The file is NVIDIA's pickle, whose entry `ema` is taken, or a `state_dict` that torch.save wrote (then EDM's preconditioning
-    is taken for granted). No code in either is run. Raises UserError where it is missing, damaged, hostile or another network.
+    The file is NVIDIA's pickle, whose entry `ema` is taken, or a `state_dict` as torch.save or safetensors write it (then EDM's
+    preconditioning is taken for granted). No code in it is run. Raises UserError where it is missing, damaged, hostile or another
+    network.
     """
     try:
+        if is_safetensors(path):
+            tensors, metadata = read_safetensors(path)
+            if "minimal_dmd2" in metadata:
+                raise ValueError(OURS)
+            return without_prefix(tensors), {}, metadata.get("license")
         data = Path(path).read_bytes()
         if data.startswith(b"PK"):  # torch.save writes a ZIP
             with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch writes checksums but does not read them
                 damaged = archive.testzip()
             content = None if damaged else load_tensors(data)
+            if isinstance(content, dict) and "model_config" in content:
+                raise ValueError(OURS)
             if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
                 raise ValueError("damaged, or no state_dict: it has to hold a network's tensors by name, and nothing else")
-            return {str(name).removeprefix("model."): tensor for name, tensor in content.items()}, {}
+            return without_prefix(content), {}, None
         content = read(data)
         if not isinstance(content, dict) or "ema" not in content:
             raise ValueError("not a network of EDM's: no entry `ema`")
@@ -60,18 +77,24 @@ def read_source(path):
         raise UserError(f"--source {path}: damaged, or not a network of EDM's") from None
 
 
+def without_prefix(tensors):
+    """EDM's preconditioned network calls the network inside it `model`."""
+    return {str(name).removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
 def read_network(ema):
     """What `read_source` returns, of the recorded EDMPrecond object `ema`. Raises ValueError where it is something else."""
     name, precond = persistent(ema)
     if name != "EDMPrecond":
         raise ValueError(f"preconditioned by {name!r:.60}; only EDM's own (EDMPrecond) is supported")
     name, unet = persistent(precond["_modules"]["model"])
-    if name != "SongUNet":
-        raise ValueError(f"the network is a {name!r:.60}; only SongUNet (DDPM++, NCSN++) is supported")
+    if name not in NETWORKS:
+        raise ValueError(f"the network is a {name!r:.60}; only {NETWORK_NAMES} are supported")
     told = {"sigma_data": float(precond["sigma_data"])}
     if "dropout" in unet["_init_kwargs"]:
         told["dropout"] = float(unet["_init_kwargs"]["dropout"])
-    return dict(named_tensors(unet, "", seen=set())), told
+    licence = "CC BY-NC-SA 4.0" if LICENCE in str(ema.args[0].get("module_src")) else None
+    return dict(named_tensors(unet, "", seen=set())), told, licence
 
 
 def persistent(record):
@@ -119,34 +142,48 @@ def rebuild(record):
 # ---- the network --------------------------------------------------------------------------------------------------------
 
 
-def architecture(tensors):
-    """SongUNet's arguments, but `dropout` and `sigma_data`, by the names and shapes of EDM's tensors.
+def network_of(tensors):
+    """The class of the network that has tensors of these names."""
+    return DhariwalUNet if "out_conv.weight" in tensors else SongUNet
 
-    Raises ValueError where a tensor is missing that every SongUNet with classes has.
+
+def architecture(tensors):
+    """The network's arguments, but `dropout` and `sigma_data`, by the names and shapes of EDM's tensors.
+
+    Raises ValueError where a tensor is missing that every network of EDM's has, or where the network is one that ours lacks.
     """
 
     def shape(name):
         if name not in tensors:
-            raise ValueError(f"not a SongUNet of EDM's: no tensor {name}")
+            raise ValueError(f"not a network of EDM's ({NETWORK_NAMES}): no tensor {name}")
         return tensors[name].shape
 
-    if "map_layer0.weight" in tensors and "map_label.weight" not in tensors:
-        raise ValueError("trained without classes; take a class-conditional network (-cond-)")
+    if "time_embedding.linear_1.bias" in tensors:
+        raise ValueError("weights of diffusers alone; give their folder, in which config.json tells the network")
+    for form in ("aux_skip", "aux_up"):
+        if any(f"_{form}." in name for name in tensors):
+            raise ValueError(f"a SongUNet with layers {form}; those of DDPM++ and NCSN++ alone are supported")
     sides = sorted({int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d{1,4})x\1_block0\.", name))}, reverse=True)
     first = f"enc.{sides[0]}x{sides[0]}" if sides else "enc.32x32"
-    model_channels, img_channels = shape(f"{first}_conv.weight")[:2]
-    noise_channels, label_dim = shape("map_label.weight")
-    kernels = [tensor for name, tensor in tensors.items() if name.endswith(".resample_filter")]
-    residual = any("_aux_residual." in name for name in tensors)
-    return {
+    width, img_channels = shape(f"{first}_conv.weight")[:2]
+    emb_channels, noise_channels = shape("map_layer0.weight")
+    adm = network_of(tensors) is DhariwalUNet
+    model_channels = noise_channels if adm else width
+    config = {
         "img_resolution": sides[0],
         "img_channels": img_channels,
-        "label_dim": label_dim,
+        "label_dim": tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0,
         "model_channels": model_channels,
         "channel_mult": [shape(f"enc.{side}x{side}_block0.conv0.weight")[0] // model_channels for side in sides],
-        "channel_mult_emb": shape("map_layer0.weight")[0] // model_channels,
+        "channel_mult_emb": emb_channels // model_channels,
         "num_blocks": sum(bool(re.fullmatch(rf"{first}_block\d+\.conv0\.weight", name)) for name in tensors),
         "attn_resolutions": [side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in tensors],
+    }
+    if adm:
+        return config
+    kernels = [tensor for name, tensor in tensors.items() if name.endswith(".resample_filter")]
+    residual = any("_aux_residual." in name for name in tensors)
+    return config | {
         "embedding_type": "fourier" if "map_noise.freqs" in tensors else "positional",
         "channel_mult_noise": noise_channels // model_channels,
         "encoder_type": "residual" if residual else "standard",
@@ -155,7 +192,7 @@ def architecture(tensors):
 
 
 def edm_name(name, config):
-    """What EDM calls the tensor that SongUNet calls `name`."""
+    """What EDM calls the tensor that our network of this `config` calls `name`."""
     sides = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
     finest, coarsest = (f"{side}x{side}" for side in (sides[0], sides[-1]))
 
@@ -179,6 +216,8 @@ def edm_name(name, config):
             path = ["dec", f"{coarsest}_in{index}", *leaf]
         case ["decoder", level, index, *leaf]:
             path = ["dec", block(sides[::-1], level, index, "up"), *leaf]
+        case ["norm_out" | "conv_out" as layer, leaf] if config["network"] == "DhariwalUNet":
+            path = [{"norm_out": "out_norm", "conv_out": "out_conv"}[layer], leaf]
         case ["norm_out" | "conv_out" as layer, leaf]:
             path = ["dec", f"{finest}_aux_{layer.removesuffix('_out')}", leaf]
     return ".".join(path)
@@ -188,29 +227,19 @@ def convert(tensors, net):
     """(the float32 `state_dict` of `net`, what was left out, in words), from tensors by EDM's names, each of which is used once.
 
     Left out are the augmentation labels' layer, which has no bias and an input of zero, and the low-pass filters, constants of
-    `net` (they are compared). Raises ValueError where any other tensor is missing, left over, of another shape, or not finite.
+    `net` (they are compared). Raises ValueError where any other tensor is left over, and as `match` does.
     """
-    remaining, state = dict(tensors), {}
-    for name, expected in net.state_dict().items():
-        theirs = edm_name(name, net.config)
-        if theirs not in remaining:
-            raise ValueError(f"no tensor {theirs}")
-        tensor = remaining.pop(theirs)
-        if tensor.shape != expected.shape:
-            raise ValueError(f"tensor {theirs} is of shape {list(tensor.shape)}, not {list(expected.shape)}")
-        state[name] = tensor.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        if not state[name].isfinite().all():
-            raise ValueError(f"tensor {theirs} is not finite")
-
+    state, remaining = match(tensors, net, lambda name: edm_name(name, net.config))
     left_out = []
     if "map_augment.weight" in remaining:
         left_out.append(f"map_augment.weight {list(remaining.pop('map_augment.weight').shape)} (augmentation labels)")
     filters = [name for name in remaining if name.endswith(".resample_filter")]
+    taps = net.config.get("resample_filter", [1, 1])
     for name in filters:
-        if not torch.equal(remaining.pop(name).float(), lowpass(net.config["resample_filter"])):
-            raise ValueError(f"tensor {name} is not the low-pass of {net.config['resample_filter']}")
+        if not torch.equal(remaining.pop(name).float(), lowpass(taps)):
+            raise ValueError(f"tensor {name} is not the low-pass of {taps}")
     if filters:
         left_out.append(f"{len(filters)} low-pass filters (constants)")
     if remaining:
-        raise ValueError(f"tensor {next(iter(remaining))!r:.60} has no place in SongUNet ({len(remaining)} such)")
+        raise ValueError(f"tensor {next(iter(remaining))!r:.60} has no place in {net.config['network']} ({len(remaining)} such)")
     return state, left_out

@@ -39,19 +39,21 @@ def upsample(x, kernel):
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels with one head; query, key and value lie interleaved in the channels of `qkv`."""
+    """Residual self-attention over the pixels; the query, key and value of a head lie interleaved in the channels of `qkv`."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, num_heads=1, skip_scale=SKIP_SCALE, norm=group_norm):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.num_heads, self.skip_scale = num_heads, skip_scale
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 1, C, 3, H * W).transpose(2, -1).contiguous().unbind(3)  # each [B, 1, H*W, C]
-        out = F.scaled_dot_product_attention(q, k, v)
-        return SKIP_SCALE * (x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W)))
+        qkv = self.qkv(self.norm(x)).reshape(B, self.num_heads, C // self.num_heads, 3, H * W)
+        q, k, v = qkv.transpose(2, -1).contiguous().unbind(3)  # each [B, heads, H*W, C/heads]
+        out = F.scaled_dot_product_attention(q, k, v)  # its softmax is float32 in every precision
+        return self.skip_scale * (x + self.proj(out.transpose(-1, -2).reshape(B, C, H, W)))
 
 
 class ResBlock(nn.Module):

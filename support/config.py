@@ -263,12 +263,20 @@ COMPARE = [
     *MACHINE[1:],
 ]
 IMPORT_TEACHER = [
-    Option("source", "./edm-cifar10-32x32-cond-vp.pkl", text, "NVIDIA's pickle, or a state_dict of the same network (.pth)"),
+    Option(
+        "source",
+        "./edm-cifar10-32x32-cond-vp.pkl",
+        text,
+        "NVIDIA's pickle, a state_dict (.pth, .safetensors), or diffusers' folder",
+    ),
     Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", text, "teacher checkpoint to write; must not exist"),
 ]
 EXPORT = [
-    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator"),
-    Option("output", None, text, "ONNX file to write; default: ./generator.onnx, or with --page the same name in its folder"),
+    Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator; for safetensors also a teacher"),
+    Option(
+        "format", "onnx", choice("onnx", "safetensors"), "onnx: to run elsewhere; safetensors: to share, a checkpoint without code"
+    ),
+    Option("output", None, text, "file to write; default: ./generator.onnx or .safetensors, with --page in its folder"),
     Option("page", None, text, "folder to write a page into that runs the generator in a browser"),
     Option("ort", None, text, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
     Option("overwrite", False, flag, "replace files that are there already"),
@@ -484,6 +492,8 @@ def check(args):
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
     if getattr(args, "page", None) and args.output:
         raise UserError("--output and --page: give one of them; the page's folder gets a generator.onnx of its own")
+    if getattr(args, "page", None) and args.format != "onnx":
+        raise UserError(f"--page needs --format onnx, not {args.format}")
     if getattr(args, "ort", None) and not args.page:
         raise UserError("--ort names the runtime of a page: add --page")
     if getattr(args, "dataset", None) == "folder" and args.data_dir and not os.path.exists(args.data_dir):

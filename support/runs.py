@@ -41,6 +41,8 @@ class Run:
             self.resumed_from, self.resumed = resume(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind:
                 raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
+            if "random_state" not in self.resumed:
+                raise UserError(f"checkpoint {self.resumed_from}: weights alone, to sample or distil; no training to go on from")
             self.step = self.resumed["step"]
             stored = self.resumed["model_config"] | self.resumed["config"]
             args = options_of_run(args, kind, stored | {"output_dir": str(Path(self.resumed_from).parent)}, self.resumed_from)

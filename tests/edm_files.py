@@ -50,7 +50,8 @@ def edm_shapes(resolution, width, mult, blocks, attention, classes, taps, residu
 
     if residual:
         shapes["map_noise.freqs"] = (noise_mult * width // 2,)
-    layer("map_label", noise_mult * width, classes)
+    if classes:
+        layer("map_label", noise_mult * width, classes)
     if augment:
         shapes["map_augment.weight"] = (noise_mult * width, augment)
     layer("map_layer0", emb, noise_mult * width)
@@ -151,8 +152,10 @@ def edm_denoise(tensors, x, sigma, labels):
     half = tensors["map_layer0.weight"].shape[1] // 2
     freqs = tensors.get("map_noise.freqs", torch.logspace(0, -4, half) / (2 * np.pi)) * (2 * np.pi)
     waves = c_noise.flatten(1) * freqs
-    one_hot = F.one_hot(labels, tensors["map_label.weight"].shape[1]).float()
-    emb = torch.cat([waves.sin(), waves.cos()], 1) + F.linear(one_hot * one_hot.shape[1] ** 0.5, *weights("map_label"))
+    emb = torch.cat([waves.sin(), waves.cos()], 1)
+    if "map_label.weight" in tensors:
+        one_hot = F.one_hot(labels, tensors["map_label.weight"].shape[1]).float()
+        emb = emb + F.linear(one_hot * one_hot.shape[1] ** 0.5, *weights("map_label"))
     emb = F.silu(F.linear(F.silu(F.linear(emb, *weights("map_layer0"))), *weights("map_layer1")))
 
     h, skips, image = c_in * x, [], c_in * x

@@ -18,8 +18,15 @@ def write_checkpoint(path):
     checkpoint.save(path, state | {"config": {}})
 
 
+def write_shared(path):
+    pytest.importorskip("safetensors")
+    write_checkpoint(path.with_suffix(".pt"))
+    checkpoint.save_safetensors(path, checkpoint.load(path.with_suffix(".pt")))
+
+
 KINDS = {  # file -> who writes it, who reads it
     "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
+    "checkpoint.safetensors": (write_shared, checkpoint.load_network),
     "config.yaml": (
         lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()),
         lambda path: parse_args(TEACHER, "", ["--config", str(path)]),

@@ -49,9 +49,10 @@ WRONG = {  # what is done to the tensors, what the one line must say
     "shape": (lambda t: {**t, "map_layer1.bias": torch.ones(3)}, "tensor map_layer1.bias is of shape [3], not [64]"),
     "not finite": (lambda t: {**t, "map_layer1.bias": torch.full((64,), torch.nan)}, "tensor map_layer1.bias is not finite"),
     "filter": (lambda t: {**t, "enc.4x4_down.skip.resample_filter": torch.ones(1, 1, 2, 2)}, "is not the low-pass of [1, 1]"),
-    "no classes": (lambda t: without(t, "map_label.weight", "map_label.bias"), "trained without classes"),
-    "other network": (lambda t: {"out_conv.weight": torch.ones(3)}, "not a SongUNet of EDM's: no tensor enc.32x32_conv.weight"),
-    "no shapes": (lambda t: {**t, "enc.8x8_conv.weight": torch.ones(0, 0)}, "not a SongUNet of EDM's"),
+    "half a label layer": (lambda t: without(t, "map_label.weight"), "tensor 'map_label.bias' has no place in SongUNet"),
+    "other network": (lambda t: {"out_conv.weight": torch.ones(3)}, "(ADM)): no tensor enc.32x32_conv.weight"),
+    "diffusers'": (lambda t: {"conv_in.weight": torch.ones(3), "time_embedding.linear_1.bias": torch.ones(3)}, "give their folder"),
+    "no shapes": (lambda t: {**t, "enc.8x8_conv.weight": torch.ones(0, 0)}, "not a network of EDM's"),
     "no tensors": (lambda t: {"step": 3}, "no state_dict"),
 }
 
@@ -75,7 +76,7 @@ OTHER = {  # other pickles, what the one line must say
         lambda: {"ema": edm_network({}, precond="VPPrecond")},
         "preconditioned by 'VPPrecond'; only EDM's own",
     ),
-    "other network": (lambda: {"ema": edm_network({}, unet="DhariwalUNet")}, "the network is a 'DhariwalUNet'; only SongUNet"),
+    "other network": (lambda: {"ema": edm_network({}, unet="DiT")}, "the network is a 'DiT'; only SongUNet"),
     "number": (lambda: {"ema": 7}, "damaged, or not a network of EDM's"),
     "no network": (lambda: {"G_ema": 7}, "no entry `ema`"),
     "shared": (lambda: {"ema": loop()}, "the module 'again.and_again.' occurs twice"),
@@ -96,6 +97,6 @@ def test_a_hostile_state_dict_is_refused(tmp_path):
     (tmp_path / "a.pth").write_bytes(hostile_bytes(f"touch {tmp_path / 'it-ran'}"))
     done = run_script("import_teacher.py", "--source", tmp_path / "a.pth", "--output", tmp_path / "imported" / "x.pt")
     assert_refused(done, "it holds more than tensors, or is damaged; nothing in it was run")
-    for name, message in (("none.pkl", "No such file"), (".", "Is a directory")):
+    for name, message in (("none.pkl", "No such file"), (".", "config.json: No such file")):
         assert_import_refused(tmp_path / name, tmp_path, message)
     assert not (tmp_path / "it-ran").exists()

@@ -33,7 +33,8 @@ def tiny_song(label_dim=3, **changes):
 
 
 def exported(source, output=None, page=None, ort=None, overwrite=False):
-    export.main(Namespace(checkpoint=str(source), output=output and str(output), page=page, ort=ort, overwrite=overwrite))
+    options = dict(format="onnx", page=page, ort=ort, overwrite=overwrite)
+    export.main(Namespace(checkpoint=str(source), output=output and str(output), **options))
 
 
 @needs_onnx

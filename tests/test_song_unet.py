@@ -118,3 +118,27 @@ def test_attention_hands_over_contiguous_vectors(monkeypatch):
     channels_last.load_state_dict(layer.state_dict())
     torch.testing.assert_close(channels_last(x.to(memory_format=torch.channels_last)), expected)
     assert strides == [1] * 6
+
+
+@pytest.mark.parametrize("form", [DDPMPP, NCSNPP], ids=["ddpmpp", "ncsnpp"])
+def test_without_classes(tmp_path, form):
+    """EDM's `-uncond-` networks, with four resolutions as those of FFHQ and AFHQ have: labels are not needed, and not looked at."""
+    changes = {**form, "classes": 0, "resolution": 16, "mult": (1, 2, 2, 2), "attention": (8,)}
+    tensors = edm_tensors(**changes)
+    path = imported(write_edm(tmp_path / "a.pkl", **changes), tmp_path)
+    net, x = checkpoint.load_network(path), torch.randn(2, 3, 16, 16)
+    assert net.label_dim == 0 and net.config["channel_mult"] == [1, 2, 2, 2] and checkpoint.load(path)["class_names"] == []
+    expected = edm_denoise(tensors, x, 0.7, None)
+    torch.testing.assert_close(net(x, 0.7), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(net(x, 0.7, torch.tensor([3, 1])), expected, rtol=0, atol=1e-5)
+
+
+def test_default_of_ffhq_is_the_published_network():
+    """EDM's 64x64 networks without classes, at full size: names and shapes of every tensor, as train.py's options give them."""
+    for form, millions in ((DDPMPP, 61.8), (NCSNPP, 62.8)):
+        with torch.device("meta"):
+            shapes = edm_shapes(**{**FULL, "classes": 0, "resolution": 64, "mult": (1, 2, 2, 2)}, **form)
+            net = SongUNet(**architecture({name: torch.empty(shape) for name, shape in shapes.items()}))
+        ours = {edm_name(name, net.config): tensor.shape for name, tensor in net.state_dict().items()}
+        assert ours == {name: shape for name, shape in shapes.items() if "resample_filter" not in name and "augment" not in name}
+        assert net.config["attn_resolutions"] == [16] and round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == millions

@@ -1,0 +1,131 @@
+"""DiffusersUNet: a `UNet2DModel` of the package diffusers, with the noise schedule that it was trained on, as a `Denoiser`.
+
+In its training an image x0 was noised to a_t x0 + s_t n, with a_t^2 + s_t^2 = 1, at numbered levels t (DDPM, arXiv 2006.11239).
+Divided by a_t, that is x0 + sigma n with sigma = s_t / a_t. Images and `sigma`: see `model.py`.
+"""
+
+import math
+
+import torch
+
+from model import Denoiser, as_it_comes, preconditioning, resolutions
+from support.config import UserError
+
+BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas=None):
+    """sigma of every level t, float64 `[num_train_timesteps]`, ascending, of the schedule that diffusers knows by these names.
+
+    Raises ValueError for another schedule, and for one whose levels do not rise between 0 and infinity.
+    """
+    float64 = dict(dtype=torch.float64, device="cpu")
+    steps = torch.arange(num_train_timesteps + 1, **float64) / num_train_timesteps
+    if trained_betas is not None:
+        betas = torch.tensor(trained_betas, **float64)
+    elif beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **float64)
+    elif beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **float64) ** 2
+    elif beta_schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17
+        a_squared = ((steps + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        betas = (1 - a_squared[1:] / a_squared[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"beta_schedule {beta_schedule!r:.60}; linear, scaled_linear and squaredcos_cap_v2 are supported")
+    a_squared = (1 - betas).cumprod(0)
+    sigmas = ((1 - a_squared) / a_squared).sqrt()
+    rising = sigmas.diff(prepend=sigmas.new_zeros(1)) > 0
+    if sigmas.shape != (num_train_timesteps,) or num_train_timesteps < 2 or not rising.all() or not sigmas.isfinite().all():
+        raise ValueError("the scheduler's noise levels do not rise step by step from above 0 to below infinity")
+    return sigmas
+
+
+class DiffusersUNet(Denoiser):
+    """D(x; sigma) by a `UNet2DModel`: with epsilon prediction x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
+
+    t(sigma) is interpolated on the model's own levels, linearly in ln(sigma); `sigma_min` and `sigma_max` are their ends.
+
+    img_resolution:  side of the square images
+    img_channels:    1 or 3
+    label_dim:       number of classes (`num_class_embeds`); 0: unconditional
+    unet:            UNet2DModel's other arguments
+    prediction_type: epsilon, v_prediction (arXiv 2202.00512) or sample
+    schedule:        the arguments of `noise_levels`
+
+    By the key `network` of `net.config` a checkpoint tells this class from others; it is no argument.
+    Raises UserError where diffusers is not installed; ValueError for a UNet2DModel or a schedule of an unsupported kind.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, unet, prediction_type, schedule):
+        try:
+            from diffusers import UNet2DModel
+        except ImportError:
+            raise UserError("this network needs a package that is not installed: pip install diffusers") from None
+        super().__init__(
+            network="DiffusersUNet",
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            unet=unet,
+            prediction_type=prediction_type,
+            schedule=schedule,
+        )
+        if prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type {prediction_type!r:.60}; {', '.join(PREDICTIONS)} are supported")
+        if unet.get("class_embed_type") or unet.get("time_embedding_type", "positional") != "positional":
+            raise ValueError("a UNet2DModel whose time embedding is not positional, or with a class_embed_type, is not supported")
+        for name in [*unet["down_block_types"], *unet["up_block_types"]]:
+            if name.removeprefix("UNetRes") not in BLOCKS:
+                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(sorted(BLOCKS))}")
+
+        # With this the denoising loss weighs a noise level as the network's own training did, evenly in what it predicts.
+        self.sigma_data = math.inf if prediction_type == "epsilon" else 1.0
+        self.prediction_type = prediction_type
+        log_sigmas = noise_levels(**schedule).log()
+        self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
+        self.register_buffer("log_sigmas", log_sigmas.float(), persistent=False)
+        sides = resolutions(img_resolution, unet["block_out_channels"])
+        self.feature_channels = dict(zip(sides, unet["block_out_channels"], strict=True))
+        shape = dict(sample_size=img_resolution, in_channels=img_channels, out_channels=img_channels)
+        self.unet = UNet2DModel(**unet, **shape, num_class_embeds=label_dim or None)
+
+    def timestep(self, sigma):
+        """t at which the network's training had the noise `sigma`, of any shape; not whole between two levels."""
+        log_sigma = sigma.clamp(self.sigma_min, self.sigma_max).log()
+        below = (log_sigma[..., None] >= self.log_sigmas[1:-1]).sum(-1)
+        low, high = self.log_sigmas[below], self.log_sigmas[below + 1]
+        return (below + (log_sigma - low) / (high - low)).clamp(0, len(self.log_sigmas) - 1)
+
+    def factors(self, sigma):
+        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # with this v_prediction is EDM's, but for the sign
+        if self.prediction_type == "epsilon":
+            c_skip, c_out = torch.ones_like(sigma), sigma
+        elif self.prediction_type == "sample":
+            c_skip, c_out = torch.zeros_like(sigma), -torch.ones_like(sigma)
+        return c_skip, -c_out, c_in, self.timestep(sigma)
+
+    # What UNet2DModel.forward does, in two halves, so that the encoder's features cost no decoder.
+
+    def run_encoder(self, x, c_noise, class_labels, features):
+        unet = self.unet
+        emb = unet.time_embedding(unet.time_proj(c_noise.flatten()))
+        if class_labels is not None:
+            emb = emb + class_labels @ unet.class_embedding.weight
+        h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
+        skips = [h]
+        for block in unet.down_blocks:
+            h, outputs = block(hidden_states=h, temb=emb)
+            skips.extend(outputs)
+        return {skip.shape[-1]: skip for skip in skips}, (h, skips, emb)
+
+    def run_decoder(self, h, skips, emb):
+        unet = self.unet
+        if unet.mid_block is not None:
+            h = unet.mid_block(h, emb)
+        for block in unet.up_blocks:
+            taken = len(block.resnets)
+            h = block(h, tuple(skips[-taken:]), emb)
+            del skips[-taken:]
+        with as_it_comes(h):  # in float32: what is predicted is multiplied by sigma, and its rounding with it
+            return unet.conv_out(unet.conv_act(unet.conv_norm_out(h.float())))
