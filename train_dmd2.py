@@ -15,7 +15,7 @@ import torch
 import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
-from sampling import class_noise, few_step_sampler, heun_sampler
+from sampling import few_step_sampler, grid_noise, heun_sampler
 from support.parallel import broadcast, micro_batches, own_rows, rows_of, total
 from support.runs import Run
 from support.training import (
@@ -80,7 +80,7 @@ def main(args):
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
-    grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
+    grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = heun_sampler(teacher, *grid)
     seen = None  # what the latest generator turn saw
 

@@ -13,7 +13,7 @@ MODULES = {
 FLOORS = [  # from the ground up; each imports from its own and from those below
     {"support.config", "support.parallel", "support.metrics", "support.costs", "objectives", "model", "importers.safe_pickle"},
     {"networks.song_unet", "discriminator", "sampling", "support.images", "support.training", "support.plots"},
-    {"guidance", "unified_model", "checkpoint", "data", "support.logger", "importers.edm"},
+    {"guidance", "unified_model", "checkpoint", "data", "support.logger", "support.image_files", "importers.edm"},
     {"support.runs", "support.features"},
     {"train_teacher", "train_dmd2", "generate", "evaluate", "export", "benchmark", "import_teacher", "import_edm"},
 ]
