@@ -216,8 +216,8 @@ EVALUATE = [
     Option(
         "features",
         "inception",
-        choice("inception", "classifier"),
-        "of the Frechet distance: Inception's, and the FID, or a classifier's",
+        choice("inception", "classifier", "pixels"),
+        "of the Frechet distance: Inception's, and the FID; a classifier's, which is trained on the data set's classes; or pixels",
     ),
     Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
     Option("inception_score", False, flag, "report the Inception Score too"),

@@ -106,7 +106,9 @@ class Classifier(nn.Module):
 
 
 def split(dataset):
-    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out."""
+    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out. Raises UserError for too few."""
+    if len(dataset.labels) < 10:
+        raise UserError(f"the data set has only {len(dataset.labels)} images: too few to hold a fifth out; at least 10 are needed")
     order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
     cut = len(order) // 5
     return subset(dataset, order[cut:]), subset(dataset, order[:cut])
@@ -144,8 +146,6 @@ def classifier(dataset, cache, device):
     Returns (judge, its accuracy on the fifth held out): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
     torchrun rank 0 trains and the others wait for its weights.
     """
-    if len(dataset.labels) < 10:
-        raise UserError(f"--features classifier: the data set has only {len(dataset.labels)} images")
     train_set, held_out = split(dataset)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
