@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import load_dataset
+from data import check_no_class_is_empty, load_dataset, subset
 from sampling import random_stream, sample_in_batches
 from support import features, metrics
 from support.images import save_comparison, save_diversity, to_uint8
 from support.parallel import rank
 from support.plots import loss_ends, plot_metrics, plot_steps
 from support.training import autocast, choose_device, compile_networks
+
+MOST_REAL = 100_000  # real images that are looked at: more would say little more, and take much memory
 
 
 def main(args):
@@ -46,20 +48,33 @@ def main(args):
     if not name or not data_dir:
         raise UserError(f"{models[-1]['file']} does not say what it was trained on: name that by --dataset and --data_dir")
     dataset = load_dataset(name, data_dir, shape["img_resolution"], shape["img_channels"], device)
-    if len(dataset.class_names) != shape["label_dim"]:
-        raise UserError(f"--dataset {name} has {len(dataset.class_names)} classes; {models[-1]['file']} knows {shape['label_dim']}")
+    classes, conditional = len(dataset.class_names), shape["label_dim"] > 0
+    if conditional and classes != shape["label_dim"]:
+        raise UserError(f"--dataset {name} has {classes or 'no'} classes; {models[-1]['file']} knows {shape['label_dim']}")
+    if args.features == "classifier" and classes < 2:
+        raise UserError(f"--features classifier: {data_dir} has no classes to train one on; use --features inception, or pixels")
+    if conditional:
+        check_no_class_is_empty(data_dir, dataset.class_names, dataset.labels)
     make_folder("--output_dir", output_dir)
+    if len(dataset.labels) > MOST_REAL:
+        print(f"real images: {MOST_REAL} of the {len(dataset.labels)}, drawn at random, always the same")
+        dataset = subset(dataset, torch.randperm(len(dataset.labels), generator=random_stream(0, 0))[:MOST_REAL].sort().values)
 
     # ---- what sees the images -------------------------------------------------------------------------------------------
     inception = features.inception(args.inception_weights, device) if args.features == "inception" else None
-    judge, accuracy = features.classifier(dataset, features.cache_path(name, data_dir, shape), device)
-    print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
+    judge = accuracy = None
+    if conditional or args.features == "classifier":
+        judge, accuracy = features.classifier(dataset, features.cache_path(name, data_dir, shape), device)
+        print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
 
     def see(images):
         """What the figures are made of, as `metrics.figures` names it; all processes together."""
-        judged, logits = judge(images)
         pixels, small = features.pixels(images)
-        seen = {"features": judged, "neighbours": small, "logits": logits, "pixels": pixels, "small": small}
+        seen = {"features": small, "neighbours": small, "pixels": pixels, "small": small}
+        if judge:
+            judged, logits = judge(images)
+            seen |= {"logits": logits} if conditional else {}
+            seen |= {"features": judged} if args.features == "classifier" else {}
         if inception:
             seen["features"], seen["inception_logits"] = inception(images)
             seen["neighbours"] = seen["features"]
@@ -67,6 +82,8 @@ def main(args):
 
     # ---- real images ----------------------------------------------------------------------------------------------------
     training_part, held_out = features.split(dataset)
+    if not conditional:
+        held_out.labels.zero_()  # as the labels of the models' images are
     size = min(args.num_samples, len(held_out.labels))  # equal numbers of real and of generated images for every figure
     real, seen = see(training_part.images), see(held_out.images)
     reference = {
@@ -122,12 +139,14 @@ def main(args):
             )
         result["speed_ratio"] = student["images_per_second"] / teacher["images_per_second"]
         print(f"{student['name']}: {result['speed_ratio']:.1f} times its teacher's images per second")
-        save_comparison(output_dir / "comparison.png", sets[1], sets[chosen], labels)
+        rows_of = labels if conditional else torch.arange(len(labels)) % 10
+        save_comparison(output_dir / "comparison.png", sets[1], sets[chosen], rows_of)
     shown = [0, *range(1, first), chosen]
     label = save_diversity(
         output_dir / "diversity.png", [sets[i] for i in shown], [labels if i else held_out.labels.cpu() for i in shown]
     )
-    print(f"diversity.png: class {dataset.class_names[label]}, {', '.join(rows[i]['name'] for i in shown)} from left to right")
+    what = f"class {dataset.class_names[label]}, " if conditional else ""
+    print(f"diversity.png: {what}{', '.join(rows[i]['name'] for i in shown)} from left to right")
     with writing(output_dir / "evaluation.json"):
         (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"wrote {output_dir / 'evaluation.json'}")
@@ -184,9 +203,9 @@ def generate(args, models, image_shape):
     """Gives each model its `images`, uint8 `[N, C, H, W]`, and each batch's `seconds` per image. Returns the labels `[N]`.
 
     Image i has a random stream of its own, number i of the seed, from which its noise comes and then its label, as in EDM: the
-    first draw is images 0 to `num_samples` - 1, the next follows on, and so `repeats` times.
+    first draw is images 0 to `num_samples` - 1, the next follows on, and so `repeats` times. Without classes labels are 0.
     """
-    classes, total, labels = models[0]["net"].label_dim, args.num_samples * args.repeats, []
+    classes, total, labels = models[0]["net"].label_dim or 1, args.num_samples * args.repeats, []
     for start in range(0, total, args.batch_size):
         streams = [random_stream(args.seed, index) for index in range(start, min(start + args.batch_size, total))]
         noise = torch.stack([torch.randn(image_shape, generator=stream) for stream in streams])

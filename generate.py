@@ -1,5 +1,7 @@
 """Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method).
 
+Of a network without classes the images are named `samples`, and --num_samples is their number.
+
 A folder that already holds images of the same --format is refused without --overwrite, since old images among new ones would
 spoil an FID. Grids are for the eye: they replace those of the same name.
 """
@@ -18,8 +20,8 @@ import torch
 from PIL import Image
 
 import checkpoint
-from data import IMAGE_SUFFIXES
 from sampling import class_noise, sample_in_batches
+from support.image_files import IMAGE_SUFFIXES
 from support.images import save_grid, to_uint8
 from support.parallel import rank
 from support.training import autocast, choose_device, compile_networks
@@ -61,7 +63,7 @@ def main(args):
         write_npz(output_dir / "samples.npz", images, labels)
         print(f"wrote {output_dir / 'samples.npz'}")
         return
-    stems = file_names(names)
+    stems = file_names(names) or ["samples"]
     by_class = {output_dir / stems[label]: part for label, part in zip(classes, images.split(args.num_samples), strict=True)}
     if args.format == "png":
         for path, class_images in by_class.items():
@@ -72,10 +74,13 @@ def main(args):
             write_pngs(f"{path}_", class_images.expand(-1, 3, -1, -1))
     else:
         for path, class_images in by_class.items():
-            save_grid(f"{path}_samples.png", class_images, columns=max(1, round(args.num_samples**0.5)))
+            name = f"{path}_samples.png" if names else f"{path}.png"
+            save_grid(name, class_images, columns=max(1, round(args.num_samples**0.5)))
+    if args.format == "grid" and names:
         overview = torch.cat([class_images[:16] for class_images in by_class.values()])
         save_grid(output_dir / "overview.png", overview, columns=min(args.num_samples, 16))
-    print(f"wrote {number} of {len(classes)} class{'es' * (len(classes) > 1)} to {output_dir}")
+    of_classes = f" of {len(classes)} class{'es' * (len(classes) > 1)}" if names else ""
+    print(f"wrote {number}{of_classes} to {output_dir}")
 
 
 def earlier_files(folder, format, overwrite):
@@ -114,10 +119,13 @@ def delete(files, output_dir):
 def choose_classes(wanted, names):
     """The indices in `names` of the classes that `--classes` names, in its order; all where it is not given.
 
-    Names are separated by commas; one that has a comma itself stands in double quotes, or alone. Raises UserError for others.
+    Names are separated by commas; one that has a comma itself stands in double quotes, or alone. Without classes it is [0], the
+    label that is not looked at. Raises UserError for an unknown name.
     """
     if not wanted:
-        return list(range(len(names)))
+        return list(range(len(names))) or [0]
+    if not names:
+        raise UserError(f"--classes {wanted}: the network has no classes; leave it out")
     if wanted in names:
         return [names.index(wanted)]
     wanted = dict.fromkeys(name.strip() for row in csv.reader(wanted.splitlines(), skipinitialspace=True) for name in row)
@@ -139,7 +147,7 @@ def file_names(names):
 
 def write_npz(path, images, labels):
     """Writes `images` uint8 `[N, H, W, C]` and `labels` int64 `[N]`, and the same by guided-diffusion's names: `arr_0`, always RGB
-    `[N, H, W, 3]`, and `arr_1`. So pixels are in the file twice.
+    `[N, H, W, 3]`, and `arr_1`. So pixels are in the file twice. Without classes the labels are 0.
     """
     pixels, labels = to_uint8(images).permute(0, 2, 3, 1), labels.numpy()
     with writing(path):

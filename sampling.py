@@ -97,3 +97,8 @@ def class_noise(classes, num_samples, shape, seed):
     draws = [torch.randn(-(-size // 16) * 16, generator=random_stream(seed, label))[:size] for label in classes]
     noise = torch.cat(draws).reshape(-1, *shape)
     return noise, torch.tensor(classes).repeat_interleave(num_samples)
+
+
+def grid_noise(label_dim, shape, seed):
+    """`class_noise` of a sample grid with 8 columns: a row for each of the first ten classes; 8 rows without classes."""
+    return class_noise(range(min(label_dim, 10)), 8, shape, seed) if label_dim else class_noise([0], 64, shape, seed)

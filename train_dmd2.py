@@ -16,7 +16,7 @@ import torch
 import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
-from sampling import class_noise, heun_sampler, spread_levels, student_sampler
+from sampling import grid_noise, heun_sampler, spread_levels, student_sampler
 from support.dry_run import DryRun, load_teacher
 from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
 from support.runs import Run
@@ -94,7 +94,7 @@ def main(args):
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
-    grid = [part.to(device) for part in class_noise(range(min(generator.label_dim, 10)), 8, dataset.images.shape[1:], args.seed)]
+    grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # rank 0 alone draws samples
     seen = None  # what the latest generator turn saw
 

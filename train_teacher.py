@@ -1,6 +1,6 @@
-"""Train the teacher: a class-conditional denoiser, by EDM's loss (Karras et al. 2022). DMD2 distils its averaged weights."""
+"""Train the teacher: a denoiser, class-conditional or not, by EDM's loss (Karras et al. 2022). DMD2 takes its averaged weights."""
 
-from support.config import TEACHER, UserError, exit_on_error, parse_args
+from support.config import TEACHER, exit_on_error, parse_args
 
 args = (
     exit_on_error(parse_args, TEACHER, __doc__) if __name__ == "__main__" else None
@@ -11,9 +11,9 @@ import sys
 
 import torch
 
-from data import Batches, load_dataset
+from data import Batches, check_label_dim, load_dataset
 from model import SimpleUNet, denoising_loss, memory_layout
-from sampling import class_noise, heun_sampler, random_stream
+from sampling import grid_noise, heun_sampler, random_stream
 from support.dry_run import DryRun
 from support.parallel import broadcast, micro_batches, rank
 from support.runs import Run
@@ -38,16 +38,14 @@ def main(args):
     device = choose_device(args)
     torch.manual_seed(args.seed)
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
+    class_names = check_label_dim(args, dataset)
     hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
     batches = Batches(dataset, args.batch_size, args.seed, hflip)
-    num_classes = len(dataset.class_names)
-    if args.label_dim not in (None, num_classes):
-        raise UserError(f"--label_dim {args.label_dim}: the data set has {num_classes} classes")
 
     net = SimpleUNet(
         img_resolution=args.img_resolution,
         img_channels=dataset.images.shape[1],
-        label_dim=num_classes,
+        label_dim=len(class_names),
         model_channels=args.model_channels,
         channel_mult=args.channel_mult,
         num_blocks=args.num_blocks,
@@ -62,7 +60,7 @@ def main(args):
     compile_networks(args, net)
 
     parts = {"model_state_dict": net, "ema_state_dict": ema, "optimizer_state_dict": optimizer}
-    run.start(device, batches, parts, model_config=net.config, class_names=dataset.class_names)
+    run.start(device, batches, parts, model_config=net.config, class_names=class_names)
     logger = run.logger
     if rank():
         # Dropout alone draws from torch's own stream: in each process differently.
@@ -70,8 +68,9 @@ def main(args):
     bad_steps = BadSteps(args.max_bad_steps, device)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     attention = ", ".join(str(side) for side in net.feature_channels if side in args.attn_resolutions) or "no resolution"
-    logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {len(dataset.labels)} images, {device}")
-    grid = [part.to(device) for part in class_noise(range(min(num_classes, 10)), 8, dataset.images.shape[1:], args.seed)]
+    data = f"{len(dataset.labels)} images, {len(class_names) or 'no'} classes"
+    logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {data}, {device}")
+    grid = [part.to(device) for part in grid_noise(net.label_dim, dataset.images.shape[1:], args.seed)]
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while run.goes_on():

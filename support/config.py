@@ -161,7 +161,7 @@ TEACHER = [
     Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
     Option("img_resolution", 32, number(8, 64, whole=True), "side of the images, which are resized to it"),
     Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own (folder: 3)"),
-    Option("label_dim", None, count, "number of classes; default: the data set's own"),
+    Option("label_dim", None, number(0, whole=True), "number of classes, 0 to leave labels out; default: the data set's own"),
     Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
     Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
     Option("num_blocks", 2, count, "residual blocks at each resolution"),
@@ -211,7 +211,7 @@ DMD2 = [
 GENERATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher"),
     Option("output_dir", "./generated", text, "where images go"),
-    Option("num_samples", 16, count, "images of each class"),
+    Option("num_samples", 16, count, "images of each class; of a network without classes, in all"),
     Option("classes", None, text, 'names of the classes wanted, separated by commas, as in cat,"a, b",dog; default: all'),
     Option(
         "format",
@@ -240,8 +240,8 @@ EVALUATE = [
     Option(
         "features",
         "inception",
-        choice("inception", "classifier"),
-        "of the Frechet distance: Inception's, and the FID, or a classifier's",
+        choice("inception", "classifier", "pixels"),
+        "of the Frechet distance: Inception's, and the FID; a classifier's, which is trained on the data set's classes; or pixels",
     ),
     Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
     Option("inception_score", False, flag, "report the Inception Score too"),

@@ -17,21 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch_fidelity.utils import create_feature_extractor
-from tqdm import tqdm
 
 import checkpoint
-from data import Batches, Dataset
+from data import Batches, subset
 from model import memory_layout
 from sampling import random_stream
 from support.config import UserError
 from support.images import to_float
+from support.logger import progress
 from support.parallel import barrier, broadcast, gather_rows, one_first, own_rows, rank
 from support.training import load_optimizer, lr_factor
 
 BATCH_SIZE = 250
 EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # how long a classifier trains: whichever is less
 SAVE_SECONDS = 10  # between two savings of a judge that is being trained
-TELL_AFTER, TELL_SECONDS = 10, 30  # steps to the first line about its progress, and seconds between the next
 
 
 def apply(network, images, device):
@@ -108,10 +107,12 @@ class Classifier(nn.Module):
 
 
 def split(dataset):
-    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out."""
-    order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0)).to(dataset.labels.device)
+    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out. Raises UserError for too few."""
+    if len(dataset.labels) < 10:
+        raise UserError(f"the data set has only {len(dataset.labels)} images: too few to hold a fifth out; at least 10 are needed")
+    order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
     cut = len(order) // 5
-    return tuple(Dataset(dataset.images[index], dataset.labels[index], dataset.class_names) for index in (order[cut:], order[:cut]))
+    return subset(dataset, order[cut:]), subset(dataset, order[:cut])
 
 
 def augment(images, stream):
@@ -146,8 +147,6 @@ def classifier(dataset, cache, device):
     Returns (judge, its accuracy on the fifth held out): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
     torchrun rank 0 trains and the others wait for its weights.
     """
-    if len(dataset.labels) < 10:
-        raise UserError(f"--features classifier: the data set has only {len(dataset.labels)} images")
     train_set, held_out = split(dataset)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -202,7 +201,7 @@ def train_classifier(network, dataset, cache, fingerprint):
 
     print(f"training the judge, a classifier, on {len(dataset.labels)} real images, this once", flush=True)
     saved = time.monotonic()
-    for step in progress(done, steps):
+    for step in progress(range(done, steps), "training the judge", "step"):
         images, labels = next(batches)
         images = augment(images, random_stream(0, step)).contiguous(memory_format=memory_layout(images.device))
         loss = F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
@@ -221,21 +220,6 @@ def train_classifier(network, dataset, cache, fingerprint):
         print(error, file=sys.stderr)
     with suppress(OSError):
         part.unlink()
-
-
-def progress(done, steps):
-    """The numbers from `done` to `steps`. It tells, soon and then now and then, how long they take; on a terminal by a bar."""
-    start = told = time.monotonic()
-    with tqdm(total=steps, initial=done, unit="step", disable=None) as bar:  # None: where there is no terminal
-        for step in range(done, steps):
-            yield step
-            bar.update()
-            now, count = time.monotonic(), step + 1 - done
-            if count == TELL_AFTER or (bar.disable and now > told + TELL_SECONDS):
-                left = (now - start) / count * (steps - step - 1) / 60
-                bar.write(f"training the judge: step {step + 1} of {steps}, about {left:.1f} minutes left", file=sys.stdout)
-                sys.stdout.flush()
-                told = now
 
 
 def cache_path(dataset_name, data_dir, config):

@@ -15,6 +15,8 @@ from support import parallel
 from support.config import public, writing
 from support.images import save_grid
 
+TELL_AFTER, TELL_SECONDS = 10, 30  # turns to the first line of `progress`, and seconds between the next
+
 
 @contextmanager
 def wandb_folders(folder):
@@ -170,3 +172,23 @@ class Logger:
     def close(self):
         self.bar.close()
         self.send(lambda run: run.finish())
+
+
+def progress(numbers, what, unit):
+    """The `numbers`, a range. It tells, soon and then now and then, how long they take; on a terminal by a bar.
+
+    what, unit: in words what is done, and what `numbers` count.
+    """
+    start = told = time.monotonic()
+    silent = None if parallel.rank() == 0 else True  # None: where there is no terminal
+    with tqdm(total=numbers.stop, initial=numbers.start, unit=unit, disable=silent) as bar:
+        for turn, number in enumerate(numbers, 1):
+            yield number
+            done = min(number + numbers.step, numbers.stop)
+            bar.update(done - number)
+            now = time.monotonic()
+            if turn == TELL_AFTER or (bar.disable and now > told + TELL_SECONDS):
+                left = (now - start) / turn * (len(numbers) - turn) / 60
+                bar.write(f"{what}: {unit} {done} of {numbers.stop}, about {left:.1f} minutes left", file=sys.stdout)
+                sys.stdout.flush()
+                told = now

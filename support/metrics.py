@@ -91,8 +91,9 @@ def within_class_spread(pixels, labels):
 def figures(seen, labels, reference):
     """What images asked for as `labels` `[N]` are worth: a dict of floats.
 
-    seen: of these images `features` (Inception's or the judge's), `logits` (the judge's), `pixels`, `small` (averaged pixels)
-    and `neighbours`, which of `features` and `small` the all-with-all figures look at, all `[N, ...]`.
+    seen: of these images `features` (Inception's or the judge's, or `small`), `logits` (the judge's), `pixels`, `small` (averaged
+    pixels) and `neighbours`, which of `features` and `small` the all-with-all figures look at, all `[N, ...]`. Without `logits`, as
+    for a network without classes, there are no figures `own_label` and `within_class_spread`.
     reference: of real training images `features` and `small` as pairs (mean, covariance); `neighbours` `[M, D]`, as many as the
     images, where there are; `training`, `small` of all that a generator could have copied; and `copied_below`, the distance to the
     nearest of these that one in a hundred held-out real images stays below.
@@ -101,6 +102,10 @@ def figures(seen, labels, reference):
     precision, recall = precision_recall(real, fake)
     density, coverage = density_coverage(real, fake)
     copied = nearest(seen["small"][:NEIGHBOURS], reference["training"]) < reference["copied_below"]
+    of_classes = {}
+    if "logits" in seen:
+        of_classes["own_label"] = (seen["logits"].argmax(1) == labels).float().mean().item()
+        of_classes["within_class_spread"] = within_class_spread(seen["pixels"], labels)
     return {
         "frechet_distance": frechet_distance(statistics(seen["features"]), reference["features"]),
         "pixel_frechet_distance": frechet_distance(statistics(seen["small"]), reference["small"]),
@@ -108,8 +113,7 @@ def figures(seen, labels, reference):
         "recall": recall,
         "density": density,
         "coverage": coverage,
-        "own_label": (seen["logits"].argmax(1) == labels).float().mean().item(),
-        "within_class_spread": within_class_spread(seen["pixels"], labels),
+        **of_classes,
         "near_copies": copied.float().mean().item(),
     }
 
@@ -155,7 +159,8 @@ def verdict(student, teacher, real):
     difference apart: at two, two comparisons of equals in five would show one.
     """
     result = {"better": [], "worse": [], "as good": []}
-    for name, better in BETTER.items():
+    for name in student["noise"]:
+        better = BETTER[name]
         values = [row[name] if better else abs(row[name] - real[name]) for row in (student, teacher)]
         noise = (student["noise"][name] ** 2 + teacher["noise"][name] ** 2) ** 0.5
         if abs(values[0] - values[1]) <= 3 * noise:

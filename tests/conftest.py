@@ -128,6 +128,18 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def unconditional(tmp_path_factory):
+    """As `runs`, without classes: trained on `set.zip`, whose images have no labels. The generator has GAN heads and an average."""
+    folder = tmp_path_factory.mktemp("unconditional")
+    data = ["--dataset", "folder", "--data_dir", write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None})]
+    options = [*TINY, *data, "--save_every", 2, "--log_every", 1]
+    succeed("train_teacher.py", *options, *TINY_NET, "--output_dir", folder / "teacher")
+    options += ["--teacher_checkpoint", folder / "teacher" / "teacher_final.pt", "--gan_classifier", "--ema_decay", "0.5"]
+    succeed("train_dmd2.py", *options, "--dfake_gen_update_ratio", 2, "--output_dir", folder / "dmd2")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """torch-fidelity's Inception with random weights, as the file that it would download."""
     from torch_fidelity import feature_extractor_inceptionv3 as module

@@ -15,7 +15,8 @@ FLOORS = [  # from the ground up; each imports from its own and from those below
     | {"objectives", "model", "importers.safe_pickle", "importers.state_dict"},
     {"networks.song_unet", "networks.dhariwal_unet", "networks.diffusers_unet", "discriminator", "sampling"}
     | {"support.images", "support.training", "support.plots", "support.page"},
-    {"guidance", "unified_model", "checkpoint", "data", "support.logger", "importers.edm", "importers.diffusers"},
+    {"guidance", "unified_model", "checkpoint", "data", "support.logger", "support.image_files"}
+    | {"importers.edm", "importers.diffusers"},
     {"support.runs", "support.dry_run", "support.features"},
     {"train_teacher", "train_dmd2", "generate", "evaluate", "export", "benchmark", "compare", "import_teacher", "import_edm"},
 ]

@@ -1,22 +1,29 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import re
+import resource
 import runpy
 import sys
+import threading
+import time
 import zipfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_images, write_zip
+from conftest import ROOT, processes, write_images, write_zip
 from PIL import Image
 from torchvision import datasets
 
-from data import Batches, Dataset, check_classes, load_dataset, resize
+from data import Batches, Dataset, check_classes, check_label_dim, load_dataset
+from support import image_files, logger
 from support.config import UserError
+from support.image_files import resize
 from support.images import to_float, to_uint8
 
 
@@ -195,6 +202,11 @@ def damaged_zip(path):
     path.write_bytes(content)
 
 
+def no_images_in_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("dataset.json", json.dumps({"labels": []}))
+
+
 def broken_image(path):
     write_images(path, each=2)
     (path / "cat" / "1.png").write_bytes(b"not a picture")
@@ -221,8 +233,8 @@ def truncated_image(path):
         (lambda p: write_zip(p, labels=(0, 2_000_000_000, 0)), "label 2000000000"),
         (lambda p: write_zip(p, listed={"labels": [[1, 0]]}), "pairs of file name and class index"),
         (lambda p: p.write_bytes(b"neither"), "neither a folder nor a ZIP"),
-        (lambda p: write_zip(p, listed={}), "no dataset.json with labels"),
-        (lambda p: write_zip(p, listed={"labels": None}), "pairs of file name and class index"),
+        (lambda p: write_zip(p, listed=[]), "pairs of file name and class index"),
+        (no_images_in_zip, "no images"),
         (lambda p: write_zip(p, listed={"labels": [["00000/img00000000.png", 0]]}), "img00000001.png the label None"),
         (lambda p: write_zip(p, labels=(0, 1, -1)), "label -1"),
         (lambda p: write_zip(p, labels=(0, 0, 0)), "only one class"),
@@ -250,19 +262,238 @@ def test_zip_with_unsafe_names_is_refused(tmp_path, name):
         load_dataset("folder", path, 16)
 
 
-def test_zip_without_index_is_refused(tmp_path):
+# ---- without classes --------------------------------------------------------------------------------------------------------
+
+
+def test_images_without_classes(tmp_path):
+    """A folder of images alone, and ZIPs with no labels, with null for them, with no dataset.json: zeros, and no names."""
+    write_images(tmp_path / "set", classes=("a",), each=6)
+    flat = tmp_path / "set" / "a"
+    (flat / "notes.txt").write_text("no image")
+    (flat / ".thumbnails").mkdir()
+    Image.new("RGB", (4, 4)).save(flat / ".thumbnails" / "small.png")
+    found = {"folder": load_dataset("folder", flat, 16)}
+    for name, listed in (("empty", {}), ("null", {"labels": None}), ("labels", None)):
+        found[name] = load_dataset("folder", write_zip(tmp_path / f"{name}.zip", listed=listed), 16)
+    with zipfile.ZipFile(tmp_path / "null.zip") as archive, zipfile.ZipFile(tmp_path / "none.zip", "w") as bare:
+        for name in archive.namelist()[:-1]:  # the last is dataset.json
+            bare.writestr(name, archive.read(name))
+    found["none"] = load_dataset("folder", tmp_path / "none.zip", 16)
+    labelled = found.pop("labels")
+    for name, dataset in found.items():
+        assert dataset.labels.tolist() == [0] * 6 and dataset.labels.dtype == torch.int64 and dataset.class_names == [], name
+        assert torch.equal(dataset.images, labelled.images) or name == "folder"
+    np.testing.assert_array_equal(found["folder"].images[5].permute(1, 2, 0), np.asarray(Image.open(flat / "5.png")))
+
+
+def test_a_teacher_without_classes_takes_any_data_and_one_with_classes_none_without():
+    names = ["cat", "dog"]
+    plain, pets = (Dataset(torch.zeros(2, 1, 8, 8), torch.arange(len(n)), n) for n in ([], names))
+    gap = pets._replace(class_names=[*names, "eel"])
+    args = Namespace(label_dim=None, data_dir="set", dataset="folder", teacher_checkpoint="t.pt")
+    assert check_label_dim(args, pets) == names and check_label_dim(args, plain) == []
+    none, three = (Namespace(label_dim=number, data_dir="set") for number in (0, 3))
+    assert all(check_label_dim(none, dataset) == [] for dataset in (plain, pets, gap))
+    assert all(check_classes(args, dataset, {"model_config": {"label_dim": 0}}) == [] for dataset in (plain, pets, gap))
+    with pytest.raises(UserError, match="--label_dim 3: the data set has no classes"):
+        check_label_dim(three, plain)
+    with pytest.raises(UserError, match=r"set: only one class \(cat\).*--label_dim 0"):
+        check_label_dim(args, pets._replace(class_names=["cat"]))
+    for check in (check_label_dim, lambda *both: check_classes(*both, {"model_config": {"label_dim": 3}, "config": {}})):
+        with pytest.raises(UserError, match="set: class eel has no images"):
+            check(args, gap)
+    with pytest.raises(UserError, match=r"t\.pt: knows 3 classes; the data set folder has none"):
+        check_classes(args, plain, {"model_config": {"label_dim": 3}})
+
+
+# ---- large data sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A ZIP of images of three classes, 16x16, that counts as large."""
+    monkeypatch.setattr(image_files, "LARGE", 0)
+    monkeypatch.setattr(image_files, "CHUNK", 3)
+    return write_zip(tmp_path / "set.zip", labels=(2, 0, 1, 1, 0, 2, 2))
+
+
+def files_beside(path):
+    return sorted(file.name for file in path.parent.iterdir() if file != path)
+
+
+@pytest.mark.parametrize("resolution, channels", [(16, None), (8, 1), (12, 3)])
+def test_a_large_zip_is_the_same_from_its_file_of_pixels(large, monkeypatch, capsys, resolution, channels):
+    """What is decoded once and then mapped against the same ZIP when it is small; the second start does not open the ZIP."""
+    first = load_dataset("folder", large, resolution, channels)
+    told = capsys.readouterr().out
+    kept = f"set_pixels_{resolution}x{channels or 3}.bin"
+    assert f"writing its 7 images as pixels to {large.parent / kept}, this once" in told and files_beside(large) == [kept]
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    second = load_dataset("folder", large, resolution, channels)
+    assert capsys.readouterr().out == ""
+    monkeypatch.undo()
+    (large.parent / kept).rename(large.parent / "elsewhere")
+    small = load_dataset("folder", large, resolution, channels)
+    assert files_beside(large) == ["elsewhere"] and small.labels.tolist() == [2, 0, 1, 1, 0, 2, 2]
+    for dataset in (first, second):
+        assert torch.equal(dataset.images, small.images) and torch.equal(dataset.labels, small.labels)
+        assert dataset.class_names == small.class_names == ["0", "1", "2"] and dataset.images.is_contiguous()
+
+
+def test_a_large_zip_without_labels(large):
+    write_zip(large, listed={"labels": None})
+    for _ in range(2):
+        dataset = load_dataset("folder", large, 16)
+        assert dataset.class_names == [] and dataset.labels.tolist() == [0] * 6
+
+
+def test_pixels_of_another_zip_or_of_half_a_file_are_not_used(large, tmp_path):
+    """The ZIP changes, in its size or its time alone; the file is cut, or is another's: each time it is written again."""
+    kept = tmp_path / "set_pixels_16x3.bin"
+    before = load_dataset("folder", large, 16).images.clone()
+    write_zip(large, labels=(0, 1, 0, 1, 0, 1, 0), seed=1)
+    changed = load_dataset("folder", large, 16)
+    changed = changed._replace(images=changed.images.clone())  # the file under the mapped ones is damaged below
+    assert not torch.equal(changed.images, before) and changed.class_names == ["0", "1"]
+    good = kept.read_bytes()
+    for content in (b"", b"text", good[:-1], good + b"x", good[:4096] + bytes(4096), b"[]" + good[2:], b"{}" + good[2:]):
+        kept.write_bytes(content)
+        assert torch.equal(load_dataset("folder", large, 16).images, changed.images)
+        assert kept.read_bytes() == good
+    os.utime(large, ns=(0, 1))
+    assert torch.equal(load_dataset("folder", large, 16).images, changed.images)
+    assert kept.read_bytes() != good and kept.read_bytes()[4096:] == good[4096:]
+
+
+def test_pixels_are_kept_whole_or_not_at_all(large, monkeypatch):
+    """Stopped at the second chunk, by a damaged image or a full disk: nothing stays beside the ZIP, and the next start is well."""
+    read_image, calls = image_files.read_image, []
+
+    def stopped(file, name, channels):
+        calls.append(name)
+        if len(calls) == 5:
+            raise error
+        return read_image(file, name, channels)
+
+    monkeypatch.setattr(image_files, "read_image", stopped)
+    for error in (KeyboardInterrupt(), UserError("damaged")):
+        calls.clear()
+        with pytest.raises(type(error)):
+            load_dataset("folder", large, 16)
+        assert files_beside(large) == []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the limit of a file's size stands for a full disk
+    try:
+        with pytest.raises(UserError, match=r"set_pixels_16x3\.bin: could not be written: File too large"):
+            load_dataset("folder", large, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files_beside(large) == []
+    (large.parent / "set_pixels_16x3.bin.tmp").write_bytes(b"what a killed run left")
+    assert len(load_dataset("folder", large, 16).labels) == 7 and files_beside(large) == ["set_pixels_16x3.bin"]
+
+
+def test_where_pixels_cannot_be_kept_they_are_in_memory(large, capsys):
+    (large.parent / "set_pixels_16x3.bin.tmp").mkdir()  # as good as a folder that cannot be written to, for root too
+    images = load_dataset("folder", large, 16).images
+    assert "its pixels cannot be kept beside it (Is a directory)" in capsys.readouterr().out
+    assert files_beside(large) == ["set_pixels_16x3.bin.tmp"]
+    (large.parent / "set_pixels_16x3.bin.tmp").rmdir()
+    assert torch.equal(load_dataset("folder", large, 16).images, images)
+
+
+def test_two_starts_at_once_write_one_file(large, monkeypatch, capsys):
+    """The second waits for the first, and takes what it wrote."""
+    first, second = (threading.Thread(target=load_dataset, args=("folder", large, 16)) for _ in range(2))
+    read_image = image_files.read_image
+
+    def slowly(*arguments):
+        if not second.ident:
+            second.start()
+        time.sleep(0.05)
+        return read_image(*arguments)
+
+    monkeypatch.setattr(image_files, "read_image", slowly)
+    first.start()
+    first.join()
+    second.join()
+    assert capsys.readouterr().out.count("writing its 7 images") == 1 and files_beside(large) == ["set_pixels_16x3.bin"]
+
+
+def test_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MOST", 6 * 16 * 16 * 3 - 1)
+    write_images(tmp_path / "set", each=3)
+    for path in (write_zip(tmp_path / "set.zip"), tmp_path / "set"):
+        assert len(load_dataset("folder", path, 8).labels) == 6
+        monkeypatch.setattr(image_files, "read_image", None)
+        with pytest.raises(UserError, match=f"{path}: 6 images of 16x16 are 0.0 GB of pixels; at most 0 GB"):
+            load_dataset("folder", path, 16)
+        monkeypatch.undo()
+        monkeypatch.setattr(image_files, "MOST", 6 * 16 * 16 * 3 - 1)
+
+
+def test_reading_a_large_set_tells_how_long_it_takes(large, monkeypatch, capsys):
+    monkeypatch.setattr(logger, "TELL_AFTER", 2)
+    load_dataset("folder", large, 16)
+    assert re.search(r"reading .*set.zip: image 6 of 7, about \d+\.\d minutes left", capsys.readouterr().out)
+
+
+def test_batches_of_a_large_set_are_those_of_a_small_one(large, monkeypatch):
+    """The images stay where they are; by the device `meta`, which stands for a GPU, so do they when there is one."""
+    mapped = load_dataset("folder", large, 16)
+    assert mapped.images.untyped_storage().nbytes() == mapped.images.nbytes
+    batches = [Batches(dataset, 4, seed=1, hflip=True) for dataset in (mapped, mapped._replace(images=mapped.images.clone()))]
+    for _ in range(5):
+        ours, theirs = map(next, batches)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    elsewhere = load_dataset("folder", large, 16, device="meta")
+    assert elsewhere.images.device.type == "cpu" and elsewhere.labels.device.type == "meta"
+    images, labels = next(Batches(elsewhere, 4, seed=1, hflip=True))
+    assert images.shape == (4, 3, 16, 16) and images.device.type == labels.device.type == "meta"
+    monkeypatch.undo()
+    assert load_dataset("folder", large, 8, device="meta").images.device.type == "meta"  # small: on the device, as it was
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_second_start_takes_little_memory_and_time(tmp_path):
+    """5,000 images, 61 MB of pixels: mapped, with a batch drawn from them, the process grows by less than a third of that."""
+    shades = [io.BytesIO() for _ in range(250)]
+    for shade, file in enumerate(shades):
+        Image.new("L", (64, 64), shade).save(file, "PNG")
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("a.png", b"")
-    with pytest.raises(UserError, match="no dataset"):
-        load_dataset("folder", tmp_path / "set.zip", 16)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("dataset.json", json.dumps({"labels": []}))
-    with pytest.raises(UserError, match="no images"):
-        load_dataset("folder", tmp_path / "set.zip", 16)
+        for index in range(5000):
+            archive.writestr(f"{index:08d}.png", shades[index % 250].getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": [[f"{i:08d}.png", i % 10] for i in range(5000)]}))
+    costs = []
+    for _ in range(2):
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=cost_of_a_start, args=(tmp_path / "set.zip", sender))
+        process.start()
+        sender.close()
+        costs.append(receiver.recv())
+        process.join()
+    (*_, first), (peak, own, second) = costs
+    assert max(peak, own) < 5000 * 64 * 64 * 3 / 3 and second < first / 3, costs
+
+
+def cost_of_a_start(path, sender):
+    """Sends the bytes by which this process grows in loading a large ZIP, and, mapped files aside, by a batch; and seconds."""
+
+    def kilobytes(name):
+        return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    image_files.LARGE = 1e6
+    peak, own, start = kilobytes("VmHWM"), kilobytes("RssAnon"), time.perf_counter()
+    dataset = load_dataset("folder", path, 64)
+    peak = kilobytes("VmHWM") - peak
+    images, labels = next(Batches(dataset, 16, seed=0))
+    sender.send((1024 * peak, 1024 * (kilobytes("RssAnon") - own), time.perf_counter() - start))
+    assert torch.equal((images[:, 0, 0, 0] * 127.5 + 127.5).round().long() % 10, labels)
 
 
 def test_classes_of_another_teacher_are_refused_by_name():
-    dataset = Dataset(None, None, ["cat", "dog", "owl"])
+    dataset = Dataset(None, torch.tensor([0, 1, 2]), ["cat", "dog", "owl"])
     teacher = {"class_names": ["a", "b", "c"], "model_config": {"label_dim": 3}, "config": {"dataset": "folder"}}
+    args = Namespace(teacher_checkpoint="t.pt", dataset="folder", data_dir="set")
     with pytest.raises(UserError, match=r"learnt the classes a, b, c of folder; the data set folder has cat, dog, owl$"):
-        check_classes(Namespace(teacher_checkpoint="t.pt", dataset="folder"), dataset, teacher)
+        check_classes(args, dataset, teacher)

@@ -6,11 +6,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, succeed, write_images
+from conftest import ROOT, run_script, succeed, write_images, write_zip
 from PIL import Image
 from test_config import assert_refused
 
 import evaluate
+from support import image_files
 from support.config import EVALUATE, parse_args
 from support.metrics import BETTER, frechet_distance, statistics
 
@@ -58,6 +59,57 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *data), "no checkpoints in this folder")
     done = run_script("evaluate.py", "--checkpoint", teacher, "--dataset", "folder", cwd=tmp_path)  # where no ./data is
     assert_refused(done, "data: neither a folder nor a ZIP")
+
+
+@pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
+def test_without_classes(unconditional, tmp_path, inception_weights, features):
+    """No figure of labels, on images without any; a classifier's features where the data set has classes. Judges wait for these."""
+    student, teacher = unconditional / "dmd2" / "dmd2_final.pt", unconditional / "teacher" / "teacher_final.pt"
+    options = ["--checkpoint", student, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", "--num_samples", 20]
+    options += ["--features", features, "--steps", 2]
+    if features == "inception":
+        options += ["--inception_weights", inception_weights]
+    if features == "classifier":
+        assert_refused(run_script("evaluate.py", *options), "set.zip has no classes to train one on; use --features inception")
+        assert not (tmp_path / "out").exists()
+        options += [*classes_of(tmp_path, each=5)]
+    text = succeed("evaluate.py", *options)
+    found = result(tmp_path)
+    names = BETTER.keys() - {"own_label", "within_class_spread"}
+    assert all(row["noise"].keys() == names and names <= row.keys() for row in found["rows"]) and len(found["rows"]) == 3
+    assert not any(name in text for name in ("own_label", "within_class_spread", "class "))
+    told = found["verdict"]
+    assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(names)
+    assert ("judge: " in text) == (features == "classifier") == (found["judge_accuracy"] is not None)
+    same = [row["frechet_distance"] == row["pixel_frechet_distance"] for row in found["rows"]]
+    assert all(same) if features == "pixels" else not any(same)
+    shown = Image.open(tmp_path / "out" / "comparison.png")
+    assert shown.size == (8 * 2 * 10, 8 * 20 * 10)  # ten rows of two images of the teacher's, each over the student's
+    assert not list(unconditional.glob("*judge*"))
+
+
+def test_with_classes_on_data_without_is_refused(runs, unconditional, tmp_path):
+    data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
+    done = run_script("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", *data)
+    assert_refused(done, "--dataset folder has no classes; ")
+    write_images(tmp_path / "few", classes=("a",), each=9, size=8)
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "few" / "a", "--output_dir", tmp_path / "out", "--features", "pixels"]
+    done = run_script("evaluate.py", "--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", *data)
+    assert_refused(done, "only 9 images: too few")
+
+
+def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):
+    """Of a large set, memory-mapped: as many as are asked for, the same at each call."""
+    path = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
+    monkeypatch.setattr(image_files, "LARGE", 0)
+    monkeypatch.setattr(evaluate, "MOST_REAL", 50)
+    student = unconditional / "dmd2" / "dmd2_final.pt"
+    flags = ["--checkpoint", student, "--dataset", "folder", "--data_dir", path, "--features", "pixels", "--num_samples", 20]
+    for name in ("a", "b"):
+        evaluate.main(parse_args(EVALUATE, "", [*map(str, flags), "--device", "cpu", "--output_dir", str(tmp_path / name)]))
+        assert "real images: 50 of the 60, drawn at random" in capsys.readouterr().out
+    rows = [json.loads((tmp_path / name / "evaluation.json").read_text())["rows"][0] for name in ("a", "b")]
+    assert rows[0] == rows[1] and rows[0]["images"] == 10
 
 
 def test_fid_of_several_draws_against_published_statistics(runs, tmp_path, inception_weights):

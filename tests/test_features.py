@@ -5,7 +5,7 @@ import torch
 from conftest import write_images
 
 from data import Dataset, load_dataset
-from support import features
+from support import features, logger
 from support.config import UserError
 from support.images import to_uint8
 from support.metrics import frechet_distance, statistics
@@ -123,7 +123,7 @@ def test_training_does_not_touch_the_random_numbers_of_others(tmp_path, short):
 
 
 def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
-    monkeypatch.setattr(features, "TELL_AFTER", 3)
+    monkeypatch.setattr(logger, "TELL_AFTER", 3)
     features.classifier(shades(), tmp_path / "judge.pt", CPU)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "training the judge, a classifier, on 32 real images, this once"
@@ -131,9 +131,9 @@ def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
     features.classifier(shades(), tmp_path / "judge.pt", CPU)  # from the cache
     assert capsys.readouterr().out == ""
 
-    monkeypatch.setattr(features, "TELL_SECONDS", -1)
-    assert list(features.progress(5, 8)) == [5, 6, 7]
-    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()] == ["6", "7", "8"]
+    monkeypatch.setattr(logger, "TELL_SECONDS", -1)
+    assert list(logger.progress(range(5, 8), "reading", "step")) == [5, 6, 7]
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == ["6", "7", "8"]
 
 
 def test_only_one_process_trains(tmp_path, monkeypatch):

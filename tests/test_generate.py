@@ -12,6 +12,7 @@ import checkpoint
 from generate import choose_classes, file_names
 from sampling import class_noise, heun_sampler, one_step_sampler
 from support.config import UserError
+from support.images import to_uint8
 
 
 def generate(runs, folder, *arguments, run=succeed):
@@ -115,6 +116,49 @@ def test_colours_stay_what_they_are(runs, colours, tmp_path):
     images = [np.asarray(Image.open(tmp_path / name)) for name in ("dog/000001.png", "dog_000001.png")]
     assert (images[0] == images[1]).all() and (images[0] == np.load(tmp_path / "samples.npz")["images"][3]).all()
     assert (images[0] != images[0][..., :1]).any()
+
+
+# ---- without classes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+@pytest.mark.parametrize("format", ["grid", "png", "flat", "npz"])
+def test_without_classes_there_is_one_set_of_images(unconditional, tmp_path, stage, format):
+    """Five images of the noise of class 0, in one file or by their numbers."""
+    file = unconditional / stage / f"{stage}_final.pt"
+    arguments = ["--checkpoint", file, "--format", format, "--num_samples", 5, "--steps", 2, "--output_dir", tmp_path]
+    out = succeed("generate.py", *arguments)
+    assert "5 images in" in out and "class" not in out.replace(str(tmp_path), "")
+    names = {"grid": ["samples.png"], "npz": ["samples.npz"]}.get(format)
+    names = names or [{"png": "samples/{:06d}.png", "flat": "samples_{:06d}.png"}[format].format(i) for i in range(5)]
+    assert contents(tmp_path).keys() == set(names)
+    noise, labels = class_noise([0], 5, (3, 8, 8), seed=0)
+    assert torch.equal(labels, torch.zeros(5, dtype=torch.long))
+    with torch.no_grad():
+        expected = to_uint8(checkpoint.load_sampler(file, steps=2)(noise, None)).permute(0, 2, 3, 1)
+    if format == "npz":
+        arrays = np.load(tmp_path / "samples.npz")
+        images = arrays["images"]
+        assert (arrays["labels"] == 0).all()
+    elif format == "grid":
+        picture = np.asarray(Image.open(tmp_path / "samples.png"))[::8, ::8]  # each pixel is a square of 8
+        images = [picture[1 + 10 * (i // 2) :, 1 + 10 * (i % 2) :][:8, :8] for i in range(5)]
+    else:
+        images = [np.asarray(Image.open(tmp_path / name)) for name in names]
+    for image, other in zip(images, expected, strict=True):
+        assert abs(image.astype(int) - other.numpy()).max() <= 1
+
+
+def test_without_classes_none_can_be_asked_for(unconditional, tmp_path):
+    arguments = ["--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "out", "--classes", "0"]
+    assert_refused(run_script("generate.py", *arguments), "--classes 0: the network has no classes; leave it out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pngs_without_classes_can_be_trained_on(unconditional, tmp_path):
+    generate(unconditional, tmp_path / "png", "--format", "png", "--num_samples", 20)
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "png" / "samples", "--output_dir", tmp_path / "run"]
+    assert "20 images, no classes" in succeed("train_teacher.py", *TINY, *TINY_NET, *data)
 
 
 # ---- folders that hold images already ---------------------------------------------------------------------------------------

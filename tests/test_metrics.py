@@ -144,6 +144,17 @@ def test_more_images_make_less_noise_and_leave_the_figure():
         assert 0.25 < many[1][name] / few[1][name] < 0.9
 
 
+def test_without_the_judges_logits_there_are_no_figures_of_labels():
+    """As for a network without classes; the others are what they were, and a verdict is on those that there are."""
+    reference, labels = reference_of(normal(500, 6)), torch.zeros(100, dtype=torch.long)
+    whole = seen_of(normal(100, 6, 1))
+    part = {name: rows for name, rows in whole.items() if name != "logits"}
+    (values, noise), (fewer, _) = (metrics.figures_with_noise(seen, labels, reference, 100) for seen in (part, whole))
+    assert values == {name: value for name, value in fewer.items() if name not in ("own_label", "within_class_spread")}
+    rows = [{**values, "noise": noise}] * 3
+    assert metrics.verdict(*rows) == {"better": [], "worse": [], "as good": list(values)} and metrics.best(rows) == 0
+
+
 # ---- planted failures -------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,15 @@ import torch
 from conftest import GaussianDenoiser
 
 from model import get_sigmas_karras
-from sampling import class_noise, few_step_sampler, heun_sampler, one_step_sampler, spread_levels, student_sampler
+from sampling import (
+    class_noise,
+    few_step_sampler,
+    grid_noise,
+    heun_sampler,
+    one_step_sampler,
+    spread_levels,
+    student_sampler,
+)
 
 
 def test_heun_reaches_the_data_distribution():
@@ -112,3 +120,11 @@ def test_class_noise_depends_on_seed_class_and_place_alone():
     assert torch.equal(odd[0], odd[1][:1]) and torch.equal(odd[1], odd[2][:2])
     assert not torch.equal(noise[:4], noise[4:])
     assert not torch.equal(class_noise([3], 4, (1, 8, 8), seed=2)[0], noise[:4])
+
+
+def test_a_grid_has_a_row_a_class_and_eight_without_classes():
+    noise, labels = grid_noise(3, (1, 2, 2), seed=4)
+    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and torch.equal(noise, class_noise(range(3), 8, (1, 2, 2), seed=4)[0])
+    assert grid_noise(1000, (1, 2, 2), seed=4)[1].unique().tolist() == list(range(10))
+    noise, labels = grid_noise(0, (1, 2, 2), seed=4)
+    assert noise.shape == (64, 1, 2, 2) and len(noise.unique(dim=0)) == 64 and labels.tolist() == [0] * 64

@@ -324,6 +324,64 @@ def test_both_stages_on_a_zip_with_colours(tmp_path):
     assert (tmp_path / "images" / "2_samples.png").exists()
 
 
+# ---- without classes --------------------------------------------------------------------------------------------------------
+
+
+def test_both_stages_without_classes(unconditional):
+    for stage in ("teacher", "dmd2"):
+        state = load(unconditional / stage / f"{stage}_final.pt")
+        assert state["model_config"]["label_dim"] == 0 and state["class_names"] == [] and state["step"] == 4
+        assert not any("embed_class" in name for name in state["ema_state_dict"])
+        assert all(np.isfinite(value) for row in metrics(unconditional / stage) for value in row.values())
+    grid = Image.open(unconditional / "dmd2" / "samples" / "step_0000004.png")
+    assert grid.size == (8 * (2 * 8 * 10 + 8), 8 * 8 * 10)  # 8x8 of the teacher's beside 8x8 of the student's
+
+
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_resume_without_classes_is_bit_identical(unconditional, tmp_path, stage):
+    config = unconditional / stage / "config.yaml"
+    resume = ["--resume_from_checkpoint", unconditional / stage / f"{stage}_checkpoint_step_2.pt", "--output_dir", tmp_path]
+    succeed(f"train_{stage}.py", "--config", config, *resume)
+    ours, theirs = (load(folder / f"{stage}_final.pt") for folder in (tmp_path, unconditional / stage))
+    for state in (ours, theirs):
+        del state["config"], state["versions"]
+    assert_same(ours, theirs)
+
+
+def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path):
+    """The same images with labels make the same teacher by --label_dim 0; it distils with them, and without a GAN."""
+    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1] * 20, size=8)]
+    told = succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--label_dim", 0, "--output_dir", tmp_path / "teacher")
+    assert "40 images, no classes" in told
+    ours, theirs = (load(folder / "teacher" / "teacher_final.pt")["ema_state_dict"] for folder in (tmp_path, unconditional))
+    assert_same(dict(ours), dict(theirs))
+    teacher = ["--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt"]
+    succeed("train_dmd2.py", *TINY, *data, *teacher, "--output_dir", tmp_path / "dmd2")
+    assert load(tmp_path / "dmd2" / "dmd2_final.pt")["class_names"] == []
+
+    data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
+    done = run_script("train_dmd2.py", *TINY, *data, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt")
+    assert_refused(done, "knows 10 classes; the data set folder has none")
+
+
+def test_two_processes_on_a_large_zip_without_classes(unconditional, tmp_path):
+    """Under torchrun one writes the file of pixels, both map it, and the run is that of one process on images in memory."""
+    shutil.copy(unconditional / "set.zip", tmp_path / "set.zip")
+    (tmp_path / "script.py").write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from support import image_files; image_files.LARGE = 0\n"
+        f"runpy.run_path({str(ROOT / 'train_teacher.py')!r}, run_name='__main__')\n"
+    )
+    options = [*TINY, *TINY_NET, "--dataset", "folder", "--data_dir", tmp_path / "set.zip", "--dropout", 0, "--log_every", 1]
+    succeed("train_teacher.py", *options, "--output_dir", tmp_path / "one")
+    assert not (tmp_path / "set_pixels_8x3.bin").exists()
+    done = torchrun(tmp_path / "script.py", *options, "--output_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("writing its 40 images") == 1 and (tmp_path / "set_pixels_8x3.bin").exists()
+    one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
 def test_batch_larger_than_the_data_is_refused(tmp_path):
     data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip")]
     done = run_script("train_teacher.py", *data, "--batch_size", 7, "--output_dir", tmp_path / "out")
