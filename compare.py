@@ -8,15 +8,19 @@ import json
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from statistics import mean, median
 
+import torch
 import yaml
-from support.dry_run import forward_passes
 
 import checkpoint
+import train_dmd2
 from data import load_dataset
 from sampling import class_noise, sample_in_batches
+from support.costs import count
+from support.dry_run import DryRun
 from support.images import save_diversity, to_uint8
 from support.metrics import BETTER
 from support.plots import plot_comparison, read_metrics
@@ -87,12 +91,23 @@ def steps_of(args, folder, options):
     for stored in sorted(folder.glob("seed_*/config.yaml")):
         return yaml.safe_load(stored.read_text())["step_number"]
     if args.forward_passes:
-        return max(1, round(args.forward_passes / forward_passes(options)))
+        return max(1, round(args.forward_passes / passes_per_iteration(options)))
     steps = 20 * options.dfake_gen_update_ratio
     with tempfile.TemporaryDirectory() as scratch:  # the pace of its second half
         run("train_dmd2.py", vars(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
         pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
     return max(1, round(60 * args.minutes * pace))
+
+
+def passes_per_iteration(options):
+    """What an iteration of `options` costs, by count: in forward passes of a batch through the teacher's network."""
+    options = Namespace(**vars(options) | {"dry_run": True})
+    counted = DryRun(options, "dmd2")
+    train_dmd2.main(options, counted)
+    net = checkpoint.load_network(options.teacher_checkpoint)
+    image = torch.zeros(1, *[net.config[name] for name in ("img_channels", "img_resolution", "img_resolution")])
+    flops, _ = count(lambda: net(image, 1.0, torch.zeros(1, dtype=torch.long)))
+    return counted.flops / (flops * options.batch_size)
 
 
 def train(options, steps):

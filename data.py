@@ -79,14 +79,14 @@ def check_label_dim(args, dataset):
         raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0 leaves labels out)")
     if len(ours) == 1:
         raise UserError(
-            f"{args.data_dir}: only one class ({ours[0]}); at least two are needed, one subfolder per class, or --label_dim 0 for none"
+            f"{args.data_dir}: only one class ({ours[0]}); at least two are needed, one subfolder per class, or else --label_dim 0"
         )
     check_no_class_is_empty(args.data_dir, ours, dataset.labels)
     return ours
 
 
 def check_no_class_is_empty(data_dir, class_names, labels):
-    absent = set(range(len(class_names))) - set(labels.unique().tolist())
+    absent = set() if labels.is_meta else set(range(len(class_names))) - set(labels.unique().tolist())  # a dry run has no labels
     if absent:
         raise UserError(f"{data_dir}: class {class_names[min(absent)]} has no images")
 

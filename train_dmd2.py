@@ -34,10 +34,10 @@ from support.training import (
 from unified_model import UnifiedModel
 
 
-def main(args):
-    """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them. Returns the exit status."""
+def main(args, run=None):
+    """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them, in the `Run` of these. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
-    run = (DryRun if args.dry_run else Run)(args, "dmd2")
+    run = run or (DryRun if args.dry_run else Run)(args, "dmd2")
     args = run.args  # with the options of the run that is resumed, where it is
     device = choose_device(args)
     torch.manual_seed(args.seed)

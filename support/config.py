@@ -340,7 +340,7 @@ def parse_args(table, description, argv=None, config=None):
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0]}{meant(unknown[0].split('=')[0], table)}")
+        raise UserError(f"unknown argument {unknown[0].split('=')[0]}{meant(unknown[0].split('=')[0], table)}")
 
     named = given.pop("config", None)
     path = named or config

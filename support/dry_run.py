@@ -72,7 +72,8 @@ class DryRun(Run):
         if updates > 1:
             flops_between, _ = yield from self.trace(1, 1)  # on `meta` size costs nothing
             flops = (flops + (updates - 1) * flops_between) / updates
-        self.report(flops * self.batch_size, memory)
+        self.flops = flops * self.batch_size  # of an iteration, on average
+        self.report(memory)
         if args.memory_gb:
             yield from self.suggest(memory)
 
@@ -99,8 +100,8 @@ class DryRun(Run):
                 return
         print(f"{told}: too little even for one image at once; {left}")
 
-    def report(self, flops, memory):
-        args, steps = self.args, self.args.step_number - self.first_step
+    def report(self, memory):
+        args, flops, steps = self.args, self.flops, self.args.step_number - self.first_step
         rows = self.memory | {"gradients": memory.gradients}
         rows["activations"] = memory.peak - sum(rows.values())
         print(f"counted, nothing trained: batch {self.batch_size} in {self.parts_asked} parts, {args.precision}, GiB at the peak")
