@@ -27,14 +27,14 @@ from support.plots import plot_comparison, read_metrics
 from support.training import choose_device
 
 POINTS = 4  # checkpoints of each run that are measured
-FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every"}  # options that may differ between runs
+# Options in which the runs of a configuration may differ.
+FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every", "device"}
 
 
 def main(args):
     """Compares by the options `args`, as `parse_args(COMPARE, ...)` gives them. What an earlier call has done is kept."""
     folder, device = Path(args.output_dir), choose_device(args)
-    teacher_state = checkpoint.load(args.teacher_checkpoint)
-    checkpoint.check_teacher(teacher_state, args.teacher_checkpoint)
+    teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         raise UserError("--configs: two files of the same name; results are kept by name")
@@ -78,10 +78,10 @@ def read_options(args, config, folder, seed):
     if (folder / "config.yaml").exists():
         stored = yaml.safe_load((folder / "config.yaml").read_text())
         for name in public(options).keys() - FREE:
-            if stored.get(name) != getattr(options, name):
+            value = getattr(options, name)
+            if stored.get(name, value) != value:
                 raise UserError(
-                    f"{folder} was trained with {name} {stored.get(name)}, not {getattr(options, name)}: delete it, or take "
-                    "another --output_dir"
+                    f"{folder} was trained with {name} {stored[name]}, not {value}: delete it, or take another --output_dir"
                 )
     return options
 
@@ -94,7 +94,7 @@ def steps_of(args, folder, options):
         return max(1, round(args.forward_passes / passes_per_iteration(options)))
     steps = 20 * options.dfake_gen_update_ratio
     with tempfile.TemporaryDirectory() as scratch:  # the pace of its second half
-        run("train_dmd2.py", vars(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
+        run("train_dmd2.py", public(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
         pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
     return max(1, round(60 * args.minutes * pace))
 
@@ -116,7 +116,7 @@ def train(options, steps):
     if not (folder / "dmd2_final.pt").exists():
         resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
         changes = {"step_number": steps, "save_every": -(-steps // POINTS), "keep_last": POINTS + 1, "sample_every": steps}
-        run("train_dmd2.py", vars(options) | changes | {"resume_from_checkpoint": resume})
+        run("train_dmd2.py", public(options) | changes | {"resume_from_checkpoint": resume})
 
 
 def measure(args, options, path, output_dir):
@@ -157,7 +157,7 @@ def write_report(args, folder, real, teacher, results):
     """Prints the table of medians and ranges over the seeds; writes it, all figures, and the plot of quality against time."""
 
     def cell(values):
-        middle, low, high = (f"{value:.3g}" for value in (median(values), min(values), max(values)))
+        middle, low, high = (f"{value:.4g}" for value in (median(values), min(values), max(values)))
         return middle if low == high else f"{middle} ({low} to {high})"
 
     columns = [*BETTER, "evaluations", "step", "minutes"]

@@ -1,0 +1,96 @@
+"""compare.py as a user calls it: equal work, what is written, and that nothing is done twice."""
+
+import json
+
+import pytest
+from conftest import TINY, metrics, run_script, succeed
+from PIL import Image
+from test_config import assert_refused
+
+import compare
+from support.config import DMD2, parse_args
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """Two configurations of a tiny network with two seeds each, for the arithmetic of 24 forward passes of a batch."""
+    folder = tmp_path_factory.mktemp("compare")
+    for name, options in (("half", "dfake_gen_update_ratio: 2"), ("sid", "objective: sid\ndfake_gen_update_ratio: 1")):
+        (folder / f"{name}.yaml").write_text(f"dataset: mnist5k\ndata_dir: {folder}\nbatch_size: 16\nlog_every: 1\n{options}\n")
+    configs = [
+        "--configs",
+        folder / "half.yaml",
+        folder / "sid.yaml",
+        "--teacher_checkpoint",
+        runs / "teacher" / "teacher_final.pt",
+    ]
+    arguments = [*configs, "--seeds", 0, 1, "--output_dir", folder / "out", "--num_samples", 20, "--device", "cpu"]
+    return folder, arguments, succeed("compare.py", *arguments, "--forward_passes", 24)
+
+
+def test_equal_work_is_told_in_a_table_with_all_figures(compared):
+    folder, _, out = compared
+    table = (folder / "out" / "compare.md").read_text()
+    assert table.splitlines()[0].startswith("24 forward passes each") and table.splitlines()[-1] in out
+    found = json.loads((folder / "out" / "compare.json").read_text())["configurations"]
+    steps = {name: [[point["step"] for point in one["points"]] for one in runs] for name, runs in found.items()}
+    # 4 + 4 / 2 = 6 passes per iteration; by SiD at ratio 1 a turn of each, 7 + 3
+    assert steps["half"] == [[1, 2, 3, 4]] * 2 and steps["sid"][0][-1] == 2
+    for name in ("half", "sid"):
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+        values = [one["points"][-1]["recall"] for one in found[name]]
+        assert row.split(" | ")[1] == "2" and f"{sum(values) / 2:.4g}" in row
+        minutes = [point["minutes"] for point in found[name][0]["points"]]
+        assert minutes == sorted(minutes) and minutes[0] > 0
+    for picture in ("compare.png", "pictures.png"):
+        assert Image.open(folder / "out" / picture).width > 100
+
+
+def test_what_is_done_is_not_done_again(compared):
+    folder, arguments, _ = compared
+    files = [*(folder / "out").rglob("*.pt"), *(folder / "out").rglob("evaluation.json")]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    succeed("compare.py", *arguments, "--forward_passes", 24)
+    assert len(before) > 10 and {file: file.stat().st_mtime_ns for file in files} == before
+
+
+def test_a_run_with_other_options_is_not_taken_for_this_one(compared):
+    folder, arguments, _ = compared
+    text = (folder / "half.yaml").read_text()
+    (folder / "half.yaml").write_text(text + "generator_lr: 1e-3\n")
+    done = run_script("compare.py", *arguments, "--forward_passes", 24)
+    (folder / "half.yaml").write_text(text)
+    assert_refused(done, f"{folder / 'out' / 'half' / 'seed_0'} was trained with generator_lr 2e-06, not 0.001")
+    (folder / "same").mkdir()
+    (folder / "same" / "half.yaml").write_text(text)
+    done = run_script(
+        "compare.py", "--minutes", 1, *arguments[3:], "--configs", folder / "half.yaml", folder / "same" / "half.yaml"
+    )
+    assert_refused(done, "--configs: two files of the same name")
+
+
+def test_a_run_that_was_stopped_is_gone_on_with(compared):
+    """Its last checkpoint and its evaluation are lost: the rest is trained, and the weights come out as before."""
+    folder, arguments, _ = compared
+    run = folder / "out" / "half" / "seed_1"
+    before = metrics(run)
+    for name in ("dmd2_final.pt", "dmd2_checkpoint_step_4.pt", "dmd2_checkpoint_step_3.pt", "evaluation.json"):
+        (run / name).unlink()
+    succeed("compare.py", *arguments, "--forward_passes", 24)
+    after = metrics(run)
+    assert [row["step"] for row in after] == [1, 2, 3, 4] and after[-1]["loss_fake_mean"] == before[-1]["loss_fake_mean"]
+
+
+def test_minutes_become_iterations_by_the_pace_of_a_trial(runs, tmp_path, monkeypatch):
+    """A trial of 40 iterations, of whose last line in metrics.jsonl the pace is taken; here that line is given."""
+    teacher = str(runs / "teacher" / "teacher_final.pt")
+    options = parse_args(DMD2, "", [*TINY, "--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", "2"])
+
+    def trial(script, given):
+        assert script == "train_dmd2.py" and given["step_number"] == 40 and given["output_dir"] != options.output_dir
+        with open(f"{given['output_dir']}/metrics.jsonl", "w") as file:
+            print('{"step": 20, "images_per_second": 1.0}\n{"step": 40, "images_per_second": 80.0}', file=file)
+
+    monkeypatch.setattr(compare, "run", trial)
+    args = compare.Namespace(minutes=2.0, forward_passes=None)
+    assert compare.steps_of(args, tmp_path, options) == 2 * 60 * 80 / 16
