@@ -47,7 +47,7 @@ class CountedRun(Run):
 
 @pytest.mark.parametrize("way", ["teacher", "dmd2", "sid"])
 def test_a_dry_run_counts_what_the_real_loop_takes(request, tmp_path, monkeypatch, capsys, way):
-    """The arithmetic exactly, the memory beyond that of the start within 5%, of so small a network."""
+    """The arithmetic exactly, the memory beyond that of the start within 10%, of so small a network."""
     script, table = (train_teacher, TEACHER) if way == "teacher" else (train_dmd2, DMD2)
     arguments = [*TINY[:2], "--batch_size", 64, "--output_dir", tmp_path / "out", "--device", "cpu", "--step_number", 3]
     if way == "teacher":
@@ -65,7 +65,7 @@ def test_a_dry_run_counts_what_the_real_loop_takes(request, tmp_path, monkeypatc
     script.main(parse_args(table, "", arguments))
     memory = CountedRun.memory
     assert counted["tflop"] == pytest.approx(CountedRun.flops.get_total_flops() / 1e12, rel=1e-3)
-    assert counted["activations"] + counted["gradients"] == pytest.approx((memory.peak - CountedRun.before) / 2**30, rel=0.05)
+    assert counted["activations"] + counted["gradients"] == pytest.approx((memory.peak - CountedRun.before) / 2**30, rel=0.1)
     assert counted["gradients"] == pytest.approx(memory.gradients / 2**30, rel=1e-3)
 
 
@@ -137,7 +137,7 @@ def test_grad_accum_is_the_least_that_fits(runs):
 
 def test_what_is_missing_is_told_as_in_a_real_run(runs, tmp_path, monkeypatch):
     done = run_script("train_dmd2.py", *DRY, "--teacher_checkpoint", tmp_path / "none.pt")
-    assert_refused(done, "No such file or directory; --dry_run also takes a network's name: SimpleUNet, SongUNet")
+    assert_refused(done, "takes a pretrained one; --dry_run also takes a network's name: SimpleUNet, SongUNet")
     done = run_script("train_teacher.py", "--dry_run", "--dataset", "folder", "--data_dir", tmp_path / "none")
     assert_refused(done, "does not exist")
     teacher = runs / "teacher" / "teacher_final.pt"

@@ -59,7 +59,7 @@ def test_images_are_what_the_samplers_give(runs, tmp_path):
         file = runs / stage / f"{stage}_final.pt"
         arguments = ["--num_samples", 5, "--classes", "7,2", "--steps", 3, "--seed", 4, "--format", "npz", "--batch_size", 3]
         out = succeed("generate.py", "--checkpoint", file, "--output_dir", tmp_path / stage, *arguments)
-        assert ("1 network evaluation an" if stage == "dmd2" else "5 network evaluations an") in out
+        assert ("1 network evaluation per" if stage == "dmd2" else "5 network evaluations per") in out
         assert out.endswith(f"wrote {tmp_path / stage / 'samples.npz'}\n")
         arrays = np.load(tmp_path / stage / "samples.npz")
         assert arrays["images"].dtype == np.uint8 and arrays["images"].shape == (10, 8, 8, 1)
