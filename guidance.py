@@ -119,7 +119,7 @@ class GuidanceModel(nn.Module):
         log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
         with torch.no_grad():
             log_dict["dmtrain_gradient_norm"] = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()
-            log_dict["fake_lag"] = fake_lag(images, pred_real, pred_fake)
+            log_dict["fake_lag"] = fake_lag(images, pred_real, pred_fake, self.total)
         return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()}
 
     def compute_f_divergence_weight(self, noisy, sigma, labels):

@@ -34,16 +34,17 @@ def dmd_loss(images, pred_real, pred_fake, scale=None):
     return 0.5 * F.mse_loss(images, (images - grad).detach())
 
 
-def fake_lag(images, pred_real, pred_fake):
+def fake_lag(images, pred_real, pred_fake, total=lambda tensor: tensor):
     """How much of the DMD2 gradient `fake_unet` has yet to unlearn: a scalar, 0 for one that has kept up with the generator.
 
     The error of an exact D_f is orthogonal to every function of x_t, and so to g, the `dmd_gradient`. Where it is not,
     D_f - lag (D_f - D_r) denoises these images better, with lag = -<(x - D_f) / w, g> / <g, g>. Above 0 the generator is already
-    on its way to where g sends it; at 1 it is there. Below 0 g falls short.
+    on its way to where g sends it; at 1 it is there. Below 0 g falls short. `total` adds a tensor over all processes.
     """
     grad = dmd_gradient(images, pred_real, pred_fake)
     error = (images - pred_fake) / normaliser(images, pred_real)
-    return -(error * grad).mean() / grad.square().mean().clamp(min=1e-12)  # before the first update there is no g
+    taken_back, size = total(torch.stack([-(error * grad).sum(), grad.square().sum()]))
+    return taken_back / size.clamp(min=1e-12)  # before the first update there is no g
 
 
 # ---- f-divergences ----------------------------------------------------------------------------------------------------------
