@@ -220,7 +220,7 @@ def test_a_lost_process_is_told(tmp_path):
     failure = "import os; os.kill(os.getpid(), 9)"
     (tmp_path / "script.py").write_text(FAILS.format(root=str(ROOT), rank=1, failure=failure))
     done = torchrun(tmp_path / "script.py")
-    assert done.returncode and done.stderr.count("in exit_on_error") <= 1
+    assert done.returncode and len(re.findall("^RuntimeError", done.stderr, re.MULTILINE)) <= 1  # torchrun repeats it, indented
 
 
 def test_messages_go_by_gloo_between_cpus_and_by_nccl_between_gpus():
