@@ -96,13 +96,18 @@ def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path):
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
     arguments = [*TEACHER[1:], "--step_number", 100_000, "--output_dir", tmp_path, "--log_every", 1]
+
+    def own_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
+
     process = subprocess.Popen(
         [sys.executable, str(ROOT / TEACHER[0]), *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(theirs)
 
