@@ -24,8 +24,6 @@ from support.config import UserError
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key.
 NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "DiffusersUNet": DiffusersUNet}
-
-
 SHARED = ("step", "images_seen", "model_config", "config", "class_names", "student_sigmas", "versions")  # beside the weights
 
 
@@ -204,7 +202,6 @@ def load_sampler(path, device="cpu", steps=18):
     """A function of standard normal noise `[B, C, H, W]` and labels `[B]` to images, by the checkpoint at `path`.
 
     The images may leave [-1, 1] a little: `support.images.to_uint8` clamps, and so does `images.clamp(-1, 1)`.
-
     Raises UserError as `load` does.
     """
     state = load(path, device)

@@ -58,16 +58,16 @@ def main(args):
     # ---- a page of pictures: 64 images of one class from each ---------------------------------------------------------------
     config = teacher_state["model_config"]
     dataset = load_dataset(first.dataset, first.data_dir, config["img_resolution"], config["img_channels"])
-    noise, labels = class_noise(range(len(dataset.class_names)), 64, dataset.images.shape[1:], seed=0)
+    noise, labels = class_noise(range(config["label_dim"]), 64, dataset.images.shape[1:], seed=0)
+    real_labels = dataset.labels if config["label_dim"] else torch.zeros_like(dataset.labels)
     sets = [dataset.images]
     for file in (args.teacher_checkpoint, *(Path(options[name, args.seeds[0]].output_dir, "dmd2_final.pt") for name in names)):
         state = checkpoint.load(file)
         images = sample_in_batches(checkpoint.sampler(state)[0], checkpoint.network(state, file, device), noise, labels, 250)
         sets.append(to_uint8(images))
-    label = save_diversity(folder / "pictures.png", sets, [dataset.labels, *[labels] * (len(sets) - 1)])
-    print(
-        f"pictures.png: class {dataset.class_names[label]} of {', '.join(['real images', 'teacher', *names])}, from left to right"
-    )
+    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (len(sets) - 1)])
+    what = f"class {dataset.class_names[label]} of " if config["label_dim"] else ""
+    print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right")
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
 
 

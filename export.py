@@ -118,8 +118,7 @@ def write_onnx(output, model, facts):
 def example(model, shape, num_samples, seed):
     """Inputs of `model`: `num_samples` images of each class, of ten classes spread over all where there are more."""
     K = model.net.label_dim
-    classes = range(0, K, -(-K // 10)) if K else [0]
-    noise, labels = class_noise(classes, num_samples, shape, seed)
+    noise, labels = class_noise(range(0, K, max(1, -(-K // 10))), num_samples, shape, seed)
     draw = random_stream(seed, K + 1)  # no class's
     fresh = [torch.randn(noise.shape, generator=draw) for name in model.input_names if name.startswith("noise_")]
     return noise, *fresh, *[labels] * bool(K)

@@ -90,8 +90,10 @@ def random_stream(seed, index, device="cpu"):
 def class_noise(classes, num_samples, shape, seed):
     """Standard normal noise `[len(classes) * num_samples, *shape]` and its labels, class after class, on the CPU.
 
-    An image's noise depends on `seed`, its class and its place in the class alone, so subsets and longer runs agree.
+    An image's noise depends on `seed`, its class and its place in the class alone, so subsets and longer runs agree. Without
+    classes the labels are 0, which is not looked at.
     """
+    classes = list(classes) or [0]
     size = num_samples * math.prod(shape)
     # torch draws normal numbers in blocks of 16: only whole blocks are the same however many follow.
     draws = [torch.randn(-(-size // 16) * 16, generator=random_stream(seed, label))[:size] for label in classes]
@@ -101,4 +103,4 @@ def class_noise(classes, num_samples, shape, seed):
 
 def grid_noise(label_dim, shape, seed):
     """`class_noise` of a sample grid with 8 columns: a row for each of the first ten classes; 8 rows without classes."""
-    return class_noise(range(min(label_dim, 10)), 8, shape, seed) if label_dim else class_noise([0], 64, shape, seed)
+    return class_noise(range(min(label_dim, 10)), 8 if label_dim else 64, shape, seed)

@@ -49,9 +49,10 @@ def main(args, run=None):
         how = "without" if args.gan_classifier else "with"
         raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
-    if not teacher.sigma_min <= args.conditioning_sigma <= teacher.sigma_max:
+    if outside := [sigma for sigma in sigmas if not teacher.sigma_min <= sigma <= teacher.sigma_max]:
+        option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
         known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
-        raise UserError(f"--conditioning_sigma {args.conditioning_sigma}: {known}")
+        raise UserError(f"--{option} {outside[0]}: {known}")
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)

@@ -94,6 +94,7 @@ share, nonnegative = number(0, 1), number(0)
 # ---- the tables ---------------------------------------------------------------------------------------------------------
 
 F_DIVERGENCES = ("rkl", "kl", "js", "softened_rkl", "hellinger", "jeffreys", "neyman")
+FEATURES = ("inception", "classifier", "pixels")
 DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
 
 MACHINE = [
@@ -240,7 +241,7 @@ EVALUATE = [
     Option(
         "features",
         "inception",
-        choice("inception", "classifier", "pixels"),
+        choice(*FEATURES),
         "of the Frechet distance: Inception's, and the FID; a classifier's, which is trained on the data set's classes; or pixels",
     ),
     Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
@@ -259,7 +260,7 @@ COMPARE = [
     Option("forward_passes", None, positive, "equal work: or for the arithmetic of so many forward passes of a batch"),
     Option("output_dir", "./log/compare", text, "where runs, tables and pictures go; what is there is not done again"),
     Option("num_samples", 2000, number(2, whole=True), "images of each that evaluate.py measures"),
-    Option("features", "classifier", choice("inception", "classifier"), "of evaluate.py's Frechet distance"),
+    Option("features", "classifier", choice(*FEATURES), "of evaluate.py's Frechet distance"),
     *MACHINE[1:],
 ]
 IMPORT_TEACHER = [
@@ -340,7 +341,8 @@ def parse_args(table, description, argv=None, config=None):
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)
     if unknown:
-        raise UserError(f"unknown argument {unknown[0].split('=')[0]}{meant(unknown[0].split('=')[0], table)}")
+        word = unknown[0].split("=")[0]
+        raise UserError(f"unknown argument {word}{meant(word, table)}")
 
     named = given.pop("config", None)
     path = named or config

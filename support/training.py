@@ -31,13 +31,13 @@ def choose_device(args):
         raise UserError(
             f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
         )
-    keep_freed_memory()
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: torch finds no Apple GPU on this machine; use --device cpu or auto")
         if args.precision == "bf16" or args.compile or processes > 1:
             raise UserError("--device mps: one process in fp32, without --precision bf16, --compile and torchrun")
         print("--device mps: nobody has tried this yet; where it fails, tell us, and use --device cpu")
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
@@ -118,9 +118,8 @@ def optimizer_step(optimizer, lr, clip_grad_norm):
     parallel.average([parameter.grad for parameter in group["params"]])
     norm = torch.nn.utils.clip_grad_norm_(group["params"], clip_grad_norm)
     if group["fused"]:
-        optimizer.found_inf = (
-            ~norm.isfinite()
-        ).float()  # what GradScaler tells fused AdamW: skip this step, without a synchronisation
+        # What GradScaler tells fused AdamW: skip this step, without a synchronisation.
+        optimizer.found_inf = (~norm.isfinite()).float()
         optimizer.step()
     elif norm.is_meta or norm.isfinite():
         optimizer.step()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import TINY, metrics, run_script, succeed
+from conftest import TINY, TINY_NET, metrics, run_script, succeed
 from PIL import Image
 from test_config import assert_refused
 
@@ -79,6 +79,18 @@ def test_a_run_that_was_stopped_is_gone_on_with(compared):
     succeed("compare.py", *arguments, "--forward_passes", 24)
     after = metrics(run)
     assert [row["step"] for row in after] == [1, 2, 3, 4] and after[-1]["loss_fake_mean"] == before[-1]["loss_fake_mean"]
+
+
+def test_students_without_classes_are_compared_by_pixels(runs, tmp_path):
+    data = ["--dataset", "mnist5k", "--data_dir", tmp_path, "--device", "cpu"]
+    succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--label_dim", 0, "--output_dir", tmp_path / "teacher")
+    (tmp_path / "one.yaml").write_text(f"dataset: mnist5k\ndata_dir: {tmp_path}\nbatch_size: 16\nlog_every: 1\n")
+    arguments = ["--configs", tmp_path / "one.yaml", "--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt"]
+    arguments += ["--features", "pixels", "--seeds", 0, "--forward_passes", 9, "--num_samples", 20, "--device", "cpu"]
+    out = succeed("compare.py", *arguments, "--output_dir", tmp_path / "out")
+    assert "pictures.png: real images, teacher, one, from left to right" in out
+    (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["configurations"]["one"]
+    assert row["points"][-1]["recall"] >= 0 and "own_label" not in row["points"][-1]
 
 
 def test_minutes_become_iterations_by_the_pace_of_a_trial(runs, tmp_path, monkeypatch):

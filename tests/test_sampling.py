@@ -120,6 +120,8 @@ def test_class_noise_depends_on_seed_class_and_place_alone():
     assert torch.equal(odd[0], odd[1][:1]) and torch.equal(odd[1], odd[2][:2])
     assert not torch.equal(noise[:4], noise[4:])
     assert not torch.equal(class_noise([3], 4, (1, 8, 8), seed=2)[0], noise[:4])
+    without, labels = class_noise([], 4, (1, 8, 8), seed=1)
+    assert labels.tolist() == [0] * 4 and torch.equal(without, class_noise([0], 4, (1, 8, 8), seed=1)[0])
 
 
 def test_a_grid_has_a_row_a_class_and_eight_without_classes():
