@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from support.config import BENCHMARK, UserError, exit_on_error, parse_args, writing
+from support.config import BENCHMARK, exit_on_error, parse_args, writing
 
 DIGITS = Path(__file__).parent / "configs" / "mnist0.yaml"
 args = exit_on_error(parse_args, BENCHMARK, __doc__, None, DIGITS) if __name__ == "__main__" else None  # before torch
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from data import Batches, Dataset
 from guidance import GuidanceModel
 from model import SimpleUNet, denoising_loss, memory_layout
+from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
-from support.costs import convolution_shapes, count, dmd2_memory, shares_by_operator, time_in_turn
+from support.costs import convolution_shapes, convolutions, count, dmd2_memory, shares_by_operator, time_in_turn
 from support.logger import Logger
 from support.training import adamw, autocast, choose_device, compile_networks, optimizer_step, update_ema
 from unified_model import UnifiedModel
@@ -37,10 +38,8 @@ def main(args):
         tasks, networks, batch = training_and_sampling(args, device)
         net = networks[0]
         shapes = convolution_shapes(net, batch)
-        ceiling_tasks = {
-            f"convolution {i} to {o} at {side}": partial(convolution, *convolution_inputs(args, device, o, i, side))
-            for o, i, side in shapes
-        }
+        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        ceiling_tasks = convolutions(shapes, args.batch_size, device, dtype)
         tasks |= ceiling_tasks
         counts = {name: count(partial(task, lambda part: None)) for name, task in tasks.items()}
         by_operator = shares_by_operator(partial(tasks["teacher step"], lambda part: None), 5, device)
@@ -162,20 +161,6 @@ def training_and_sampling(args, device):
     return tasks, [net, ema, generator, model.guidance_model.real_unet, fake_unet], (images, labels)
 
 
-def convolution_inputs(args, device, out_channels, in_channels, side):
-    """Images and weights, in the precision in which a convolution computes: casting them is not its work."""
-    sizes = (args.batch_size, in_channels, side, side), (out_channels, in_channels, 3, 3)
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    return [torch.randn(size).to(device, dtype, memory_format=memory_layout(device)).requires_grad_() for size in sizes]
-
-
-def convolution(x, weight, mark):
-    y = F.conv2d(x, weight, padding=1)
-    mark("forward")
-    torch.autograd.grad(y, (x, weight), y.detach())  # unlike backward(), adds nothing to earlier gradients
-    mark("backward")
-
-
 def report(result):
     ceilings, step = result["ceilings"], result["rows"]["teacher step"]["seconds"]
     print(f"{result['device']}, {result['machine']}, torch {result['torch']}, batch {result['batch_size']}, {result['precision']}")
@@ -193,38 +178,24 @@ def report(result):
 
 
 def diffusers_unet(config, flops, device):
-    """diffusers' UNet2DModel after a SimpleUNet's `config`, as wide as `flops` an image allow, called as SimpleUNet is."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError:
-        raise UserError("--peers needs the package diffusers: pip install diffusers") from None
+    """diffusers' UNet2DModel with the layout of a SimpleUNet's `config`, as wide as `flops` per image allow."""
+    side, width, mults = config["img_resolution"], config["model_channels"], config["channel_mult"]
+    attends = ["Attn" * (side >> level in config["attn_resolutions"]) for level in range(len(mults))]
+    schedule = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)  # DDPM's
 
-    class Peer(torch.nn.Module):
-        def __init__(self, width):
-            super().__init__()
-            side, levels = config["img_resolution"], len(config["channel_mult"])
-            attends = ["Attn" * (side >> level in config["attn_resolutions"]) for level in range(levels)]
-            self.unet = UNet2DModel(
-                sample_size=side,
-                in_channels=config["img_channels"],
-                out_channels=config["img_channels"],
-                block_out_channels=[width * mult for mult in config["channel_mult"]],
-                layers_per_block=config["num_blocks"],
-                down_block_types=[f"{kind}DownBlock2D" for kind in attends],
-                up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attends)],
-                norm_num_groups=width // 4,
-                num_class_embeds=config["label_dim"],
-            )
+    def peer(width):
+        unet = dict(
+            block_out_channels=[width * mult for mult in mults],
+            layers_per_block=config["num_blocks"],
+            down_block_types=[f"{kind}DownBlock2D" for kind in attends],
+            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attends)],
+            norm_num_groups=width // 4,
+        )
+        return DiffusersUNet(side, config["img_channels"], config["label_dim"], unet, "epsilon", schedule)
 
-        def forward(self, x, sigma, labels):
-            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-            return self.unet(x, sigma, class_labels=labels).sample
-
-    image = torch.zeros(1, config["img_channels"], config["img_resolution"], config["img_resolution"])
-    best = min(
-        (Peer(width) for width in range(8, config["model_channels"] + 8, 8)),
-        key=lambda peer: abs(count(lambda: peer(image, 1.0, torch.zeros(1, dtype=torch.long)))[0] - flops),
-    )
+    image, label = torch.zeros(1, config["img_channels"], side, side), torch.zeros(1, dtype=torch.long)
+    peers = [peer(width) for width in range(8, width + 8, 8)]
+    best = min(peers, key=lambda peer: abs(count(lambda: peer(image, 1.0, label))[0] - flops))
     return best.to(device, memory_format=memory_layout(device))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
 from model import denoising_loss, get_sigmas_karras, known_range
 from objectives import NUM_BINS, dmd_gradient, dmd_loss, fake_lag, normalised_f_divergence_weight, sid_loss
+from support.config import UserError
 
 
 class GuidanceModel(nn.Module):
@@ -32,6 +33,8 @@ class GuidanceModel(nn.Module):
     diffusion_gan_max_timestep: their noise levels are the first so many of `karras_sigmas`
     randint, randn:            draw noise levels and noise, called as torch's own functions are, with a size and a `device`
     total:                     adds a tensor over all processes
+
+    Raises UserError, a ValueError, for `gan_resolutions` that the encoder does not have.
     """
 
     def __init__(
@@ -78,6 +81,9 @@ class GuidanceModel(nn.Module):
         if gan_classifier:
             self.gan_features = gan_features
             self.gan_resolutions = gan_resolutions or [min(real_unet.feature_channels)]
+            if missing := set(self.gan_resolutions) - real_unet.feature_channels.keys():
+                known = ", ".join(map(str, real_unet.feature_channels))
+                raise UserError(f"--gan_resolutions {min(missing)}: the teacher's encoder has {known}")
             channels = [real_unet.feature_channels[side] for side in self.gan_resolutions]
             self.cls_pred_branch = Discriminator(channels, gan_channels_per_group)
 

@@ -1,6 +1,6 @@
 """Distil a teacher into a generator of one step, or a few, by DMD2 (Yin et al. 2024): generator and guidance train in turns."""
 
-from support.config import DMD2, UserError, exit_on_error, parse_args
+from support.config import DMD2, exit_on_error, parse_args
 
 args = (
     exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None
@@ -43,25 +43,11 @@ def main(args, run=None):
     torch.manual_seed(args.seed)
     teacher_state = (load_teacher if args.dry_run else checkpoint.load_teacher)(args.teacher_checkpoint)
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
-    if run.resumed and run.resumed["student_sigmas"] != sigmas:
-        raise UserError(f"checkpoint {run.resumed_from}: a student at sigma {run.resumed['student_sigmas']}, not at {sigmas}")
-    if run.resumed and args.gan_classifier != ("guidance_cls_state_dict" in run.resumed):
-        how = "without" if args.gan_classifier else "with"
-        raise UserError(f"checkpoint {run.resumed_from}: trained {how} --gan_classifier; go on from it {how} it")
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
-    if outside := [sigma for sigma in sigmas if not teacher.sigma_min <= sigma <= teacher.sigma_max]:
-        option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
-        known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
-        raise UserError(f"--{option} {outside[0]}: {known}")
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)
 
-    missing = set(args.gan_resolutions or []) - teacher.feature_channels.keys()
-    if missing:
-        raise UserError(
-            f"--gan_resolutions {min(missing)}: the teacher's encoder has {', '.join(map(str, teacher.feature_channels))}"
-        )
     # A head of an earlier run keeps its norms, by which it reads features, whatever the teacher's.
     groups = (run.resumed or {}).get("gan_channels_per_group") or teacher.config.get("channels_per_group", 16)
     options = {name: getattr(args, name) for name in signature(GuidanceModel).parameters if hasattr(args, name)}

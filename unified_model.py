@@ -8,11 +8,14 @@ batch of images, on average.
 """
 
 import copy
+import math
 
 import torch
 from torch import nn
 
+from model import known_range
 from sampling import few_step_sampler
+from support.config import UserError
 
 
 class UnifiedModel(nn.Module):
@@ -20,6 +23,8 @@ class UnifiedModel(nn.Module):
 
     conditioning_sigma: the noise level at which the generator, which starts as a denoiser, is called
     student_sigmas:     the levels, descending, of a generator of several steps; default: `conditioning_sigma` alone
+
+    Raises UserError, a ValueError, for a level that the teacher does not know.
     """
 
     def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None):
@@ -27,6 +32,9 @@ class UnifiedModel(nn.Module):
         self.guidance_model = guidance_model
         self.feedforward_model = copy.deepcopy(guidance_model.real_unet).requires_grad_(True)
         self.student_sigmas = list(student_sigmas or [conditioning_sigma])
+        low, high = known_range(guidance_model.real_unet, 0.0, math.inf)
+        if outside := [sigma for sigma in self.student_sigmas if not low <= sigma <= high]:
+            raise UserError(f"the student's sigma {outside[0]}: the teacher knows noise from {low:.2g} to {high:.4g}")
 
     def generate(self, noise, labels):
         """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass per level."""

@@ -2,13 +2,17 @@
 
 import weakref
 from collections import defaultdict
+from functools import partial
 from statistics import median
 from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from model import memory_layout
 
 
 class LiveMemory(TorchDispatchMode):
@@ -141,3 +145,23 @@ def convolution_shapes(net, batch):
     for hook in hooks:
         hook.remove()
     return sorted(shapes)
+
+
+def convolutions(shapes, batch_size, device, dtype):
+    """Tasks for `time_in_turn` by name: each of the 3x3 convolutions `shapes` by itself, forward and backward.
+
+    dtype: the precision in which they compute, of images and weights alike: casting them is not their work.
+    """
+
+    def task(x, weight, mark):
+        y = F.conv2d(x, weight, padding=1)
+        mark("forward")
+        torch.autograd.grad(y, (x, weight), y.detach())  # unlike backward(), adds nothing to earlier gradients
+        mark("backward")
+
+    tasks = {}
+    for o, i, side in shapes:
+        sizes = (batch_size, i, side, side), (o, i, 3, 3)
+        inputs = [torch.randn(size).to(device, dtype, memory_format=memory_layout(device)).requires_grad_() for size in sizes]
+        tasks[f"convolution {i} to {o} at {side}"] = partial(task, *inputs)
+    return tasks

@@ -18,6 +18,7 @@ from support.logger import Logger
 from support.training import load_optimizer
 
 KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
+OPTIONAL_PARTS = {"guidance_cls_state_dict": "gan_classifier", "optimizer_gan_state_dict": "gan_lr"}  # and whose option each is
 
 
 class Run:
@@ -85,6 +86,12 @@ class Run:
         state = self.resumed
         if state["model_config"] != self.facts["model_config"]:
             raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[self.kind]} ({self.facts['model_config']})")
+        if (sigmas := self.facts.get("student_sigmas")) != state.get("student_sigmas"):
+            raise UserError(f"checkpoint {self.resumed_from}: a student at sigma {state['student_sigmas']}, not at {sigmas}")
+        for key, option in OPTIONAL_PARTS.items():
+            if (key in state) != (key in self.parts):
+                how = "with" if key in state else "without"
+                raise UserError(f"checkpoint {self.resumed_from}: trained {how} --{option}; go on from it {how} it")
         for name, part in self.parts.items():
             try:
                 if isinstance(part, torch.optim.Optimizer):

@@ -1,6 +1,7 @@
 """What DMD2 costs, counted, and the benchmark as a user runs it."""
 
 import json
+from importlib.util import find_spec
 
 import torch
 from conftest import succeed, tiny_unet
@@ -26,12 +27,14 @@ def test_an_iteration_at_ratio_10_costs_at_most_four_and_a_half_forward_passes()
 
 def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
     network = ["--img_resolution", 8, "--model_channels", 16, "--channel_mult", 1, 2, "--batch_size", 32]
+    network += ["--peers"] if find_spec("diffusers") else []
     told = succeed("benchmark.py", "--device", "cpu", *network, "--repeats", 2, "--output", tmp_path / "b.json", cwd=tmp_path)
     result = json.loads((tmp_path / "b.json").read_text())
     rows = result["rows"]
     for name in ("teacher step", "guidance turn", "generator turn", "one step", "Heun, 18 steps"):
         assert name in told and rows[name]["images_per_second"] > 0 and rows[name]["share_of_ceiling"] > 0
     assert rows["Heun, 18 steps"]["images_per_second"] < rows["one step"]["images_per_second"]
+    assert not find_spec("diffusers") or rows["diffusers step"]["images_per_second"] > 0
     assert abs(result["dmd2_memory"]["measured"] / result["dmd2_memory"]["counted"] - 1) < 0.15
     assert set(rows["teacher step"]["seconds"]) == {"data and noise", "network", "clipping and optimizer", "average", "logging"}
     operators = result["operators"]
