@@ -195,9 +195,13 @@ def test_imported_and_distilled_by_command_line(tmp_path):
     assert isinstance(net, DiffusersUNet)
     assert heun_sampler(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), num_steps=3).isfinite().all()
     succeed("generate.py", "--checkpoint", tmp_path / "run" / "dmd2_final.pt", "--output_dir", tmp_path / "out", "--num_samples", 1)
-    done = run_script("train_dmd2.py", *arguments[:6], "--conditioning_sigma", 200, "--output_dir", tmp_path / "other")
+    done = run_script(
+        "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--conditioning_sigma", 200, "--output_dir", tmp_path / "other"
+    )
     assert_refused(done, "sigma 200.0: the teacher knows noise from 0.01 to 157.4")
-    done = run_script("train_dmd2.py", *arguments[:6], "--student_sigmas", 80, 0.001, "--output_dir", tmp_path / "other")
+    done = run_script(
+        "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--student_sigmas", 80, 0.001, "--output_dir", tmp_path / "other"
+    )
     assert_refused(done, "sigma 0.001: the teacher knows noise from 0.01 to 157.4")
 
 
