@@ -1,7 +1,10 @@
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, run_script
 
-from support.config import BENCHMARK, DMD2, EVALUATE, GENERATE, TEACHER, UserError, parse_args
+from support.config import BENCHMARK, DMD2, EVALUATE, GENERATE, SCRIPTS, TEACHER, UserError, parse_args
 
 
 def parse(table, *arguments):
@@ -199,3 +202,11 @@ def test_the_former_name_of_import_teacher_tells_the_new_one(tmp_path):
 def test_parse_errors_are_user_errors():
     with pytest.raises(UserError):
         parse(TEACHER, "--lr", "0")
+
+
+def test_the_page_of_options_is_current():
+    made = subprocess.run(
+        [sys.executable, "-m", "support.options_page"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert made == (ROOT / "docs" / "options.md").read_text()
+    assert all(f"`--{option.name}`" in made for table in SCRIPTS.values() for option in table)

@@ -1,12 +1,11 @@
 """evaluate.py as a user runs it."""
 
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script, succeed, write_images, write_zip
+from conftest import run_script, succeed, write_images, write_zip
 from PIL import Image
 from test_config import assert_refused
 
@@ -174,9 +173,3 @@ def test_fid_reference_is_what_it_says(tmp_path):
     mean, covariance = statistics(features)
     np.savez(tmp_path / "a.npz", mu=mean.numpy(), sigma=covariance.numpy())
     assert frechet_distance(statistics(features), evaluate.read_fid_reference(tmp_path / "a.npz", 4)) == pytest.approx(0, abs=1e-6)
-
-
-def test_shipped_pictures_are_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"docs/[\w.-]+\.png", readme))
-    assert named and named == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.png")}
