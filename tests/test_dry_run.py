@@ -3,7 +3,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_NET, run_script, succeed
+from conftest import ROOT, TINY, TINY_NET, run_script, succeed, write_zip
 from test_config import assert_refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,11 +169,13 @@ def test_the_pages_hours_follow_from_its_counts():
 
 
 @pytest.mark.slow
-def test_the_pages_counts_are_todays():
+def test_the_pages_counts_are_todays(tmp_path):
     """Each in a process of its own: what is on the device is counted, whoever put it there."""
+    thousand_classes = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "data.zip", labels=range(1000), size=64)]
     for command, *cells in page("What each training takes"):
         name, *arguments = command.strip("`").split()
-        counted = rows(succeed(name, *arguments, "--dataset", "mnist5k", "--dry_run"))
+        data = thousand_classes if "DhariwalUNet" in arguments else ["--dataset", "mnist5k"]
+        counted = rows(succeed(name, *arguments, *data, "--dry_run"))
         kept = counted["weights"] + counted["averaged weights"] + counted["optimizers' moments"]
         working = counted["gradients"] + counted["activations"]
         today = [kept, working, counted["together"], counted["tflop"]]
