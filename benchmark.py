@@ -1,4 +1,4 @@
-"""How fast this machine trains and samples, beside its own ceiling: everything is timed in turn, and medians are reported."""
+"""Measure how fast this machine trains and samples, relative to its own ceiling. Tasks are timed in turn; medians are reported."""
 
 from pathlib import Path
 
@@ -29,10 +29,10 @@ from unified_model import UnifiedModel
 
 
 def main(args):
-    """Measures by the options `args`, as `parse_args(BENCHMARK, ...)` gives them, and writes a JSON file."""
+    """Runs the benchmark with the options `args` from `parse_args(BENCHMARK, ...)` and writes a JSON file."""
     device = choose_device(args)
     with writing(args.output), open(args.output, "a"):
-        pass  # better now than after minutes of timing
+        pass  # fail now, not after minutes of timing
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as args.output_dir:
         tasks, networks, batch = training_and_sampling(args, device)
@@ -87,7 +87,7 @@ def main(args):
 
 
 def training_and_sampling(args, device):
-    """(tasks, networks, batch): what the scripts do, on images of noise. A task calls `mark(part)` after each part of it."""
+    """(tasks, networks, batch): the tasks do what the scripts do, on random images, and call `mark(part)` after each part."""
     names = signature(SimpleUNet).parameters.keys() - {"img_channels", "label_dim"}
     channels = args.img_channels or (1 if "mnist" in args.dataset else 3)
     net = SimpleUNet(img_channels=channels, **{name: getattr(args, name) for name in names})
@@ -173,12 +173,12 @@ def report(result):
     operators = [f"{name} {share:.1%}" for name, share in list(result["operators"].items())[:8]]
     print("by operator, before compiling: " + ", ".join(operators))
     memory = {name: value / 1e6 for name, value in result["dmd2_memory"].items()}
-    print(f"peak memory of DMD2: {memory['measured']:.0f} MB, of tensors; counted on paper {memory['counted']:.0f} MB")
-    print(f"one step is {result['speed_ratio']:.1f} times as fast as Heun's 18")
+    print(f"peak memory of DMD2's tensors: {memory['measured']:.0f} MB measured, {memory['counted']:.0f} MB estimated")
+    print(f"one step is {result['speed_ratio']:.1f} times as fast as 18 Heun steps")
 
 
 def diffusers_unet(config, flops, device):
-    """diffusers' UNet2DModel with the layout of a SimpleUNet's `config`, as wide as `flops` per image allow."""
+    """diffusers' UNet2DModel with the layout of a SimpleUNet's `config`, at the width whose FLOPs per image are nearest `flops`."""
     side, width, mults = config["img_resolution"], config["model_channels"], config["channel_mult"]
     attends = ["Attn" * (side >> level in config["attn_resolutions"]) for level in range(len(mults))]
     schedule = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)  # DDPM's

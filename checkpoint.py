@@ -24,7 +24,7 @@ from support.config import UserError
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key.
 NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "DiffusersUNet": DiffusersUNet}
-SHARED = ("step", "images_seen", "model_config", "config", "class_names", "student_sigmas", "versions")  # beside the weights
+SHARED = ("step", "images_seen", "model_config", "config", "class_names", "student_sigmas", "versions")  # with weights
 
 
 def save(path, state):
@@ -33,9 +33,9 @@ def save(path, state):
 
 
 def write(path, writer):
-    """Has `writer` write to `path`, which it gets as a file: a temporary one beside it, flushed to disk, then renamed.
+    """Calls `writer(file)` on a temporary file beside `path`, flushes it to disk, then renames it to `path`.
 
-    Raises UserError where that fails (full disk, no permission); what was at `path` is then as it was.
+    Raises UserError if that fails (full disk, no permission); the file at `path` is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -47,7 +47,7 @@ def write(path, writer):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, survives a power cut
+        os.fsync(folder)  # so that the new name survives a power cut too
         os.close(folder)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -56,19 +56,19 @@ def write(path, writer):
         if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = getattr(cause, "strerror", None) or "the file could not be written; is the disk full?"
-        raise UserError(f"checkpoint {path}: {reason}; checkpoints before it are whole") from None
+        raise UserError(f"checkpoint {path}: {reason}; earlier checkpoints are intact") from None
 
 
 def load(path, device="cpu"):
-    """The state that `save` wrote, or what `save_safetensors` kept of it.
+    """The state that `save` wrote, or the part of it that `save_safetensors` wrote.
 
-    Raises UserError where the file is missing, damaged, or no checkpoint of this project.
+    Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
         if is_safetensors(path):
             state, intact = load_safetensors(path, device), True
         else:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
                 intact = archive.testzip() is None
             state = torch.load(path, map_location=device, weights_only=True) if intact else None
     except OSError as error:
@@ -82,23 +82,23 @@ def load(path, device="cpu"):
     complete = isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys()
     if not complete or not isinstance(state["model_config"], dict) or not isinstance(state["config"], dict):
         raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
-    # What earlier checkpoints lack, as it then was.
+    # Older checkpoints do not store these values: fill in those that were then in use.
     if "guidance_cls_state_dict" in state:
         state.setdefault("gan_channels_per_group", 16 if {"network", "channels_per_group"} & state["model_config"].keys() else 4)
     if "network" not in state["model_config"]:
-        state["model_config"].setdefault("channels_per_group", 4)  # SimpleUNet's
-    if kind(state) == "dmd2":  # one level, which stood in the options
+        state["model_config"].setdefault("channels_per_group", 4)  # a SimpleUNet
+    if kind(state) == "dmd2":  # there was one level, stored in the options
         state.setdefault("student_sigmas", [state["config"].get("conditioning_sigma", 80.0)])
-    if "0.weight" in (head := state.get("guidance_cls_state_dict", {})):  # a single head, and not in a list
+    if "0.weight" in (head := state.get("guidance_cls_state_dict", {})):  # there was a single head, not a list
         state["guidance_cls_state_dict"] = {f"heads.0.{name}": tensor for name, tensor in head.items()}
     return state
 
 
 def save_safetensors(path, state):
-    """Writes what others need of a checkpoint's `state` to `path`, in the format safetensors, which can hold no code: the weights
-    (averaged where there are any), and in the metadata, as JSON, network, options and classes. `load` reads it.
+    """Writes the shareable part of a checkpoint's `state` to `path` as safetensors, a format that cannot hold code.
 
-    Raises UserError as `write` does, and where the package safetensors is not installed.
+    The tensors are the weights (averaged if there are any). The metadata hold network, options and classes as JSON. `load` reads
+    the file. Raises UserError as `write` does, and if the package safetensors is not installed.
     """
     facts = {"kind": kind(state), **{name: state[name] for name in SHARED if name in state}}
     tensors = {name: tensor.contiguous() for name, tensor in weights(state).items()}
@@ -107,17 +107,17 @@ def save_safetensors(path, state):
 
 
 def load_safetensors(path, device="cpu"):
-    """The state that `save_safetensors` kept, its weights on `device`."""
+    """The state that `save_safetensors` wrote, with its weights on `device`."""
     tensors, metadata = read_safetensors(path, device)
     if "minimal_dmd2" not in metadata:
-        raise UserError(f"checkpoint {path}: not written by export.py; other networks come in by import_teacher.py")
+        raise UserError(f"checkpoint {path}: not written by export.py; import other networks with import_teacher.py")
     state = json.loads(metadata["minimal_dmd2"])
     state["feedforward_model_state_dict" if state["kind"] == "dmd2" else "model_state_dict"] = tensors
     return state
 
 
 def read_safetensors(path, device="cpu"):
-    """(the tensors by name, the metadata, both in dicts) of a safetensors file. Raises ValueError where it is damaged."""
+    """Returns (tensors by name, metadata), two dicts, from a safetensors file. Raises ValueError if it is damaged."""
     package = safetensors(path)
     try:
         with package.safe_open(path, framework="pt", device=str(device)) as file:
@@ -127,13 +127,13 @@ def read_safetensors(path, device="cpu"):
 
 
 def is_safetensors(path):
-    """Whether the file at `path` begins as the format does: eight bytes that tell a length, then JSON."""
+    """Whether the file at `path` starts like a safetensors file: a length in eight bytes, then JSON."""
     with open(path, "rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def safetensors(path):
-    """The package of that name. Raises UserError where it is missing."""
+    """The package safetensors. Raises UserError if it is not installed."""
     try:
         import safetensors.torch
     except ImportError:
@@ -142,17 +142,17 @@ def safetensors(path):
 
 
 def kind(state):
-    """`teacher` or `dmd2`, by which script wrote the checkpoint."""
+    """`teacher` or `dmd2`, depending on the script that wrote the checkpoint."""
     return "dmd2" if "feedforward_model_state_dict" in state else "teacher"
 
 
 def weights(state):
-    """The `state_dict` of a checkpoint's network: averaged weights where there are any."""
+    """The `state_dict` of a checkpoint's network: averaged weights if there are any."""
     return state.get("ema_state_dict") or state["feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"]
 
 
 def network(state, path, device="cpu"):
-    """The network of the state loaded from `path` on `device`: averaged weights where there are any, in eval mode, frozen."""
+    """The network of a `state` loaded from `path`, on `device`: averaged weights if there are any, in eval mode, frozen."""
     try:
         config = dict(state["model_config"])
         net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
@@ -161,14 +161,14 @@ def network(state, path, device="cpu"):
         raise UserError(f"checkpoint {path}: {error}") from None
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
-    # Tensor cores want the channels last; a CPU gains nothing by that in SongUNet, whose output it then rounds far more coarsely.
+    # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output far more coarsely.
     tensor_cores = torch.device(device).type == "cuda"
     layout = memory_layout(device) if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
     return net.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
 def load_network(path, device="cpu"):
-    """The network of a teacher's or generator's checkpoint (averaged weights where there are any), in eval mode.
+    """The network of a teacher's or generator's checkpoint (averaged weights if there are any), in eval mode.
 
     Raises UserError as `load` does.
     """
@@ -176,22 +176,22 @@ def load_network(path, device="cpu"):
 
 
 def load_teacher(path):
-    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError where it is none."""
+    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError if it is not a teacher."""
     if not Path(path).exists():
         raise UserError(
-            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py takes a "
+            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py imports a "
             "pretrained one"
         )
     state = load(path)
     if kind(state) != "teacher":
-        raise UserError(f"--teacher_checkpoint {path}: a generator; it takes what train_teacher.py writes")
+        raise UserError(f"--teacher_checkpoint {path}: a generator; give a teacher's checkpoint")
     return state
 
 
 def sampler(state, steps=18):
-    """The sampler `f(net, noise, labels)` that suits a loaded checkpoint, and its network evaluations per image.
+    """Returns (the sampler `f(net, noise, labels)` for a loaded checkpoint, its network evaluations per image).
 
-    A generator is called once at each of the noise levels that it was trained at; a teacher by `steps` steps of Heun's method.
+    A generator is called once at each noise level that it was trained at. A teacher is sampled with `steps` Heun steps.
     """
     if kind(state) == "dmd2":
         return partial(student_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
@@ -199,9 +199,9 @@ def sampler(state, steps=18):
 
 
 def load_sampler(path, device="cpu", steps=18):
-    """A function of standard normal noise `[B, C, H, W]` and labels `[B]` to images, by the checkpoint at `path`.
+    """A function from standard normal noise `[B, C, H, W]` and labels `[B]` to images, from the checkpoint at `path`.
 
-    The images may leave [-1, 1] a little: `support.images.to_uint8` clamps, and so does `images.clamp(-1, 1)`.
+    The images may slightly exceed [-1, 1]; `support.images.to_uint8` and `images.clamp(-1, 1)` clamp them.
     Raises UserError as `load` does.
     """
     state = load(path, device)
@@ -227,7 +227,7 @@ def by_step(folder, kind):
 
 
 def versions():
-    """Python, torch, and the commit of this repository, where git knows it."""
+    """The versions of Python and torch, and the commit of this repository if git knows it."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()

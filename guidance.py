@@ -1,4 +1,4 @@
-"""GuidanceModel: the two denoisers whose difference tells the generator where to move (DMD, arXiv 2311.18828; DMD2, 2405.14867)."""
+"""GuidanceModel: the two denoisers whose difference trains the generator (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
 import copy
 from contextlib import contextmanager
@@ -14,25 +14,26 @@ from support.config import UserError
 
 
 class GuidanceModel(nn.Module):
-    """The frozen teacher `real_unet` and the trainable `fake_unet`, the noise that both see, and the losses that they give.
+    """The frozen teacher `real_unet`, the trainable `fake_unet`, the noise added to their inputs, and the losses.
 
     real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, always in eval mode
     num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
-    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), as far as `real_unet` knows it
+    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of `real_unet`
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
-    min_step_percent, max_step_percent: the share of `karras_sigmas` that the distribution-matching loss draws from
-    objective:                 dmd or sid, of `objectives.py`; sid_alpha: alpha of the latter
-    f_divergence:              weights the images in dmd by a key of `F_DIVERGENCES`; all but rkl need `gan_classifier`
-    fake_loss_weighting:       of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: a squared error
-    gan_classifier:            adds heads on feature maps that tell real from generated images (DMD2 section 4.3); `real_unet` must
-                               then be a `Denoiser`
-    gan_features:              of the encoder of `fake_unet` ("fake"), which then learns them too, or of the teacher ("teacher")
-    gan_resolutions:           of the feature maps, one head per resolution; default: the coarsest alone
+    min_step_percent, max_step_percent: the range of `karras_sigmas`, as shares, that the distribution-matching loss draws from
+    objective:                 dmd or sid (`objectives.py`); sid_alpha: alpha of sid
+    f_divergence:              key of `F_DIVERGENCES` that sets the weights of images in dmd; all but rkl need `gan_classifier`
+    fake_loss_weighting:       weighting of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: squared error
+    gan_classifier:            adds heads that classify images as real or generated from feature maps (DMD2 section 4.3);
+                               `real_unet` must then be a `Denoiser`
+    gan_features:              features of `fake_unet`'s encoder ("fake"), which the heads' loss then trains too, or of the
+                               teacher's ("teacher")
+    gan_resolutions:           resolutions of the feature maps, one head per resolution; default: the coarsest alone
     gan_channels_per_group:    least width of the groups in the heads' norms
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
-    diffusion_gan_max_timestep: their noise levels are the first so many of `karras_sigmas`
-    randint, randn:            draw noise levels and noise, called as torch's own functions are, with a size and a `device`
-    total:                     adds a tensor over all processes
+    diffusion_gan_max_timestep: number of levels, from the lowest of `karras_sigmas`, that the heads' noise is drawn from
+    randint, randn:            functions that draw noise levels and noise, called like torch's, with a size and a `device`
+    total:                     sums a tensor over all processes
 
     Raises UserError, a ValueError, for `gan_resolutions` that the encoder does not have.
     """
@@ -93,9 +94,9 @@ class GuidanceModel(nn.Module):
         return self
 
     def add_noise(self, images, sigma=None, noise=None, first=0, last=None):
-        """`images` `[B, C, H, W]` plus `sigma` `[B]` times standard normal `noise`, and that `sigma`.
+        """Returns (`images` `[B, C, H, W]` plus `sigma` `[B]` times standard normal `noise`, `sigma`).
 
-        Where they are None they are drawn, `sigma` uniformly over `karras_sigmas[first : last + 1]`.
+        `sigma` and `noise` are drawn if they are None, `sigma` uniformly over `karras_sigmas[first : last + 1]`.
         """
         if sigma is None:
             end = self.num_train_timesteps if last is None else last + 1
@@ -108,10 +109,9 @@ class GuidanceModel(nn.Module):
         """The loss that moves generated images towards the teacher's distribution: the `objective`, of `objectives.py`.
 
         images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` `[B, C, H, W]` are drawn
-        unless given. The gradient reaches `images` alone. Returns (`loss_dm` in a dict, what was computed on the way, detached,
-        in a dict).
+        unless given. Only `images` get a gradient. Returns two dicts: `loss_dm`, and the intermediate results, detached.
         """
-        if self.objective == "sid":  # the gradient also runs through what the two denoisers are given
+        if self.objective == "sid":  # the gradient also flows through the inputs of the two denoisers
             noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
             with self.frozen():
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
@@ -129,7 +129,7 @@ class GuidanceModel(nn.Module):
         return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()}
 
     def compute_f_divergence_weight(self, noisy, sigma, labels):
-        """The weights `[B]` of noised images by the heads' mean logit, in ten bins of the schedule's noise levels."""
+        """The weights `[B]` of noised images from the heads' mean logit, normalised in ten bins of the schedule's noise levels."""
         logits = self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions)).mean(1)
         index = torch.searchsorted(self.karras_sigmas, sigma.to(self.karras_sigmas.dtype)).clamp(max=self.num_train_timesteps - 1)
         return normalised_f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps, self.total)
@@ -140,7 +140,7 @@ class GuidanceModel(nn.Module):
 
     @contextmanager
     def frozen(self):
-        """Within it the guidance model's parameters get no gradient; what passes through its networks does."""
+        """A context in which the guidance model's parameters get no gradient, but gradients flow through its networks."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -153,15 +153,15 @@ class GuidanceModel(nn.Module):
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.
 
-        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns (`loss_fake_mean` in a dict,
-        and in a dict, where the GAN heads can use them, the `features` of the same pass).
+        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns two dicts: `loss_fake_mean`,
+        and the `features` of the same pass if the GAN heads can use them.
         """
         images = images.detach()
         noisy, sigma = self.add_noise(images, sigma, noise)
         log_dict = {}
         all_levels = self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps
         if self.gan_classifier and self.gan_features == "fake" and all_levels:
-            # The heads want the same images at the same noise levels: one pass serves both losses.
+            # The heads need the same images at the same noise levels: one pass serves both losses.
             pred_fake, log_dict["features"] = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
         else:
             pred_fake = self.fake_unet(noisy, sigma, labels)
@@ -172,7 +172,7 @@ class GuidanceModel(nn.Module):
         return {"loss_fake_mean": loss}, log_dict
 
     def compute_cls_logits(self, images, labels):
-        """The heads' logits `[B, heads]`, positive for "real", of `images` at random noise levels, or at the least."""
+        """The heads' logits `[B, heads]`, positive for "real", of `images` at random noise levels, or of clean `images`."""
         if self.diffusion_gan:
             images, sigma = self.add_noise(images, last=self.diffusion_gan_max_timestep - 1)
         else:
@@ -182,8 +182,8 @@ class GuidanceModel(nn.Module):
     def compute_generator_clean_cls_loss(self, fake, labels):
         """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`).
 
-        fake: generated `[B, C, H, W]`; labels: `[B]`. The gradient reaches `fake` and stops at the guidance model's parameters.
-        Returns (`gen_cls_loss` in a dict, an empty dict).
+        fake: generated `[B, C, H, W]`; labels: `[B]`. `fake` gets a gradient, the guidance model's parameters do not. Returns two
+        dicts: `gen_cls_loss`, and an empty one.
         """
         with self.frozen():
             loss = generator_gan_loss(self.compute_cls_logits(fake, labels))
@@ -193,7 +193,7 @@ class GuidanceModel(nn.Module):
         """The heads' GAN loss (DMD2 eq. 4; `discriminator.py`).
 
         real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_features`: the feature maps of the fake
-        images, where `compute_loss_fake` has them. Returns (`guidance_cls_loss` in a dict, mean logits in a dict).
+        images, if `compute_loss_fake` returned them. Returns two dicts: `guidance_cls_loss`, and mean logits.
         """
         real_logits = self.compute_cls_logits(real, real_labels)
         if fake_features is None:

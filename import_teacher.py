@@ -1,4 +1,4 @@
-"""Make a teacher checkpoint of a pretrained network, EDM's (Karras et al. 2022) or diffusers'; no code from its files is run."""
+"""Convert a pretrained network of EDM (Karras et al. 2022) or diffusers to a teacher checkpoint, without running its code."""
 
 from support.config import IMPORT_TEACHER, UserError, exit_on_error, parse_args
 
@@ -16,13 +16,13 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def main(args):
-    """Writes a teacher by the options `args`, as `parse_args(IMPORT_TEACHER, ...)` gives them."""
+    """Writes a teacher checkpoint with the options `args` from `parse_args(IMPORT_TEACHER, ...)`."""
     source = Path(args.source)
     if Path(args.output).exists():
-        raise UserError(f"--output {args.output}: exists; give another name, or delete it first")
+        raise UserError(f"--output {args.output} exists; give another name, or delete it first")
     net, state, left_out, licence = (load_diffusers if source.is_dir() else load_edm)(source)
     label_dim, resolution = net.config["label_dim"], net.config["img_resolution"]
-    edms_ten = label_dim == len(CIFAR10) and source.is_file()  # EDM published networks of ten classes for CIFAR-10 alone
+    edms_ten = label_dim == len(CIFAR10) and source.is_file()  # EDM's only networks with ten classes are for CIFAR-10
     of_cifar10 = edms_ten or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
     teacher = {
         "ema_state_dict": state,
@@ -43,7 +43,7 @@ def main(args):
     classes = f"{label_dim} classes" if label_dim else "without classes"
     found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {classes}"
     print(f"found {found}, licence: {licence or 'not stated'}")
-    print(f"{len(state)} tensors taken; left out: {', '.join(left_out) or 'none'}")
+    print(f"{len(state)} tensors imported; left out: {', '.join(left_out) or 'none'}")
     print(f"wrote {args.output}")
 
 

@@ -1,4 +1,4 @@
-"""The noise schedule, the denoising loss, and the networks: `Denoiser`, what all have in common, and `SimpleUNet`.
+"""The noise schedule, the denoising loss, and the networks: the base class `Denoiser`, and `SimpleUNet`.
 
 The parametrisation is EDM's (Karras et al. 2022, arXiv 2206.00364): images are float32 `[B, C, H, W]` in [-1, 1]; `sigma` is the
 standard deviation of the noise in x = x0 + sigma * n.
@@ -20,20 +20,20 @@ def get_sigmas_karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 
 
 def known_range(net, sigma_min, sigma_max):
-    """The noise levels from `sigma_min` to `sigma_max` as far as `net` knows them, where it has bounds: (least, most)."""
+    """(least, most) noise level: `sigma_min` and `sigma_max`, limited to the bounds of `net` if it has any."""
     return max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
 
 
 def preconditioning(sigma, sigma_data=0.5):
     """The factors (c_skip, c_out, c_in, c_noise) of EDM eq. 7 and table 1, each of `sigma`'s shape.
 
-    They give the network inputs and targets of unit variance at every noise level, for data of deviation `sigma_data`.
+    They give the network inputs and targets of unit variance at every noise level, for data of standard deviation `sigma_data`.
     """
     total = (sigma**2 + sigma_data**2).sqrt()
     c_skip = sigma_data**2 / total**2
     c_out = sigma * sigma_data / total
     c_in = 1 / total
-    c_noise = sigma.clamp(min=1e-20).log() / 4  # the clamp keeps sigma = 0 finite, where the output is the input
+    c_noise = sigma.clamp(min=1e-20).log() / 4  # the clamp keeps sigma = 0 finite; there the output is the input
     return c_skip, c_out, c_in, c_noise
 
 
@@ -49,19 +49,20 @@ def denoising_loss(denoised, images, sigma, sigma_data=0.5):
 def resolutions(img_resolution, channel_mult):
     """The side of the images at each of the `len(channel_mult)` levels of a UNet, each half of the one before.
 
-    Raises ValueError where `img_resolution` cannot be halved so often.
+    Raises ValueError if `img_resolution` cannot be halved that often.
     """
     halvings = len(channel_mult) - 1
     if img_resolution % 2**halvings:
-        raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult asks")
+        raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult requires")
     return [img_resolution >> level for level in range(halvings + 1)]
 
 
 class Denoiser(nn.Module):
     """D(x; sigma, class): predicts the clean image (EDM eq. 7). The base class of every network.
 
-    It does the preconditioning and takes noise levels and labels in all their forms. A network passes its constructor's arguments
-    to `super().__init__`, fills `feature_channels` (from each resolution of its encoder to the channels there), and defines
+    It applies the preconditioning and accepts noise levels and labels in all their forms. A network passes its constructor's
+    arguments to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder to the number of
+    channels there), and defines
 
     run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise: ln(sigma) / 4,
         `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: from each resolution in `features`
@@ -82,9 +83,9 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, class_labels=None, features=None):
         """The denoised image D(x; sigma), `[B, C, H, W]`.
 
-        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`; not used
-        where `label_dim` is 0. features: resolutions, such as [8, 4], for the pair (denoised image, list of the encoder's last
-        feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution that the encoder does not have.
+        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`; ignored
+        if `label_dim` is 0. features: resolutions, such as [8, 4]. With them it returns (denoised image, list of the encoder's
+        last feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution that the encoder does not have.
         """
         c_skip, c_out, inputs = self.precondition(x, sigma, class_labels, features or [])
         maps, hidden = self.run_encoder(*inputs)
@@ -93,16 +94,16 @@ class Denoiser(nn.Module):
         return denoised if features is None else (denoised, [maps[resolution] for resolution in features])
 
     def encode(self, x, sigma, class_labels=None, features=()):
-        """The feature maps alone, as `forward` gives them, without the cost of the decoder."""
+        """Only the feature maps that `forward` returns, without the cost of the decoder."""
         maps, _ = self.run_encoder(*self.precondition(x, sigma, class_labels, features)[2])
         return [maps[resolution] for resolution in features]
 
     def factors(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at `sigma`, as `preconditioning` gives them; a network of another training has its own."""
+        """(c_skip, c_out, c_in, c_noise) at `sigma`, from `preconditioning`. Networks of another parametrisation override it."""
         return preconditioning(sigma, self.sigma_data)
 
     def precondition(self, x, sigma, class_labels, features):
-        """(c_skip, c_out, the arguments of `run_encoder`) of the arguments of `forward`."""
+        """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
         unknown = [resolution for resolution in features if resolution not in self.feature_channels]
         if unknown:
             raise ValueError(f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}")
@@ -118,40 +119,43 @@ class Denoiser(nn.Module):
 
 
 def memory_layout(device):
-    """Channels last, as tensor cores and CPUs like it; not on mps, where torch has open faults with it (pytorch/pytorch#174345)."""
+    """Channels last, which is faster on tensor cores and CPUs. Not on mps: torch has open bugs there (pytorch/pytorch#174345)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
-def as_it_comes(x):
-    """The context in which operators take `x` in the precision that it has: CUDA's autocast would make float32 of bfloat16 in some
-    that gain nothing by it, norms and upsampling, and keep twice the memory for the backward pass."""
+def keep_precision(x):
+    """A context in which operators compute in the precision of `x`.
+
+    CUDA's autocast would cast bfloat16 to float32 in norms and upsampling, where it brings no gain, and so double the memory
+    that is kept for the backward pass.
+    """
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
 class GroupNorm(nn.GroupNorm):
-    """Takes and returns bfloat16 under autocast, on every device; its statistics are float32 inside the kernel."""
+    """Under autocast its input and output are bfloat16 on every device; the kernel computes its statistics in float32."""
 
     def forward(self, x):
-        with as_it_comes(x):
+        with keep_precision(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def group_norm(channels, channels_per_group=16):
-    """At most 32 groups, of `channels_per_group` or more where there are so many."""
+    """A group norm of at most 32 groups, each of at least `channels_per_group` channels if there are that many."""
     return GroupNorm(math.gcd(max(1, channels // channels_per_group), 32, channels), channels, eps=1e-6)
 
 
 def zero_init(layer):
-    """A residual branch that ends in zeros starts as the identity, which keeps early training steady."""
+    """Returns `layer` with zeros for parameters. A residual block that ends in it starts as the identity, for stable training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels, 64 channels a head or somewhat more."""
+    """Residual self-attention over the pixels, with 64 or somewhat more channels per head."""
 
     def __init__(self, channels, channels_per_group):
         super().__init__()
@@ -190,21 +194,21 @@ class ResBlock(nn.Module):
 
 
 class SimpleUNet(Denoiser):
-    """A small UNet of residual blocks and self-attention. Arguments bear EDM's names.
+    """A small UNet of residual blocks and self-attention. Arguments have EDM's names.
 
-    img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_resolution:     side of the square images, a multiple of 2^(len(channel_mult) - 1)
     img_channels:       1 or 3
     label_dim:          number of classes; 0: unconditional
     model_channels:     base width, a multiple of 8
     channel_mult:       width of each resolution, from the finest, in units of `model_channels`
     num_blocks:         residual blocks at each resolution, on the way down and again on the way up
-    attn_resolutions:   resolutions, of those that occur, whose blocks attend
+    attn_resolutions:   resolutions with self-attention; those that do not occur are ignored
     dropout:            probability, inside the residual blocks
     sigma_data:         standard deviation of the data
-    channels_per_group: least width of a norm's groups; a CPU is slow at fewer than 16, above all in bfloat16
+    channels_per_group: least width of a norm's groups; a CPU is slow below 16, especially in bfloat16
 
     The default is a DDPM-sized network for CIFAR-10.
-    Raises ValueError where `img_resolution` cannot be halved often enough or `model_channels` is no multiple of 8.
+    Raises ValueError if `img_resolution` cannot be halved often enough or `model_channels` is not a multiple of 8.
     """
 
     def __init__(
@@ -237,7 +241,7 @@ class SimpleUNet(Denoiser):
         )
 
         emb_channels = 4 * model_channels
-        # ln(sigma)/4 spans [-1.6, 1.1]: from one slow wave across that range to 16 radians a unit.
+        # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians per unit.
         self.register_buffer("freqs", torch.logspace(-1, 4, model_channels // 2, base=2), persistent=False)
         self.embed_noise = nn.Linear(model_channels, emb_channels)
         self.embed_class = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
@@ -296,7 +300,7 @@ class SimpleUNet(Denoiser):
             h = block(h, emb)
         for level, blocks in enumerate(self.decoder):
             if level:
-                with as_it_comes(h):
+                with keep_precision(h):
                     h = F.interpolate(h, scale_factor=2.0, mode="nearest")
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)

@@ -1,7 +1,7 @@
-"""The objectives by which guidance moves a generator: pure functions of tensors; a new objective is a function here.
+"""The objectives that train a generator with guidance: pure functions of tensors. A new objective is a new function here.
 
-images: generated, x, `[B, C, H, W]`. pred_real, pred_fake: what teacher and `fake_unet` make of the same noised images,
-D_r(x + sigma n) and D_f(x + sigma n), `[B, C, H, W]`. Losses are scalars; their gradient reaches `images`.
+images: generated, x, `[B, C, H, W]`. pred_real, pred_fake: predictions of the teacher and of `fake_unet` for the same noised
+images, D_r(x + sigma n) and D_f(x + sigma n), `[B, C, H, W]`. Losses are scalars; their gradient reaches `images`.
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 def normaliser(images, pred_real):
     """DMD eq. 8: w = mean_{C,H,W} |x - D_r| of each image, at least 1e-5, `[B, 1, 1, 1]`, without gradient.
 
-    Divided by it, the difference of two denoisers is of one size at every noise level.
+    Division by it gives the difference of two denoisers the same scale at every noise level.
     """
     return (images - pred_real).detach().abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5)
 
@@ -19,8 +19,8 @@ def normaliser(images, pred_real):
 def dmd_gradient(images, pred_real, pred_fake, scale=None):
     """The DMD2 gradient, `[B, C, H, W]`: scale (D_f - D_r) / w. `scale`: weights of the images, `[B]`; default 1.
 
-    DMD2 eq. 1: the difference of the two scores, in terms of denoised images, s = (D(x_t) - x_t) / sigma^2, with DMD's weight.
-    Entries that are not finite are 0.
+    DMD2 eq. 1 with DMD's weight: the difference of the two scores s = (D(x_t) - x_t) / sigma^2, in terms of denoised images.
+    Entries that are not finite are set to 0.
     """
     grad = (pred_fake - pred_real) / normaliser(images, pred_real)
     if scale is not None:
@@ -35,16 +35,16 @@ def dmd_loss(images, pred_real, pred_fake, scale=None):
 
 
 def fake_lag(images, pred_real, pred_fake, total=lambda tensor: tensor):
-    """How much of the DMD2 gradient `fake_unet` has yet to unlearn: a scalar, 0 for one that has kept up with the generator.
+    """How far `fake_unet` lags behind the generator, as a share of the DMD2 gradient: a scalar, 0 if it has kept up.
 
-    The error of an exact D_f is orthogonal to every function of x_t, and so to g, the `dmd_gradient`. Where it is not,
-    D_f - lag (D_f - D_r) denoises these images better, with lag = -<(x - D_f) / w, g> / <g, g>. Above 0 the generator is already
-    on its way to where g sends it; at 1 it is there. Below 0 g falls short. `total` adds a tensor over all processes.
+    The error of an exact D_f is orthogonal to every function of x_t, and so to g, the `dmd_gradient`. If it is not,
+    D_f - lag (D_f - D_r) denoises these images better, with lag = -<(x - D_f) / w, g> / <g, g>. Above 0, the generator has
+    already moved part of the way along g; at 1, all of it. Below 0, g is too short. `total` sums a tensor over all processes.
     """
     grad = dmd_gradient(images, pred_real, pred_fake)
     error = (images - pred_fake) / normaliser(images, pred_real)
     taken_back, size = total(torch.stack([-(error * grad).sum(), grad.square().sum()]))
-    return taken_back / size.clamp(min=1e-12)  # before the first update there is no g
+    return taken_back / size.clamp(min=1e-12)  # g is 0 before the first update
 
 
 # ---- f-divergences ----------------------------------------------------------------------------------------------------------
@@ -67,15 +67,15 @@ def density_ratio(logits):
 
 
 def f_divergence_weight(logits, kind):
-    """The weight h(r) of each image `[B]` that makes `dmd_loss`, of the reverse KL divergence, one of the divergence `kind`."""
+    """The weights h(r) of the images, `[B]`, that turn `dmd_loss` from the reverse KL divergence into the divergence `kind`."""
     return F_DIVERGENCES[kind](density_ratio(logits))
 
 
 def normalised_f_divergence_weight(logits, kind, bins, total=lambda tensor: tensor):
     """`f_divergence_weight` with r divided by its mean over the images of the same bin, and the weight by its mean over all, `[B]`.
 
-    bins: of noise levels, int64 `[B]` from 0, in which a discriminator may be equally far off. `total` adds a tensor over all
-    processes.
+    bins: of noise levels, int64 `[B]` from 0. This removes a factor by which a discriminator is off in a whole bin. `total` sums
+    a tensor over all processes.
     """
     ratio, ones = density_ratio(logits), torch.ones_like(logits, dtype=torch.float32)
     zeros = ratio.new_zeros(NUM_BINS)
@@ -90,9 +90,9 @@ def normalised_f_divergence_weight(logits, kind, bins, total=lambda tensor: tens
 def sid_loss(images, pred_real, pred_fake, alpha=1.0):
     """SiD (arXiv 2404.04057, eq. 23): mean((D_r - D_f) ((D_r - x) - alpha (D_r - D_f)) / w), w without gradient.
 
-    Unlike in `dmd_loss` the gradient runs through `images` and through both predictions to the noised images that they are of. With
-    alpha = 0.5 and an exact D_f this is half the squared distance of the two scores, in terms of images; alpha near 1 corrects for
-    a D_f that is not.
+    Unlike in `dmd_loss`, the gradient flows through `images`, and through both predictions to their inputs, the noised images.
+    With alpha = 0.5 and an exact D_f this is half the squared distance of the two scores, in terms of images; alpha near 1
+    corrects for an inexact D_f.
     """
     difference = pred_real - pred_fake
     return (difference * ((pred_real - images) - alpha * difference) / normaliser(images, pred_real)).mean()

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# From nothing to one-step digits, on a machine with Python 3.10+ and bash: installs into .venv, trains a teacher, distils it,
-# generates, and compares the two. About ten minutes on two CPU cores, installation aside. Stages that are done are skipped.
+# Trains a one-step generator of digits on a machine with Python 3.10+ and bash: installs into .venv, trains a teacher, distils it,
+# generates images, and compares the two. About ten minutes on two CPU cores, without installation. Finished stages are skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
 log=./log/checkpoints
 
 if [ -x .venv/bin/python ]; then
-    echo "== .venv is there: reused"
+    echo "== .venv exists: reused"
 else
     echo "== making .venv"
     "${PYTHON:-python3}" -m venv .venv
 fi
-echo "== installing requirements.txt (what is installed is skipped)"
+echo "== installing requirements.txt (installed packages are skipped)"
 .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 
-stage() { # stage NAME FOLDER FINAL_CHECKPOINT COMMAND...: skipped where that checkpoint is in the folder, gone on with where others are
+stage() { # stage NAME FOLDER FINAL_CHECKPOINT COMMAND...: skipped if that checkpoint is in the folder, resumed if others are
     echo "== $1"
     if [ -e "$2/$3" ]; then
-        echo "   skipped: $2/$3 is there (delete $2 to train again)"
+        echo "   skipped: $2/$3 exists (delete $2 to train again)"
     elif compgen -G "$2/*_checkpoint_step_*.pt" > /dev/null; then
         .venv/bin/python "${@:4}" --resume_from_checkpoint latest
     else
@@ -33,7 +33,7 @@ echo "== 4. teacher and one-step student compared"
     --features classifier --num_samples 2000
 echo
 echo "Pictures:"
-echo "  ./generated/mnist/overview.png             the student's digits, one network evaluation each"
+echo "  ./generated/mnist/overview.png             the student's digits, one network evaluation per image"
 echo "  $log/mnist_dmd2/comparison.png    teacher and student from the same noise, row by row"
-echo "  $log/mnist_dmd2/diversity.png     64 of one class: real digits, teacher, student"
+echo "  $log/mnist_dmd2/diversity.png     64 images of one class: real digits, teacher, student"
 echo "  $log/mnist_dmd2/samples/          teacher and student during training"

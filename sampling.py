@@ -13,9 +13,9 @@ def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=Non
     """Images of a distilled generator, in one forward pass per noise level of `sigmas` (DMD2 section 4.5).
 
     x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
-    noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: where
-    e is drawn from (default: torch's own); fresh_noise: or e itself, a list of `[B, C, H, W]`, one for each further level.
-    Returns `[B, C, H, W]`, which may leave [-1, 1] a little; `support.images.to_uint8` clamps. Gradients flow.
+    noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: the
+    random generator that draws e (default: torch's own); fresh_noise: e itself instead, a list of `[B, C, H, W]`, one per further
+    level. Returns `[B, C, H, W]`, which may slightly exceed [-1, 1]; `support.images.to_uint8` clamps it. Gradients flow.
     """
     x = noise * sigmas[0]
     for index, sigma in enumerate(sigmas):
@@ -23,14 +23,14 @@ def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=Non
             draw = fresh_noise is None
             e = torch.randn(x.shape, generator=generator, device=(generator or x).device) if draw else fresh_noise[index - 1]
             x = x + sigma * e.to(x.device)
-        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # len(noise) would fix the batch's size in torch.export
+        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # len(noise) would fix the batch size in torch.export
     return x
 
 
 def student_sampler(net, noise, labels, sigmas):
-    """`few_step_sampler` whose images depend on their own `noise` and labels alone, whatever the batch and number of processes.
+    """`few_step_sampler`, but each image depends only on its own noise and label, not on the batch or the number of processes.
 
-    The fresh noise of an image comes from a random stream that the bits of its `noise` seed.
+    The fresh noise of an image comes from a random stream whose seed is the bits of its `noise`.
     """
     levels = len(sigmas) - 1
     bits = noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist() if levels else []
@@ -40,7 +40,7 @@ def student_sampler(net, noise, labels, sigmas):
 
 
 def spread_levels(num_steps, conditioning_sigma, sigma_min=0.002, rho=7.0):
-    """A student's `num_steps` noise levels, a list: spread evenly over the schedule's steps from `conditioning_sigma` down."""
+    """A list of a student's `num_steps` noise levels, spaced evenly over the schedule from `conditioning_sigma` down."""
     return [conditioning_sigma, *get_sigmas_karras(num_steps + 1, sigma_min, conditioning_sigma, rho)[1:-1].tolist()]
 
 
@@ -53,8 +53,8 @@ def one_step_sampler(net, noise, labels, conditioning_sigma):
 def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's deterministic sampler (algorithm 1): Heun's second-order method along dx/dsigma = (x - D(x; sigma)) / sigma.
 
-    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations, which keep
-    within `net.sigma_min` and `net.sigma_max` where the network has these.
+    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations. The noise
+    levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds.
     """
     sigmas = [*get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist(), 0.0]
     x = noise * sigmas[0]
@@ -72,7 +72,7 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
 def sample_in_batches(sampler, net, noise, labels, batch_size):
     """`sampler(net, noise, labels)` on the network's device, `batch_size` images at once. Returns `[B, C, H, W]` on the CPU.
 
-    Under torchrun the processes share the images, and each gets all.
+    Under torchrun the processes share the work, and each returns all images.
     """
     device = next(net.parameters()).device
     share = -(-batch_size // world_size())
@@ -81,7 +81,7 @@ def sample_in_batches(sampler, net, noise, labels, batch_size):
 
 
 def random_stream(seed, index, device="cpu"):
-    """The random generator number `index` of `seed`; torch's CPU generator takes 32 bits of seed. `meta` has none."""
+    """Random generator number `index` of `seed`, or None on `meta`, which has none. torch's CPU generator takes 32 bits of seed."""
     if torch.device(device).type == "meta":
         return None
     return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)
@@ -90,17 +90,17 @@ def random_stream(seed, index, device="cpu"):
 def class_noise(classes, num_samples, shape, seed):
     """Standard normal noise `[len(classes) * num_samples, *shape]` and its labels, class after class, on the CPU.
 
-    An image's noise depends on `seed`, its class and its place in the class alone, so subsets and longer runs agree. Without
-    classes the labels are 0, which is not looked at.
+    An image's noise depends only on `seed`, its class and its index in the class, so subsets and longer runs agree. Without
+    classes the labels are 0, which the network ignores.
     """
     classes = list(classes) or [0]
     size = num_samples * math.prod(shape)
-    # torch draws normal numbers in blocks of 16: only whole blocks are the same however many follow.
+    # torch draws normal numbers in blocks of 16. Only whole blocks do not depend on how many numbers follow.
     draws = [torch.randn(-(-size // 16) * 16, generator=random_stream(seed, label))[:size] for label in classes]
     noise = torch.cat(draws).reshape(-1, *shape)
     return noise, torch.tensor(classes).repeat_interleave(num_samples)
 
 
 def grid_noise(label_dim, shape, seed):
-    """`class_noise` of a sample grid with 8 columns: a row for each of the first ten classes; 8 rows without classes."""
+    """`class_noise` for a sample grid of 8 columns: a row for each of the first ten classes; 8 rows without classes."""
     return class_noise(range(min(label_dim, 10)), 8 if label_dim else 64, shape, seed)

@@ -1,4 +1,4 @@
-"""Distil a teacher into a generator of one step, or a few, by DMD2 (Yin et al. 2024): generator and guidance train in turns."""
+"""Distil a teacher into a generator of one or a few steps with DMD2 (Yin et al. 2024). Generator and guidance train in turns."""
 
 from support.config import DMD2, exit_on_error, parse_args
 
@@ -35,10 +35,10 @@ from unified_model import UnifiedModel
 
 
 def main(args, run=None):
-    """Trains by the options `args`, as `parse_args(DMD2, ...)` gives them, in the `Run` of these. Returns the exit status."""
+    """Trains with the options `args` from `parse_args(DMD2, ...)`, as `run` or a new `Run`. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
     run = run or (DryRun if args.dry_run else Run)(args, "dmd2")
-    args = run.args  # with the options of the run that is resumed, where it is
+    args = run.args  # completed by the options of the run that is resumed, if any
     device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = (load_teacher if args.dry_run else checkpoint.load_teacher)(args.teacher_checkpoint)
@@ -48,18 +48,18 @@ def main(args, run=None):
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)
 
-    # A head of an earlier run keeps its norms, by which it reads features, whatever the teacher's.
+    # A resumed head keeps the group width of its norms, even if the teacher's is different.
     groups = (run.resumed or {}).get("gan_channels_per_group") or teacher.config.get("channels_per_group", 16)
     options = {name: getattr(args, name) for name in signature(GuidanceModel).parameters if hasattr(args, name)}
-    processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # alike at any number of them
+    processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # same for any number
     guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, gan_channels_per_group=groups, **options, **processes)
     model = UnifiedModel(guidance, student_sigmas=sigmas).to(device)
     broadcast(model)
-    model.eval()  # all that this changes is dropout: off for teacher, generator and fake_unet alike
+    model.eval()  # this only turns dropout off, in teacher, generator and fake_unet alike
     generator = model.feedforward_model
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
     optimizer_generator = adamw(generator.parameters(), args.generator_lr)
-    by_guidance = guidance.fake_unet if args.gan_lr else guidance  # which without an optimizer for them holds the heads too
+    by_guidance = guidance.fake_unet if args.gan_lr else guidance  # guidance includes the heads, if no other optimizer has them
     optimizer_guidance = adamw([p for p in by_guidance.parameters() if p.requires_grad], args.guidance_lr)
     optimizer_gan = adamw(guidance.cls_pred_branch.parameters(), args.gan_lr) if args.gan_lr else None
     compile_networks(args, teacher, guidance.fake_unet, generator)
@@ -77,22 +77,22 @@ def main(args, run=None):
         parts["optimizer_gan_state_dict"] = optimizer_gan
     facts = dict(model_config=generator.config, class_names=class_names, student_sigmas=sigmas, gan_channels_per_group=groups)
     run.start(device, batches, parts, **facts)
-    del teacher_state  # its optimizer's moments, above all
+    del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
-    teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # rank 0 alone draws samples
-    seen = None  # what the latest generator turn saw
+    teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # only rank 0 draws samples
+    seen = None  # intermediate results of the latest generator turn
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while run.goes_on():
-        real_images, labels = next(batches)  # the generator is asked for the classes of real images, in their proportions
+        real_images, labels = next(batches)  # generated images get the labels of real ones, and so their class proportions
         noise = torch.randn_like(real_images)
-        level = int(torch.randint(len(sigmas), ())) if len(sigmas) > 1 else 0  # of the student's, for this batch
+        level = int(torch.randint(len(sigmas), ())) if len(sigmas) > 1 else 0  # the student's noise level for this batch
         factor = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
 
-        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and looking real to the GAN head.
+        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and the GAN loss if there are heads.
         generator_updates = run.step % args.dfake_gen_update_ratio == 0
         metrics, fake_images = {"real_std": real_images.std(0, correction=0).mean()}, []
         for z, y in micro_batches(args.grad_accum, noise, labels):
@@ -114,7 +114,7 @@ def main(args, run=None):
             norms["generator_grad_norm"] = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
             metrics["fake_std"] = std(torch.cat(fake_images)).mean()
 
-        # Guidance turn, on every step: fake_unet learns what the generator makes, the heads to tell it from real images.
+        # Guidance turn, on every step: fake_unet learns to denoise generated images, the heads to tell them from real ones.
         updates = 0 if args.alternate_turns and generator_updates else args.guidance_updates
         for _ in range(updates):
             for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
@@ -131,7 +131,7 @@ def main(args, run=None):
                 norms["gan_grad_norm"] = optimizer_step(optimizer_gan, args.gan_lr * factor, most)
 
         if ema and generator_updates:
-            # The generator wanders at a constant learning rate: a long average, from early on.
+            # At a constant learning rate the weights fluctuate, so the average covers many updates, from early on.
             update_ema(ema, generator, args.ema_decay, run.step // args.dfake_gen_update_ratio + 1, ramp=2)
         run.step += 1
 

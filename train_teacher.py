@@ -1,4 +1,4 @@
-"""Train the teacher: a denoiser, class-conditional or not, by EDM's loss (Karras et al. 2022). DMD2 takes its averaged weights."""
+"""Train the teacher, a denoiser with or without classes, with EDM's loss (Karras et al. 2022). DMD2 uses its averaged weights."""
 
 from support.config import TEACHER, exit_on_error, parse_args
 
@@ -31,10 +31,10 @@ from support.training import (
 
 
 def main(args):
-    """Trains by the options `args`, as `parse_args(TEACHER, ...)` gives them. Returns the exit status."""
+    """Trains with the options `args` from `parse_args(TEACHER, ...)`. Returns the exit status."""
     # ---- setup ----------------------------------------------------------------------------------------------------------
     run = (DryRun if args.dry_run else Run)(args, "teacher")
-    args = run.args  # with the options of the run that is resumed, where it is
+    args = run.args  # completed by the options of the run that is resumed, if any
     device = choose_device(args)
     torch.manual_seed(args.seed)
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
@@ -63,7 +63,7 @@ def main(args):
     run.start(device, batches, parts, model_config=net.config, class_names=class_names)
     logger = run.logger
     if rank():
-        # Dropout alone draws from torch's own stream: in each process differently.
+        # Only dropout draws from torch's own stream. It has to differ between processes.
         torch.manual_seed(args.seed + 1000003 * run.step + rank())
     bad_steps = BadSteps(args.max_bad_steps, device)
     size = sum(p.numel() for p in net.parameters()) / 1e6
@@ -75,7 +75,7 @@ def main(args):
     # ---- loop -----------------------------------------------------------------------------------------------------------
     while run.goes_on():
         images, labels = next(batches)
-        random = random_stream(args.seed, 10**9 + run.step, device)  # far from the numbers of epochs, which shuffle by `seed` too
+        random = random_stream(args.seed, 10**9 + run.step, device)  # far from the epochs' numbers, which shuffle by `seed` too
         # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
         sigmas = (args.P_mean + args.P_std * torch.randn(len(images), generator=random, device=device)).exp()
         noise = torch.randn(images.shape, generator=random, device=device)

@@ -1,10 +1,10 @@
 """UnifiedModel: the generator and its guidance, with the two turns of a DMD2 iteration.
 
-What they cost, in forward passes of one network (a backward pass counts two): a generator turn 5, which is 3 for the generator and
-1 each for teacher and `fake_unet` (by SiD 2 each, as the gradient runs through both); a guidance turn 3; and 1 to generate for it
-where the generator does not train. With one generator update in r iterations that is 4 + 4 / r per iteration: 4.4 at r = 10.
-k updates of the guidance on the same images make that 1 + 3 k + 4 / r. A student of N steps makes (N - 1) / 2 more passes per
-batch of images, on average.
+Their cost in forward passes of one network, where a backward pass counts as two: A generator turn costs 5 passes, 3 for the
+generator and 1 each for teacher and `fake_unet` (with SiD 2 each, as the gradient flows through both). A guidance turn costs 3,
+and 1 more to generate its images if the generator is not trained in that iteration. With one generator update in r iterations,
+an iteration costs 4 + 4 / r passes on average: 4.4 at r = 10. With k guidance updates on the same images it costs
+1 + 3 k + 4 / r. A student of N steps needs (N - 1) / 2 more passes per batch of images, on average.
 """
 
 import copy
@@ -21,10 +21,10 @@ from support.config import UserError
 class UnifiedModel(nn.Module):
     """`feedforward_model`, the generator, starts as a copy of the teacher; `guidance_model` is a `GuidanceModel`.
 
-    conditioning_sigma: the noise level at which the generator, which starts as a denoiser, is called
+    conditioning_sigma: the noise level at which a one-step generator is called
     student_sigmas:     the levels, descending, of a generator of several steps; default: `conditioning_sigma` alone
 
-    Raises UserError, a ValueError, for a level that the teacher does not know.
+    Raises UserError, a ValueError, for a level outside the teacher's range.
     """
 
     def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None):
@@ -34,17 +34,17 @@ class UnifiedModel(nn.Module):
         self.student_sigmas = list(student_sigmas or [conditioning_sigma])
         low, high = known_range(guidance_model.real_unet, 0.0, math.inf)
         if outside := [sigma for sigma in self.student_sigmas if not low <= sigma <= high]:
-            raise UserError(f"the student's sigma {outside[0]}: the teacher knows noise from {low:.2g} to {high:.4g}")
+            raise UserError(f"the student's sigma {outside[0]}: the teacher's noise levels are {low:.2g} to {high:.4g}")
 
     def generate(self, noise, labels):
-        """Standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]` in one forward pass per level."""
+        """From standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]`, in one forward pass per level."""
         return few_step_sampler(self.feedforward_model, noise, labels, self.student_sigmas)
 
     def generate_at(self, noise, labels, level=0):
-        """What the generator makes at `student_sigmas[level]`, `[B, C, H, W]`, by backward simulation (DMD2 section 4.5).
+        """The generator's images at `student_sigmas[level]`, `[B, C, H, W]`, by backward simulation (DMD2 section 4.5).
 
-        What it is given there it made itself, from standard normal `noise` through the levels above, without gradient: in training
-        it sees what it will see in use.
+        The generator makes its own input, from standard normal `noise` through the levels above, without gradient. So its inputs
+        in training are those of sampling.
         """
         sigma, x = self.student_sigmas[level], self.student_sigmas[0] * noise
         if level:
@@ -55,11 +55,11 @@ class UnifiedModel(nn.Module):
         return self.feedforward_model(x, noise.new_full((len(noise),), sigma), labels)
 
     def generator_turn(self, noise, labels, level=0):
-        """The generator's losses on fresh images: distribution matching, and `gen_cls_loss` where the guidance has a GAN head.
+        """The generator's losses on fresh images: distribution matching, and `gen_cls_loss` if the guidance has GAN heads.
 
-        noise: standard normal `[B, C, H, W]`; labels: `[B]`; level: number of the student's level that is trained. Returns (losses
-        in a dict, what was computed on the way in a dict, the images detached): the guidance turn of the same iteration trains on
-        those images, so that nothing is generated twice.
+        noise: standard normal `[B, C, H, W]`; labels: `[B]`; level: index of the student's level to train. Returns (dict of losses,
+        dict of intermediate results, the images, detached). The guidance turn of the same iteration trains on these images, so
+        that nothing is generated twice.
         """
         images = self.generate_at(noise, labels, level)
         loss_dict, log_dict = self.guidance_model.compute_distribution_matching_loss(images, labels)
@@ -68,9 +68,9 @@ class UnifiedModel(nn.Module):
         return loss_dict, log_dict, images.detach()
 
     def guidance_turn(self, images, labels, real_images=None, real_labels=None):
-        """The guidance model's losses on generated `images`; with a GAN head also against `real_images`, both `[B, C, H, W]`.
+        """The guidance model's losses on generated `images`, and with GAN heads also on `real_images`, both `[B, C, H, W]`.
 
-        Returns (losses in a dict, the head's mean logits in a dict). The generator takes no part.
+        Returns two dicts: losses, and the heads' mean logits. The generator gets no gradient.
         """
         loss_dict, computed = self.guidance_model.compute_loss_fake(images, labels)
         log_dict = {}

@@ -1,4 +1,4 @@
-"""Pipelines of the package diffusers, as folders: from their JSON and safetensors to `DiffusersUNet`. Nothing in them can run."""
+"""Imports folders of the package diffusers as `DiffusersUNet`, from JSON and safetensors, which cannot hold code."""
 
 import json
 import re
@@ -13,15 +13,15 @@ from support.config import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-# How the attention's layers were called until diffusers 0.15, in whose files they still are.
+# Names of the attention layers until diffusers 0.15, which files of that time still use.
 FORMER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def load_diffusers(folder):
-    """(the network, without weights; its float32 `state_dict`; what was left out; the licence, if stated) of a `folder`.
+    """(network without weights, its float32 `state_dict`, list of tensors left out, licence or None) of a `folder`.
 
-    The folder has `unet/` and `scheduler/`, or, as older ones, their files in itself. Raises UserError where one is missing or
-    damaged, or the network is another.
+    The folder has `unet/` and `scheduler/`; older ones hold their files directly. Raises UserError if one is missing or damaged,
+    or the network is not supported.
     """
     folder = Path(folder)
     try:
@@ -37,7 +37,7 @@ def load_diffusers(folder):
         former = any(".query.weight" in name for name in tensors)
         state, remaining = match(tensors, net, former_name if former else lambda name: name.removeprefix("unet."))
         if remaining:
-            raise ValueError(f"tensor {next(iter(remaining))!r:.60} has no place in UNet2DModel ({len(remaining)} such)")
+            raise ValueError(f"tensor {next(iter(remaining))!r:.60} does not belong to UNet2DModel ({len(remaining)} such)")
         return net, state, [], licence(folder)
     except UserError:
         raise
@@ -53,18 +53,18 @@ def load_diffusers(folder):
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises ValueError where there is none."""
+    """The dict in a JSON file. Raises ValueError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is damaged: it has to hold a JSON object")
+        raise ValueError(f"{path.name} is damaged: it must hold a JSON object")
     return content
 
 
 def check_pipeline(folder):
-    """Raises ValueError where the pipeline has more than a UNet and a scheduler, such as a decoder of latents."""
+    """Raises ValueError if the pipeline has more than a UNet and a scheduler, such as a decoder of latents."""
     if (folder / "model_index.json").exists():
         parts = {name for name in read_json(folder / "model_index.json") if not name.startswith("_")}
         if others := sorted(parts - {"unet", "scheduler"}):
@@ -72,22 +72,22 @@ def check_pipeline(folder):
 
 
 def architecture(config, scheduler):
-    """DiffusersUNet's arguments, of the contents of `config.json` and `scheduler_config.json`.
+    """DiffusersUNet's arguments, from the contents of `config.json` and `scheduler_config.json`.
 
-    Raises ValueError or KeyError where the network or its scheduler is another.
+    Raises ValueError or KeyError if the network or its scheduler is not supported.
     """
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
     if "beta_schedule" not in scheduler:
-        raise ValueError(f"its scheduler, {scheduler.get('_class_name')!r:.60}, has no beta_schedule: not a model of DDPM's kind")
+        raise ValueError(f"its scheduler, {scheduler.get('_class_name')!r:.60}, has no beta_schedule: not a DDPM-type model")
     if scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr is not supported: its last level is noise alone, with no finite sigma")
+        raise ValueError("rescale_betas_zero_snr is not supported: its last level is pure noise, with infinite sigma")
     unet = {name: value for name, value in config.items() if not name.startswith("_")}
     size, in_channels, out_channels = (unet.pop(name) for name in ("sample_size", "in_channels", "out_channels"))
     if not isinstance(size, int) or in_channels not in (1, 3):
-        raise ValueError(f"sample_size {size} and in_channels {in_channels}: it has to be square, and of 1 or 3 channels")
+        raise ValueError(f"sample_size {size} and in_channels {in_channels}: images must be square, with 1 or 3 channels")
     if out_channels != in_channels:
-        raise ValueError(f"out_channels {out_channels} of in_channels {in_channels}: predicted variances are not supported")
+        raise ValueError(f"out_channels {out_channels} with in_channels {in_channels}: predicted variances are not supported")
     return {
         "img_resolution": size,
         "img_channels": in_channels,
@@ -99,7 +99,7 @@ def architecture(config, scheduler):
 
 
 def former_name(name):
-    """What diffusers once called the tensor that our network calls `name`."""
+    """The former name in diffusers of the tensor that our network calls `name`."""
     name = name.removeprefix("unet.")
     if ".attentions." in name:
         for now, former in FORMER_NAMES.items():
@@ -108,7 +108,7 @@ def former_name(name):
 
 
 def licence(folder):
-    """As the head of the model card states it, or None."""
+    """The licence in the header of the model card, or None."""
     try:
         card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:

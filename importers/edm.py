@@ -1,4 +1,4 @@
-"""NVIDIA's pretrained EDM networks (Karras et al. 2022): from their files to ours, without running code from a file."""
+"""Imports NVIDIA's pretrained EDM networks (Karras et al. 2022) without running code from their files."""
 
 import io
 import pickle
@@ -18,35 +18,34 @@ from support.config import UserError
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}  # by EDM's names
 NETWORK_NAMES = "SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)"
-LICENCE = "Attribution-NonCommercial-ShareAlike 4.0"  # CC BY-NC-SA 4.0, as the source code in NVIDIA's pickles says at its head
-OURS = "a checkpoint of this project already: --teacher_checkpoint takes it as it is"
+LICENCE = "Attribution-NonCommercial-ShareAlike 4.0"  # at the top of the source code in NVIDIA's pickles
+OURS = "already a checkpoint of this project: give it to --teacher_checkpoint as it is"
 
 
 def load_edm(path):
-    """(the network, without weights; its float32 `state_dict`; what was left out, in words; the licence, if stated) of a file.
+    """(network without weights, its float32 `state_dict`, list of what was left out, licence or None) of a file.
 
-    Raises UserError where it is missing, damaged, hostile or another network.
+    Raises UserError if it is missing, damaged, hostile or not such a network.
     """
-    tensors, told, licence = read_source(path)
+    tensors, known, licence = read_source(path)
     try:
         with torch.device("meta"):
-            net = network_of(tensors)(**architecture(tensors), **told)
+            net = network_of(tensors)(**architecture(tensors), **known)
         return net, *convert(tensors, net), licence
     except ValueError as error:
         raise UserError(f"--source {path}: {error}") from None
     except (IndexError, ZeroDivisionError, RuntimeError):  # shapes that no network has
-        raise UserError(f"--source {path}: not a network of EDM's") from None
+        raise UserError(f"--source {path}: not an EDM network") from None
 
 
 # ---- the file -----------------------------------------------------------------------------------------------------------
 
 
 def read_source(path):
-    """The tensors of the file at `path` by EDM's names, in a dict; what no tensor tells, `dropout` and `sigma_data`, if known, in a
-    dict; and the licence, if stated.
+    """(dict of the tensors by EDM's names, dict of `dropout` and `sigma_data` if known, licence or None) of the file at `path`.
 
-    The file is NVIDIA's pickle, whose entry `ema` is taken, or a `state_dict` as torch.save or safetensors write it (then EDM's
-    preconditioning is taken for granted). No code in it is run. Raises UserError where it is missing, damaged, hostile or another
+    The file is NVIDIA's pickle, whose entry `ema` is used, or a `state_dict` written by torch.save or safetensors, for which
+    EDM's preconditioning is assumed. No code in it is run. Raises UserError if it is missing, damaged, hostile or not such a
     network.
     """
     try:
@@ -57,54 +56,54 @@ def read_source(path):
             return without_prefix(tensors), {}, metadata.get("license")
         data = Path(path).read_bytes()
         if data.startswith(b"PK"):  # torch.save writes a ZIP
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch writes checksums but does not read them
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch writes checksums but does not check them
                 damaged = archive.testzip()
             content = None if damaged else load_tensors(data)
             if isinstance(content, dict) and "model_config" in content:
                 raise ValueError(OURS)
             if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-                raise ValueError("damaged, or no state_dict: it has to hold a network's tensors by name, and nothing else")
+                raise ValueError("damaged, or not a state_dict: it must hold a network's tensors by name, and nothing else")
             return without_prefix(content), {}, None
         content = read(data)
         if not isinstance(content, dict) or "ema" not in content:
-            raise ValueError("not a network of EDM's: no entry `ema`")
+            raise ValueError("not an EDM network: no entry `ema`")
         return read_network(content["ema"])
     except OSError as error:
         raise UserError(f"--source {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"--source {path}: {str(error).splitlines()[0]}") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"--source {path}: damaged, or not a network of EDM's") from None
+        raise UserError(f"--source {path}: damaged, or not an EDM network") from None
 
 
 def without_prefix(tensors):
-    """EDM's preconditioned network calls the network inside it `model`."""
+    """The tensors without the prefix `model.`: EDM's preconditioned network has the network as its attribute `model`."""
     return {str(name).removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def read_network(ema):
-    """What `read_source` returns, of the recorded EDMPrecond object `ema`. Raises ValueError where it is something else."""
+    """The result of `read_source` for the recorded EDMPrecond object `ema`. Raises ValueError if it is another object."""
     name, precond = persistent(ema)
     if name != "EDMPrecond":
         raise ValueError(f"preconditioned by {name!r:.60}; only EDM's own (EDMPrecond) is supported")
     name, unet = persistent(precond["_modules"]["model"])
     if name not in NETWORKS:
         raise ValueError(f"the network is a {name!r:.60}; only {NETWORK_NAMES} are supported")
-    told = {"sigma_data": float(precond["sigma_data"])}
+    known = {"sigma_data": float(precond["sigma_data"])}
     if "dropout" in unet["_init_kwargs"]:
-        told["dropout"] = float(unet["_init_kwargs"]["dropout"])
+        known["dropout"] = float(unet["_init_kwargs"]["dropout"])
     licence = "CC BY-NC-SA 4.0" if LICENCE in str(ema.args[0].get("module_src")) else None
-    return dict(named_tensors(unet, "", seen=set())), told, licence
+    return dict(named_tensors(unet, "", seen=set())), known, licence
 
 
 def persistent(record):
-    """(class name, attributes) of an object that `torch_utils.persistence` wrote; the source code with them is left alone."""
+    """(class name, attributes) of an object that `torch_utils.persistence` wrote. The source code stored with them is not used."""
     meta = record.args[0]
     return meta["class_name"], meta["state"]
 
 
 def named_tensors(module, prefix, seen):
-    """Pairs (name, tensor) of a recorded torch module, given its attributes, and of those inside it, as `state_dict` names them."""
+    """Pairs (name, tensor), named as in `state_dict`, of a recorded torch module with these attributes and of its submodules."""
     if id(module) in seen:
         raise ValueError(f"the module {prefix!r:.60} occurs twice")
     seen.add(id(module))
@@ -113,29 +112,29 @@ def named_tensors(module, prefix, seen):
             yield prefix + name, rebuild(value)
     for name, child in module["_modules"].items():
         if child is not None:
-            attributes = child.state or persistent(child)[1]  # torch's own containers have a state; NVIDIA's classes carry theirs
+            attributes = child.state or persistent(child)[1]  # torch's own containers have a state; NVIDIA's an argument
             yield from named_tensors(attributes, f"{prefix}{name}.", seen)
 
 
 def load_tensors(data):
-    """What torch.save wrote as the bytes `data`, if that is nothing but tensors and plain containers; else raises ValueError."""
+    """The content of `data`, bytes from torch.save. Raises ValueError if it is more than tensors and plain containers."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("it holds more than tensors, or is damaged; nothing in it was run") from None
-    except Exception:  # whatever a damaged file leads torch's reader to
+    except Exception:  # a damaged file can make torch's reader raise anything
         raise ValueError("damaged") from None
 
 
 def rebuild(record):
-    """The tensor that a pickle describes by the calls of `torch._utils`. Raises ValueError where it exceeds what is stored."""
+    """The tensor that a pickle describes by calls of `torch._utils`. Raises ValueError if it exceeds its storage."""
     if record.made_by.endswith("_rebuild_parameter"):
         record = record.args[0]
     storage, offset, size, stride = record.args[:4]
     stored = load_tensors(storage.args[0])
     flat = torch.empty(0, dtype=stored.dtype).set_(stored._untyped_storage)
     if torch.Size(size).numel() > flat.numel():
-        raise ValueError("a tensor is larger than what is stored of it")
+        raise ValueError("a tensor is larger than its storage")
     return flat.as_strided(size, stride, offset)
 
 
@@ -143,26 +142,26 @@ def rebuild(record):
 
 
 def network_of(tensors):
-    """The class of the network that has tensors of these names."""
+    """The class of the network whose tensors have these names."""
     return DhariwalUNet if "out_conv.weight" in tensors else SongUNet
 
 
 def architecture(tensors):
-    """The network's arguments, but `dropout` and `sigma_data`, by the names and shapes of EDM's tensors.
+    """The network's arguments, except `dropout` and `sigma_data`, from the names and shapes of EDM's tensors.
 
-    Raises ValueError where a tensor is missing that every network of EDM's has, or where the network is one that ours lacks.
+    Raises ValueError if a tensor that every EDM network has is missing, or if the network is not supported.
     """
 
     def shape(name):
         if name not in tensors:
-            raise ValueError(f"not a network of EDM's ({NETWORK_NAMES}): no tensor {name}")
+            raise ValueError(f"not an EDM network ({NETWORK_NAMES}): no tensor {name}")
         return tensors[name].shape
 
     if "time_embedding.linear_1.bias" in tensors:
-        raise ValueError("weights of diffusers alone; give their folder, in which config.json tells the network")
+        raise ValueError("only weights of diffusers; give their folder, where config.json describes the network")
     for form in ("aux_skip", "aux_up"):
         if any(f"_{form}." in name for name in tensors):
-            raise ValueError(f"a SongUNet with layers {form}; those of DDPM++ and NCSN++ alone are supported")
+            raise ValueError(f"a SongUNet with layers {form}; only those of DDPM++ and NCSN++ are supported")
     sides = sorted({int(match[1]) for name in tensors if (match := re.match(r"enc\.(\d{1,4})x\1_block0\.", name))}, reverse=True)
     first = f"enc.{sides[0]}x{sides[0]}" if sides else "enc.32x32"
     width, img_channels = shape(f"{first}_conv.weight")[:2]
@@ -192,12 +191,12 @@ def architecture(tensors):
 
 
 def edm_name(name, config):
-    """What EDM calls the tensor that our network of this `config` calls `name`."""
+    """EDM's name of the tensor that our network with this `config` calls `name`."""
     sides = [config["img_resolution"] >> level for level in range(len(config["channel_mult"]))]
     finest, coarsest = (f"{side}x{side}" for side in (sides[0], sides[-1]))
 
     def block(sides, level, index, resampling):
-        """Blocks are numbered without the one that halves or doubles, which comes first at every level but the first."""
+        """EDM's numbers skip the down- or upsampling block, which comes first at every level but the first."""
         index, side = int(index) - (level != "0"), sides[int(level)]
         return f"{side}x{side}_{resampling}" if index < 0 else f"{side}x{side}_block{index}"
 
@@ -224,10 +223,10 @@ def edm_name(name, config):
 
 
 def convert(tensors, net):
-    """(the float32 `state_dict` of `net`, what was left out, in words), from tensors by EDM's names, each of which is used once.
+    """(the float32 `state_dict` of `net`, descriptions of what was left out) from tensors by EDM's names, each used once.
 
-    Left out are the augmentation labels' layer, which has no bias and an input of zero, and the low-pass filters, constants of
-    `net` (they are compared). Raises ValueError where any other tensor is left over, and as `match` does.
+    Left out are the layer for augmentation labels, which has no bias and gets zeros, and the low-pass filters, which are
+    constants of `net` and only compared. Raises ValueError if any other tensor is left over, and as `match` does.
     """
     state, remaining = match(tensors, net, lambda name: edm_name(name, net.config))
     left_out = []
@@ -241,5 +240,5 @@ def convert(tensors, net):
     if filters:
         left_out.append(f"{len(filters)} low-pass filters (constants)")
     if remaining:
-        raise ValueError(f"tensor {next(iter(remaining))!r:.60} has no place in {net.config['network']} ({len(remaining)} such)")
+        raise ValueError(f"tensor {next(iter(remaining))!r:.60} does not belong to {net.config['network']} ({len(remaining)} such)")
     return state, left_out

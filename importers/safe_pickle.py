@@ -1,7 +1,7 @@
-"""Reads a pickle without running any of it: what it asks to build or to call is written down as data, never done.
+"""Reads a pickle without running any of it: the objects and calls that it asks for are recorded as data, never made.
 
-Python's own unpickler imports what a pickle names, calls it, and allocates what it is told to, even with a closed `find_class`.
-This reader goes through the opcodes, which `pickletools` only decodes, and has no way to import or to call anything.
+Python's own unpickler imports and calls what a pickle names. Even with a restricted `find_class`, it allocates as much memory as
+the pickle asks for. This reader interprets the opcodes that `pickletools` decodes, and cannot import or call anything.
 """
 
 import pickletools
@@ -9,7 +9,7 @@ import sys
 
 DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
 SETS = {"builtins.set", "__builtin__.set"}
-# What an honest file with tensors, numpy scalars and NVIDIA's persistent classes asks to call.
+# The calls in a harmless file with tensors, numpy scalars and NVIDIA's persistent classes.
 CALLS = {
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_tensor_v2",
@@ -27,7 +27,7 @@ NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
 
 
 class Refused(ValueError):
-    """The pickle is not of the harmless kind that `read` reads."""
+    """The pickle is not of the harmless kind that `read` accepts."""
 
 
 class Name:
@@ -40,7 +40,7 @@ class Name:
 
 
 class Record:
-    """The object that calling `made_by` with `args` would have made, and the `state` that it would have been given."""
+    """A record of the object that calling `made_by` with `args` would make, and of the `state` that it would get."""
 
     __slots__ = ("args", "made_by", "state")
 
@@ -51,15 +51,15 @@ class Record:
 def read(data):
     """What the pickle `data` (bytes) describes: dicts, lists, tuples, text, numbers, bytes and `Record`s; sets come as lists.
 
-    Instances of any class become `Record`s. Raises Refused, with the reason, for a pickle that names something of Python's own
-    library or asks to call a function, in each case outside the short lists above, and for one that is damaged.
+    Instances of any class become `Record`s. Raises Refused, with the reason, for a damaged pickle, and for one that names
+    something of Python's standard library or calls a function that is not in the lists above.
     """
     try:
         return run(data)
     except Refused:
         raise
     except (ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError, MemoryError):
-        raise Refused("damaged, or no pickle") from None
+        raise Refused("damaged, or not a pickle") from None
 
 
 def run(data):
@@ -128,11 +128,11 @@ def run(data):
             case name if name in TEXT | BYTES | NUMBERS:
                 stack.append(arg)
             case name:
-                raise Refused(f"it has the opcode {name}, which files of this kind do without")
+                raise Refused(f"it has the opcode {name}, which files of this kind do not use")
 
 
 def set_items(target, keys, values):
-    if not all(isinstance(key, (str, int, float)) for key in keys):  # to hash a tuple nested a million deep would crash Python
+    if not all(isinstance(key, (str, int, float)) for key in keys):  # hashing a tuple nested a million deep crashes Python
         raise Refused("it has a dict whose keys are neither text nor numbers")
     target.update(zip(keys, values, strict=True))
 

@@ -1,1 +1,1 @@
-"""Further networks: bodies of `model.Denoiser`."""
+"""Further networks: subclasses of `model.Denoiser`."""

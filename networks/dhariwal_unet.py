@@ -1,6 +1,6 @@
 """DhariwalUNet: the network of EDM's ImageNet-64 teacher (Karras et al. 2022, arXiv 2206.00364, appendix F), for imported weights.
 
-It is the ADM of Dhariwal and Nichol 2021 (arXiv 2105.05233) in EDM's preconditioning. Images and `sigma`: see `model.py`.
+It is the ADM of Dhariwal and Nichol 2021 (arXiv 2105.05233) with EDM's preconditioning. Images and `sigma`: see `model.py`.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Denoiser, GroupNorm, as_it_comes, resolutions
+from model import Denoiser, GroupNorm, keep_precision, resolutions
 from networks.song_unet import Attention
 
 
@@ -18,7 +18,7 @@ def group_norm(channels):
 
 
 def upsample(x):
-    with as_it_comes(x):
+    with keep_precision(x):
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -28,7 +28,7 @@ downsample = partial(F.avg_pool2d, kernel_size=2)
 class ResBlock(nn.Module):
     """Residual block; noise level and class enter as a scale and a shift of the second norm (FiLM).
 
-    resample: `downsample` or `upsample`, or None. Attention has a head for each 64 channels, so that there is none below 64.
+    resample: `downsample` or `upsample`, or None. Attention has one head per 64 channels, so there is none below 64.
     """
 
     def __init__(self, in_channels, out_channels, emb_channels, dropout, attention=False, resample=None):
@@ -54,22 +54,22 @@ class ResBlock(nn.Module):
 
 
 class DhariwalUNet(Denoiser):
-    """ADM. Arguments bear EDM's names; the defaults are the ImageNet-64 teacher.
+    """ADM. Arguments have EDM's names; the defaults are the ImageNet-64 teacher.
 
-    img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_resolution:     side of the square images, a multiple of 2^(len(channel_mult) - 1)
     img_channels:       1 or 3
     label_dim:          number of classes; 0: unconditional
     model_channels:     base width
     channel_mult:       width of each resolution, from the finest, in units of `model_channels`
     channel_mult_emb:   width of the embedding of noise level and class, in the same units
     num_blocks:         residual blocks at each resolution on the way down; one more on the way up
-    attn_resolutions:   resolutions whose blocks attend
+    attn_resolutions:   resolutions with self-attention
     dropout:            probability, inside the residual blocks
     sigma_data:         standard deviation of the data
 
-    The label dropout with which EDM can train a network, to guide it later without a classifier, is left out. By the key `network`
-    of `net.config` a checkpoint tells this class from others; it is no argument. Initial weights are torch's, not EDM's.
-    Raises ValueError where `img_resolution` cannot be halved often enough or a width does not fit its norm or its heads.
+    EDM's label dropout, for classifier-free guidance, is left out. The key `network` in `net.config` names this class in a
+    checkpoint; it is not an argument. Initial weights are torch's, not EDM's.
+    Raises ValueError if `img_resolution` cannot be halved often enough or a width does not fit its norm or its heads.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class DhariwalUNet(Denoiser):
         )
 
         emb_channels = model_channels * channel_mult_emb
-        half = model_channels // 2  # from 1 to nearly 1/10000 radian a unit of ln(sigma)/4
+        half = model_channels // 2  # from 1 to nearly 1/10000 radian per unit of ln(sigma)/4
         self.register_buffer("freqs", (1 / 10000) ** (torch.arange(half) / half), persistent=False)
         self.embed_hidden = nn.Linear(model_channels, emb_channels)
         self.embed_out = nn.Linear(emb_channels, emb_channels)

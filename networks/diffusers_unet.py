@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from model import Denoiser, as_it_comes, preconditioning, resolutions
+from model import Denoiser, keep_precision, preconditioning, resolutions
 from support.config import UserError
 
 BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
@@ -16,9 +16,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas=None):
-    """sigma of every level t, float64 `[num_train_timesteps]`, ascending, of the schedule that diffusers knows by these names.
+    """sigma of every level t, float64 `[num_train_timesteps]`, ascending, of diffusers' schedule with these arguments.
 
-    Raises ValueError for another schedule, and for one whose levels do not rise between 0 and infinity.
+    Raises ValueError for an unknown schedule, and for one whose levels do not rise, or are not above 0 and finite.
     """
     float64 = dict(dtype=torch.float64, device="cpu")
     steps = torch.arange(num_train_timesteps + 1, **float64) / num_train_timesteps
@@ -44,7 +44,7 @@ def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, train
 class DiffusersUNet(Denoiser):
     """D(x; sigma) by a `UNet2DModel`: with epsilon prediction x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
 
-    t(sigma) is interpolated on the model's own levels, linearly in ln(sigma); `sigma_min` and `sigma_max` are their ends.
+    t(sigma) is interpolated on the model's own levels, linearly in ln(sigma); `sigma_min` and `sigma_max` bound them.
 
     img_resolution:  side of the square images
     img_channels:    1 or 3
@@ -53,8 +53,8 @@ class DiffusersUNet(Denoiser):
     prediction_type: epsilon, v_prediction (arXiv 2202.00512) or sample
     schedule:        the arguments of `noise_levels`
 
-    By the key `network` of `net.config` a checkpoint tells this class from others; it is no argument.
-    Raises UserError where diffusers is not installed; ValueError for a UNet2DModel or a schedule of an unsupported kind.
+    The key `network` in `net.config` names this class in a checkpoint; it is not an argument.
+    Raises UserError if diffusers is not installed; ValueError for a UNet2DModel or a schedule of an unsupported kind.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, unet, prediction_type, schedule):
@@ -79,7 +79,7 @@ class DiffusersUNet(Denoiser):
             if name.removeprefix("UNetRes") not in BLOCKS:
                 raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(sorted(BLOCKS))}")
 
-        # With this the denoising loss weighs a noise level as the network's own training did, evenly in what it predicts.
+        # With this the denoising loss weights the noise levels as the network's own training did: its prediction error evenly.
         self.sigma_data = math.inf if prediction_type == "epsilon" else 1.0
         self.prediction_type = prediction_type
         log_sigmas = noise_levels(**schedule).log()
@@ -91,21 +91,21 @@ class DiffusersUNet(Denoiser):
         self.unet = UNet2DModel(**unet, **shape, num_class_embeds=label_dim or None)
 
     def timestep(self, sigma):
-        """t at which the network's training had the noise `sigma`, of any shape; not whole between two levels."""
+        """The t of noise level `sigma`, of any shape, in the network's training; fractional between two of its levels."""
         log_sigma = sigma.clamp(self.sigma_min, self.sigma_max).log()
         below = (log_sigma[..., None] >= self.log_sigmas[1:-1]).sum(-1)
         low, high = self.log_sigmas[below], self.log_sigmas[below + 1]
         return (below + (log_sigma - low) / (high - low)).clamp(0, len(self.log_sigmas) - 1)
 
     def factors(self, sigma):
-        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # with this v_prediction is EDM's, but for the sign
+        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # v_prediction is EDM's with this, up to the sign
         if self.prediction_type == "epsilon":
             c_skip, c_out = torch.ones_like(sigma), sigma
         elif self.prediction_type == "sample":
             c_skip, c_out = torch.zeros_like(sigma), -torch.ones_like(sigma)
         return c_skip, -c_out, c_in, self.timestep(sigma)
 
-    # What UNet2DModel.forward does, in two halves, so that the encoder's features cost no decoder.
+    # UNet2DModel.forward in two halves, so that the encoder's features need no decoder.
 
     def run_encoder(self, x, c_noise, class_labels, features):
         unet = self.unet
@@ -127,5 +127,5 @@ class DiffusersUNet(Denoiser):
             taken = len(block.resnets)
             h = block(h, tuple(skips[-taken:]), emb)
             del skips[-taken:]
-        with as_it_comes(h):  # in float32: what is predicted is multiplied by sigma, and its rounding with it
+        with keep_precision(h):  # in float32: the prediction is multiplied by sigma, and its rounding error too
             return unet.conv_out(unet.conv_act(unet.conv_norm_out(h.float())))

@@ -1,6 +1,6 @@
 """SongUNet: the network of EDM's CIFAR-10 teachers (Karras et al. 2022, arXiv 2206.00364, appendix F), for imported weights.
 
-These are the DDPM++ and NCSN++ of Song et al. 2021 (arXiv 2011.13456) in EDM's preconditioning. Images and `sigma`: see `model.py`.
+They are DDPM++ and NCSN++ of Song et al. 2021 (arXiv 2011.13456) with EDM's preconditioning. Images and `sigma`: see `model.py`.
 """
 
 import math
@@ -34,12 +34,12 @@ def downsample(x, kernel, padding=None):
 def upsample(x, kernel):
     """`[B, C, H, W]` at twice the resolution: zeros between the pixels, then the low-pass `kernel` `[1, 1, k, k]`; k even."""
     channels, k = x.shape[1], kernel.shape[-1]
-    weight = 4 * kernel.to(x.dtype).expand(channels, -1, -1, -1)  # three pixels of four are zeros
+    weight = 4 * kernel.to(x.dtype).expand(channels, -1, -1, -1)  # three of four pixels are zeros
     return F.conv_transpose2d(x, weight, stride=2, padding=(k - 1) // 2, groups=channels)
 
 
 class Attention(nn.Module):
-    """Residual self-attention over the pixels; the query, key and value of a head lie interleaved in the channels of `qkv`."""
+    """Residual self-attention over the pixels; the query, key and value of a head are interleaved in the channels of `qkv`."""
 
     def __init__(self, channels, num_heads=1, skip_scale=SKIP_SCALE, norm=group_norm):
         super().__init__()
@@ -82,26 +82,26 @@ class ResBlock(nn.Module):
 
 
 class SongUNet(Denoiser):
-    """DDPM++ and NCSN++. Arguments bear EDM's names; the defaults are the CIFAR-10 teacher.
+    """DDPM++ and NCSN++. Arguments have EDM's names; the defaults are the CIFAR-10 teacher.
 
-    img_resolution:     side of the square images; `len(channel_mult) - 1` halvings must divide it
+    img_resolution:     side of the square images, a multiple of 2^(len(channel_mult) - 1)
     img_channels:       1 or 3
     label_dim:          number of classes; 0: unconditional
     model_channels:     base width
     channel_mult:       width of each resolution, from the finest, in units of `model_channels`
     channel_mult_emb:   width of the embedding of noise level and class, in the same units
     num_blocks:         residual blocks at each resolution on the way down; one more on the way up
-    attn_resolutions:   resolutions whose blocks attend: all on the way down, the last on the way up
+    attn_resolutions:   resolutions with self-attention: in all blocks on the way down, in the last on the way up
     dropout:            probability, inside the residual blocks
     sigma_data:         standard deviation of the data
     embedding_type:     of the noise level: positional (DDPM++) or fourier (NCSN++)
     channel_mult_noise: its width, in units of `model_channels`: 1 (DDPM++) or 2 (NCSN++)
-    encoder_type:       standard (DDPM++), or residual (NCSN++): the noisy image itself also comes down, beside the features
-    resample_filter:    taps of the low-pass in halving and doubling: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++)
+    encoder_type:       standard (DDPM++), or residual (NCSN++): the downsampled noisy image also enters at each resolution
+    resample_filter:    taps of the low-pass filter for down- and upsampling: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++)
 
-    EDM's input for augmentation labels is left out: it has no bias and is zero in sampling and distillation. By the key `network`
-    of `net.config` a checkpoint tells this class from SimpleUNet; it is no argument. Initial weights are torch's, not EDM's.
-    Raises ValueError where `img_resolution` cannot be halved often enough or a width does not fit its norm.
+    EDM's layer for augmentation labels is left out: it has no bias, and its input is zero in sampling and distillation. The key
+    `network` in `net.config` names this class in a checkpoint; it is not an argument. Initial weights are torch's, not EDM's.
+    Raises ValueError if `img_resolution` cannot be halved often enough or a width does not fit its norm.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class SongUNet(Denoiser):
 
         noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
         half = noise_channels // 2
-        if embedding_type == "positional":  # 1 to 1/10000 radian a unit of ln(sigma)/4
+        if embedding_type == "positional":  # 1 to 1/10000 radian per unit of ln(sigma)/4
             self.radians = 1.0
             self.register_buffer("freqs", (1 / 10000) ** (torch.arange(half) / (half - 1)), persistent=False)
-        else:  # random, in whole waves a unit; kept with the weights
+        else:  # random, in periods per unit; saved with the weights
             self.radians = 2 * math.pi
             self.register_buffer("freqs", 16 * torch.randn(half))
         self.embed_class = nn.Linear(label_dim, noise_channels) if label_dim else None
@@ -166,7 +166,7 @@ class SongUNet(Denoiser):
             if level:
                 blocks.append(block(width, width, resample=downsample))
                 skip_widths.append(width)
-            if level and encoder_type == "residual":  # the low-pass, behind this convolution, takes the padding off
+            if level and encoder_type == "residual":  # the low-pass after this convolution removes the padding
                 self.image_down.append(nn.Conv2d(image_width, width, 3, padding=len(resample_filter) // 2))
                 image_width = width
             for _ in range(num_blocks):
@@ -199,7 +199,7 @@ class SongUNet(Denoiser):
         emb = F.silu(self.embed_hidden(emb))
         emb = F.silu(self.embed_out(emb))
 
-        image = x  # the layout in memory is that of the weights, which convolutions pass on
+        image = x  # not made channels last: convolutions take the memory layout of the weights
         h = self.conv_in(image)
         skips, maps = [h], {}
         for level, blocks in enumerate(self.encoder):

@@ -1,1 +1,1 @@
-"""What any training repository needs, whatever its method."""
+"""Code that does not depend on the training method."""

@@ -1,4 +1,4 @@
-"""Options of the scripts: one table each; the command line beats the YAML file, which beats the default.
+"""Options of the scripts, one table per script. The command line overrides the YAML file, which overrides the default.
 
 Every mistake becomes a `UserError`: one line on standard error and exit status 2. This module does not import torch, so that
 `--help` and a wrong option answer at once.
@@ -25,10 +25,10 @@ TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes t
 
 
 class UserError(ValueError):
-    """A mistake of the user's, reported in one line: what, where, and what would be right."""
+    """A user's mistake, reported in one line: what is wrong, where, and what would be right."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.splitlines()))  # names in a damaged file may hold anything
+        super().__init__(" ".join(message.splitlines()))  # names in a damaged file may contain line breaks
 
 
 # parse: text -> value, raising UserError; `nargs` as in argparse for options that take several values.
@@ -99,52 +99,52 @@ DATASETS = ("cifar10", "mnist", "fashion_mnist", "mnist5k", "folder")
 
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
-    Option("device", "auto", device_name, "auto (CUDA where there is one), cpu, cuda, cuda:N or mps (Apple's GPUs; untried)"),
-    Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "of the networks; tf32 is fp32 but on CUDA; bf16 is autocast"),
-    Option("compile", False, flag, "have torch.compile fuse the networks: slow to start, then faster"),
+    Option("device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda, cuda:N or mps (Apple's GPUs; untested)"),
+    Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "of the networks; tf32 is fp32 except on CUDA; bf16 is autocast"),
+    Option("compile", False, flag, "compile the networks with torch.compile: slower to start, then faster"),
 ]
 DATA = [
     Option("dataset", "cifar10", choice(*DATASETS), f"one of {', '.join(DATASETS)}"),
-    Option("data_dir", "./data", text, "where data sets are kept and downloaded to; for `folder`: the folder or ZIP itself"),
+    Option("data_dir", "./data", text, "folder where data sets are, or are downloaded to; for `folder`: the folder or ZIP itself"),
 ]
 TRAINING = [
     Option("batch_size", 128, count, "images per step, over all processes"),
-    Option("grad_accum", 1, count, "parts in which a batch passes through the networks, where it does not fit in one"),
-    Option("step_number", 100_000, count, "steps to train, in all"),
-    Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its value"),
-    Option("lr_decay", 0.0, share, "share of the steps, at the end, over which the learning rate falls to zero"),
-    Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient"),
+    Option("grad_accum", 1, count, "number of parts into which a batch is split, if it does not fit into memory at once"),
+    Option("step_number", 100_000, count, "training steps in total"),
+    Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its full value"),
+    Option("lr_decay", 0.0, share, "share of the steps, at the end of training, over which the learning rate falls to zero"),
+    Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient; larger ones are scaled down to it"),
     Option("save_every", 5000, count, "steps between checkpoints"),
     Option(
         "resume_from_checkpoint",
         None,
         text,
-        "checkpoint to go on from, or `latest`: the newest in output_dir. Options that are not given are those of its run, and "
+        "checkpoint to resume from, or `latest`, the newest in output_dir. Options that are not given are those of its run, and "
         "output_dir is its folder; device, compile and max_minutes are never taken from it",
     ),
-    Option("keep_last", 3, count, "newest step checkpoints that are kept; the final one always stays"),
-    Option("keep_every", None, count, "keep each checkpoint whose step is a multiple of this, too"),
-    Option("overwrite", False, flag, "start afresh in an output_dir that holds another run: its checkpoints are deleted"),
-    Option("max_minutes", None, positive, "stop after so long, with a checkpoint to go on from"),
-    Option("max_bad_steps", 10, count, "stop after so many steps in a row whose gradients are not finite (they are skipped)"),
+    Option("keep_last", 3, count, "number of newest step checkpoints to keep; the final one is always kept"),
+    Option("keep_every", None, count, "also keep each checkpoint whose step is a multiple of this"),
+    Option("overwrite", False, flag, "start a new run in an output_dir that holds another: its checkpoints are deleted"),
+    Option("max_minutes", None, positive, "stop after this time, with a checkpoint to resume from"),
+    Option("max_bad_steps", 10, count, "stop after this many steps in a row whose gradients are not finite (they are skipped)"),
     Option("log_every", 50, count, "steps between lines of metrics.jsonl"),
     Option("sample_every", 1000, count, "steps between sample grids in output_dir/samples"),
     Option("wandb", False, flag, "log to Weights & Biases"),
     Option("wandb_project", "minimal-dmd", text, "W&B project"),
     Option("wandb_run_name", None, text, "W&B run name"),
     Option("wandb_mode", "online", choice("online", "offline", "disabled"), "W&B mode"),
-    Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files, copies of checkpoints among them"),
-    Option("wandb_key", None, text, "W&B API key; never stored (else `wandb login`, or WANDB_API_KEY)"),
-    Option("wandb_log_every", 50, count, "steps between scalars sent to W&B; below log_every, metrics.jsonl gets them as often"),
-    Option("wandb_log_images", False, flag, "send what the losses see: images noised and denoised"),
+    Option("wandb_dir", "./log/wandb", text, "folder of W&B's local files, including copies of checkpoints"),
+    Option("wandb_key", None, text, "W&B API key; never stored (alternatives: `wandb login`, WANDB_API_KEY)"),
+    Option("wandb_log_every", 50, count, "steps between scalars sent to W&B; if below log_every, it replaces log_every"),
+    Option("wandb_log_images", False, flag, "send noised and denoised images from the losses"),
     Option("wandb_log_samples", False, flag, "send sample grids"),
     Option("wandb_sample_every", 1000, count, "steps between images and sample grids sent to W&B"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
 ]
 DRY_RUN = [
-    Option("dry_run", False, flag, "count what the training takes, memory and time, and stop: nothing is trained or written"),
-    Option("peak_tflops", None, positive, "for --dry_run: the device's peak, TFLOP/s, in the precision of the run"),
-    Option("memory_gb", None, positive, "for --dry_run: the device's memory (1 GB: 2^30 bytes); it suggests --grad_accum"),
+    Option("dry_run", False, flag, "count the memory and time of the training, and stop: nothing is trained or written"),
+    Option("peak_tflops", None, positive, "for --dry_run: the device's peak in TFLOP/s at the run's precision"),
+    Option("memory_gb", None, positive, "for --dry_run: the device's memory (1 GB: 2^30 bytes), to suggest a --grad_accum"),
 ]
 SAMPLING = [
     Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
@@ -160,9 +160,9 @@ TEACHER = [
     Option("hflip", None, flag, "flip half of the images left to right (default: for cifar10 and folder)"),
     Option("P_mean", -1.2, number(), "mean of ln(sigma) in training (EDM)"),
     Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
-    Option("img_resolution", 32, number(8, 64, whole=True), "side of the images, which are resized to it"),
+    Option("img_resolution", 32, number(8, 64, whole=True), "side to which the images are resized"),
     Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own (folder: 3)"),
-    Option("label_dim", None, number(0, whole=True), "number of classes, 0 to leave labels out; default: the data set's own"),
+    Option("label_dim", None, number(0, whole=True), "number of classes, 0 to ignore labels; default: the data set's own"),
     Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
     Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
     Option("num_blocks", 2, count, "residual blocks at each resolution"),
@@ -180,46 +180,46 @@ DMD2 = [
     *TRAINING,
     Option("generator_lr", 2e-6, positive, "learning rate of the generator (AdamW)"),
     Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model (AdamW)"),
-    Option("dfake_gen_update_ratio", 10, count, "guidance updates for each generator update"),
+    Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
     Option("guidance_updates", 1, count, "guidance updates per iteration, on the same images at fresh noise levels"),
     Option("alternate_turns", False, flag, "no guidance update in an iteration that updates the generator (FastGen)"),
-    Option("clip_guidance", True, flag, "clip_grad_norm holds for the guidance model too"),
-    Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called; of several the first"),
-    Option("student_steps", 1, count, "steps of the generator, at levels spread evenly over the schedule"),
-    Option("student_sigmas", None, positive, "... or at these noise levels, descending", "+"),
+    Option("clip_guidance", True, flag, "apply clip_grad_norm to the guidance model too"),
+    Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called; with several steps, the first"),
+    Option("student_steps", 1, count, "steps of the generator, at noise levels spaced evenly over the schedule"),
+    Option("student_sigmas", None, positive, "noise levels of the generator's steps, descending; instead of student_steps", "+"),
     Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
-    Option("sigma_min", 0.002, positive, "least noise of the schedule"),
-    Option("sigma_max", 80.0, positive, "most noise of the schedule"),
+    Option("sigma_min", 0.002, positive, "lowest noise level of the schedule"),
+    Option("sigma_max", 80.0, positive, "highest noise level of the schedule"),
     Option("rho", 7.0, positive, "shape of the schedule (EDM eq. 5)"),
-    Option("min_step_percent", 0.02, share, "the distribution-matching loss sees noise levels from this share of the schedule"),
+    Option("min_step_percent", 0.02, share, "the distribution-matching loss uses noise levels from this share of the schedule"),
     Option("max_step_percent", 0.98, share, "... up to this share"),
-    Option("objective", "dmd", choice("dmd", "sid"), "what moves the generator: dmd, or score identity distillation (SiD)"),
-    Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers take 1.0 and 1.2"),
-    Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "that dmd minimises; all but rkl need --gan_classifier"),
-    Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss over noise levels; none: plain squared error"),
+    Option("objective", "dmd", choice("dmd", "sid"), "the generator's objective: dmd, or score identity distillation (sid)"),
+    Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
+    Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "divergence that dmd minimises; all but rkl need --gan_classifier"),
+    Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss by noise level; none: plain squared error"),
     Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
-    Option("gan_features", "fake", choice("fake", "teacher"), "whose features the GAN's heads see: fake_unet's or the teacher's"),
+    Option("gan_features", "fake", choice("fake", "teacher"), "features for the GAN's heads: fake_unet's or the teacher's"),
     Option("gan_resolutions", None, count, "resolutions of these features, one head per resolution; default: the coarsest", "+"),
-    Option("gan_lr", None, positive, "learning rate of the GAN's heads, which then have an optimizer of their own"),
-    Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's"),
-    Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's"),
-    Option("diffusion_gan", True, flag, "the GAN head sees noised images, as in the paper"),
-    Option("diffusion_gan_max_timestep", 1000, count, "... noised by the first so many levels of the schedule"),
-    Option("ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then what is sampled; 0: no average"),
+    Option("gan_lr", None, positive, "learning rate of the GAN's heads, which then have their own optimizer"),
+    Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's loss"),
+    Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's loss"),
+    Option("diffusion_gan", True, flag, "the GAN's heads see noised images, as in the paper"),
+    Option("diffusion_gan_max_timestep", 1000, count, "... noised at this many of the schedule's lowest levels"),
+    Option("ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then sampled; 0: no average"),
     *MACHINE,
     *DRY_RUN,
 ]
 GENERATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher"),
     Option("output_dir", "./generated", text, "where images go"),
-    Option("num_samples", 16, count, "images of each class; of a network without classes, in all"),
-    Option("classes", None, text, 'names of the classes wanted, separated by commas, as in cat,"a, b",dog; default: all'),
+    Option("num_samples", 16, count, "images per class; without classes, images in total"),
+    Option("classes", None, text, 'names of classes, separated by commas, as in cat,"a, b",dog; default: all'),
     Option(
         "format",
         "grid",
         choice("grid", "png", "npz", "flat"),
-        "grid: one per class and an overview; png: a folder per class, as --dataset folder reads; npz: arrays; "
-        "flat: RGB in one folder, as FID tools read",
+        "grid: one per class and an overview; png: a folder per class, for --dataset folder; npz: arrays; "
+        "flat: RGB in one folder, for FID tools",
     ),
     Option("overwrite", False, flag, "delete what an earlier run of the same format (png, flat, npz) wrote to output_dir"),
     *SAMPLING,
@@ -227,22 +227,22 @@ GENERATE = [
 ]
 BENCHMARK = [
     *[option for option in TEACHER if option not in DRY_RUN],
-    Option("repeats", 7, count, "how often everything is timed, in turn; medians are reported"),
-    Option("output", "benchmark.json", text, "file of the results"),
-    Option("peers", False, flag, "time diffusers' UNet2DModel too, at equal arithmetic (needs pip install diffusers)"),
+    Option("repeats", 7, count, "how many times each task is timed; medians are reported"),
+    Option("output", "benchmark.json", text, "file to write the results to"),
+    Option("peers", False, flag, "also time diffusers' UNet2DModel, at equal FLOPs (needs pip install diffusers)"),
 ]
 EVALUATE = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator or teacher, or a folder of checkpoints"),
     Option("teacher_checkpoint", None, text, "teacher to compare with"),
     Option("output_dir", None, text, "where the results go; default: the checkpoint's folder"),
-    Option("dataset", None, choice(*DATASETS), "real images; default: those of the training"),
-    Option("data_dir", None, text, "where they are; default: as in the training"),
+    Option("dataset", None, choice(*DATASETS), "data set of real images; default: that of the training"),
+    Option("data_dir", None, text, "where it is; default: as in the training"),
     Option("num_samples", 50_000, number(2, whole=True), "images to generate, of random classes"),
     Option(
         "features",
         "inception",
         choice(*FEATURES),
-        "of the Frechet distance: Inception's, and the FID; a classifier's, which is trained on the data set's classes; or pixels",
+        "of the Frechet distance: inception, which also gives the FID; classifier, trained on the data set's classes; or pixels",
     ),
     Option("inception_weights", None, text, "file of torch-fidelity's Inception weights; default: download"),
     Option("inception_score", False, flag, "report the Inception Score too"),
@@ -253,13 +253,13 @@ EVALUATE = [
     *MACHINE,
 ]
 COMPARE = [
-    Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", text, "the teacher that all distil"),
-    Option("configs", ["config_train1.yaml"], text, "files of options for train_dmd2.py, one per configuration", "+"),
-    Option("seeds", [0, 1, 2], number(0, 2**31 - 1, whole=True), "seeds of the runs of each", "+"),
-    Option("minutes", None, positive, "equal time: train each for so long on this machine, which does nothing else meanwhile"),
-    Option("forward_passes", None, positive, "equal work: or for the arithmetic of so many forward passes of a batch"),
-    Option("output_dir", "./log/compare", text, "where runs, tables and pictures go; what is there is not done again"),
-    Option("num_samples", 2000, number(2, whole=True), "images of each that evaluate.py measures"),
+    Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", text, "the teacher to distil"),
+    Option("configs", ["config_train1.yaml"], text, "option files for train_dmd2.py, one per configuration", "+"),
+    Option("seeds", [0, 1, 2], number(0, 2**31 - 1, whole=True), "seeds of each configuration's runs", "+"),
+    Option("minutes", None, positive, "equal time: minutes of training per run, on a machine that does nothing else meanwhile"),
+    Option("forward_passes", None, positive, "equal work: train each run for the FLOPs of this many forward passes of a batch"),
+    Option("output_dir", "./log/compare", text, "where runs, tables and pictures go; finished parts are not repeated"),
+    Option("num_samples", 2000, number(2, whole=True), "images per checkpoint that evaluate.py generates"),
     Option("features", "classifier", choice(*FEATURES), "of evaluate.py's Frechet distance"),
     *MACHINE[1:],
 ]
@@ -275,12 +275,12 @@ IMPORT_TEACHER = [
 EXPORT = [
     Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", text, "generator; for safetensors also a teacher"),
     Option(
-        "format", "onnx", choice("onnx", "safetensors"), "onnx: to run elsewhere; safetensors: to share, a checkpoint without code"
+        "format", "onnx", choice("onnx", "safetensors"), "onnx: to run elsewhere; safetensors: to share, in a file without code"
     ),
     Option("output", None, text, "file to write; default: ./generator.onnx or .safetensors, with --page in its folder"),
     Option("page", None, text, "folder to write a page into that runs the generator in a browser"),
     Option("ort", None, text, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
-    Option("overwrite", False, flag, "replace files that are there already"),
+    Option("overwrite", False, flag, "replace existing files"),
 ]
 
 SCRIPTS = {
@@ -306,7 +306,7 @@ def did_you_mean(word, known):
 
 
 def meant(word, table):
-    """The hint behind an unknown flag or key: whose option it is, that a file needs --config, or the option with a similar name."""
+    """The hint for an unknown flag or key: the script that has it, that a file needs --config, or the option of a similar name."""
     name = str(word).removeprefix("--")
     script = next((script for script, other in SCRIPTS.items() if name in [option.name for option in other]), None)
     if script:
@@ -325,12 +325,12 @@ class Parser(argparse.ArgumentParser):
 def parse_args(table, description, argv=None, config=None):
     """The options of `table` as a namespace, from the command line, `--config` and the defaults, each checked.
 
-    The namespace also has `given`, the names that the command line or YAML gave. With `--resume_from_checkpoint` the options are
-    not complete yet, so how they fit together is checked by `options_of_run`.
-    config: the YAML file that is read where `--config` names none. Raises UserError for the first value, key or flag that is wrong.
+    The namespace also has `given`, the names of the options in the command line or YAML. With `--resume_from_checkpoint` the
+    options are not complete yet, so `options_of_run` checks how they fit together.
+    config: the YAML file to read if there is no `--config`. Raises UserError for the first wrong value, key or flag.
     """
     parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags beat it")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     for option in table:
         help = option.help.replace("%", "%%") + ("" if option.default is None else f" [{option.default}]")
         if option.parse is flag:
@@ -364,12 +364,12 @@ def parse_args(table, description, argv=None, config=None):
         if hasattr(values, "attn_resolutions"):
             values.attn_resolutions = reached(values)
     elif values.overwrite:
-        raise UserError("--overwrite starts afresh and --resume_from_checkpoint goes on: give one of them")
+        raise UserError("--overwrite starts a new run and --resume_from_checkpoint continues one: give only one of them")
     return values
 
 
 def reached(args):
-    """The `attn_resolutions` that occur in the network. Raises UserError where one does not, unless it is only the default."""
+    """The `attn_resolutions` that occur in the network. Raises UserError if a given one does not occur; a default one need not."""
     sides = [args.img_resolution >> level for level in range(len(args.channel_mult))]
     missing = [side for side in args.attn_resolutions if side not in sides]
     if missing and "attn_resolutions" in args.given:
@@ -378,10 +378,10 @@ def reached(args):
 
 
 def options_of_run(args, kind, stored, source):
-    """`args`, in which each option that was not given has the value of the run that is resumed. Checks the result.
+    """Returns `args`, checked, where each option that was not given has its value in the run that is resumed.
 
-    args: what `parse_args` returned; kind: teacher or dmd2; stored: the options of that run, a dict; source: its checkpoint, for
-    messages. The options in `NOT_RESUMED` are not taken from it.
+    args: from `parse_args`; kind: teacher or dmd2; stored: the options of that run, a dict; source: its checkpoint, for messages.
+    The options in `NOT_RESUMED` are not taken from it.
     """
     values = vars(args).copy()
     for option in {"teacher": TEACHER, "dmd2": DMD2}[kind]:
@@ -393,7 +393,7 @@ def options_of_run(args, kind, stored, source):
 
 
 def convert(option, raw, source):
-    """What the command line or YAML gave for `option`, as its value."""
+    """The value of `option` from `raw`, the text or YAML value given for it."""
     if raw is None and option.default is None:
         return None
     if (option.nargs is not None) != isinstance(raw, list) or (option.nargs == "+" and not raw):
@@ -407,7 +407,7 @@ def convert(option, raw, source):
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, of which the plain loader silently keeps the last."""
+    """Refuses duplicate keys in YAML; the plain loader silently keeps the last of them."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -418,17 +418,17 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path):
-    """The options in a YAML file; keys of its `wandb` block come back with the prefix that their flags have."""
+    """The options in a YAML file; keys of its `wandb` block get the prefix of their flags."""
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, UniqueKeyLoader)
     except OSError as error:
         moved = Path("configs", Path(path).name.removeprefix("config_"))
-        hint = f"; it is {moved} now" if (Path(__file__).parents[1] / moved).exists() else ""
+        hint = f"; it is now {moved}" if (Path(__file__).parents[1] / moved).exists() else ""
         raise UserError(f"--config {path}: {error.strerror}{hint}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # the loader's own, and its conversions'
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError) as error:  # of the loader and its conversions
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
@@ -472,7 +472,7 @@ def check(args):
                 f"{processes} processes, which share each part"
             )
     if getattr(args, "dry_run", False) and TORCHRUN:
-        raise UserError("--dry_run counts one process: start it without torchrun, with the share of --batch_size that is one's own")
+        raise UserError("--dry_run counts one process: start it without torchrun, with one process's share of --batch_size")
     for name in ("inception_score", "fid_reference"):
         if getattr(args, name, None) and args.features != "inception":
             raise UserError(f"--{name} needs --features inception")
@@ -483,7 +483,7 @@ def check(args):
             raise UserError(f"--f_divergence {args.f_divergence} needs --objective dmd, not {args.objective}")
     if sigmas := getattr(args, "student_sigmas", None):
         if sigmas != sorted(set(sigmas), reverse=True):
-            raise UserError(f"--student_sigmas {' '.join(map(str, sigmas))}: must descend, from the most noise")
+            raise UserError(f"--student_sigmas {' '.join(map(str, sigmas))}: must descend, starting with the most noise")
         if args.student_steps not in (1, len(sigmas)):
             raise UserError(f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)} levels; give one of them")
     if getattr(args, "gan_lr", None) and not args.gan_classifier:
@@ -493,7 +493,7 @@ def check(args):
     if getattr(args, "alternate_turns", False) and args.dfake_gen_update_ratio == 1:
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
     if getattr(args, "page", None) and args.output:
-        raise UserError("--output and --page: give one of them; the page's folder gets a generator.onnx of its own")
+        raise UserError("--output and --page: give only one of them; the page's folder gets its own generator.onnx")
     if getattr(args, "page", None) and args.format != "onnx":
         raise UserError(f"--page needs --format onnx, not {args.format}")
     if getattr(args, "ort", None) and not args.page:
@@ -503,7 +503,7 @@ def check(args):
 
 
 def make_folder(source, path):
-    """Makes the folder `path`, which the option `source` asked for. Raises UserError where that fails."""
+    """Makes the folder `path`, the value of the option `source`. Raises UserError if that fails."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
@@ -512,7 +512,7 @@ def make_folder(source, path):
 
 @contextmanager
 def writing(path):
-    """Turns the failure of writing to `path` (full disk, read-only folder) into a UserError that names it."""
+    """Turns a failure to write to `path` (full disk, read-only folder) into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -520,14 +520,14 @@ def writing(path):
 
 
 def public(args):
-    """The options as a dict fit to be stored: without the API key."""
+    """The options that may be stored, as a dict: all but the API key."""
     return {name: value for name, value in vars(args).items() if name not in ("wandb_key", "given")}
 
 
 def exit_on_error(function, *arguments):
-    """`function(*arguments)`; a UserError becomes one line and exit status 2. Anything else is a bug, and shows its traceback.
+    """`function(*arguments)`. A UserError becomes one line and exit status 2; any other error is a bug and shows its traceback.
 
-    A closed terminal or pipe is no error: what is printed from then on is dropped.
+    A closed terminal or pipe is not an error: later output is dropped.
     """
     outlive_readers()
     try:
@@ -543,10 +543,12 @@ def exit_on_error(function, *arguments):
 
 
 def leave(message, status):
-    """Ends the process with `message` on standard error. Under torchrun the first process that fails prints it, and
-    it ends at once: the others wait for it, and to end in good order it would have to wait for them."""
+    """Ends the process with `message` on standard error. Under torchrun only the first process that fails prints it.
+
+    There it exits without cleanup, which would wait for the other processes, while they wait for this one.
+    """
     if TORCHRUN:
-        from support.parallel import first_to_fail  # torch: not before a mistake under torchrun
+        from support.parallel import first_to_fail  # imports torch, so only here
 
         if first_to_fail():
             print(message, file=sys.stderr, flush=True)
@@ -558,9 +560,9 @@ def leave(message, status):
 
 
 def report_to_torchrun(message):
-    """Has torchrun repeat `message` at the end of its own report: forty lines, behind which nobody would look for it."""
+    """Makes torchrun repeat `message` at the end of its own report, whose forty lines would otherwise hide it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        # The earliest failure, in whole seconds, stands last as the root cause: others of this second must not be as early.
+        # torchrun shows the earliest failure last, as the root cause. Times are whole seconds: be earlier than others of this one.
         report = {"message": message, "extraInfo": {"timestamp": int(time.time()) - 1}}
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": report}))

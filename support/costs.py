@@ -16,10 +16,10 @@ from model import memory_layout
 
 
 class LiveMemory(TorchDispatchMode):
-    """The bytes of the tensors that are made within it, for as long as they are there: `now`, and the most so far, `peak`.
+    """Counts the bytes of tensors that are created within it and not yet freed: `now`, and the maximum so far, `peak`.
 
-    tensors: some that are there before, and count too; parameters: `gradients` are the bytes of their gradients at the peak;
-    device_type: counts the tensors of this kind of device alone
+    tensors: existing ones that also count; parameters: `gradients` is the bytes of their gradients at the peak;
+    device_type: count only the tensors on this kind of device
     """
 
     def __init__(self, tensors=(), parameters=(), device_type=None):
@@ -43,7 +43,7 @@ class LiveMemory(TorchDispatchMode):
             self.gradients = sum(parameter.grad.nbytes for parameter in self.parameters if parameter.grad is not None)
 
     @staticmethod
-    def remove(reference, key, size):  # a finalizer is kept while its storage lives, and would keep the parameters with `self`
+    def remove(reference, key, size):  # with `self`, a finalizer would keep the parameters alive as long as its storage
         if memory := reference():
             memory.live.remove(key)
             memory.now -= size
@@ -58,21 +58,20 @@ class LiveMemory(TorchDispatchMode):
 
 
 def count(task):
-    """What one call of `task` takes: floating-point operations of its products of matrices and convolutions, and the most bytes of
-    tensors that it holds beyond those that were there before."""
+    """Returns (FLOPs of the matrix products and convolutions, peak bytes of new tensors) of one call of `task`."""
     with FlopCounterMode(display=False) as flops, LiveMemory() as memory:
         task()
     return flops.get_total_flops(), memory.peak
 
 
 def synchronize(device):
-    """Waits until `device` has done what it was asked to."""
+    """Waits until `device` has finished all queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 def shares_by_operator(task, repeats, device):
-    """The shares of the time of `repeats` calls of `task` that torch's operators take, backward passes included, largest first."""
+    """The share of each of torch's operators in the time of `repeats` calls of `task`, with backward passes, largest first."""
     seconds = defaultdict(float)
 
     class Timer(TorchDispatchMode):
@@ -92,7 +91,7 @@ def shares_by_operator(task, repeats, device):
 
 
 def saved_for_backward(net, *inputs):
-    """The bytes that a forward pass of `net` keeps for the backward pass, parameters aside."""
+    """The bytes that a forward pass of `net` keeps for the backward pass, without parameters."""
     parameters = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
     saved = {}  # by storage, which two saved tensors may share
 
@@ -106,8 +105,12 @@ def saved_for_backward(net, *inputs):
 
 
 def dmd2_memory(net, batch, shapes):
-    """Bytes that DMD2 takes, on paper: the weights of four networks (teacher, `fake_unet`, generator, average), Adam's two moments
-    of two, the activations of the one in training, whose gradients come as these go, and a block of a network without gradients."""
+    """An estimate of DMD2's memory in bytes.
+
+    It is the weights of four networks (teacher, `fake_unet`, generator, average), Adam's two moments for two of them, the
+    activations of the network in training, and one block of a network without gradients. In the backward pass gradients replace
+    activations, so only the larger of the two counts.
+    """
     weights = 4 * sum(parameter.numel() for parameter in net.parameters())
     activations = saved_for_backward(net, batch[0], 1.0, batch[1])
     widest = 4 * len(batch[0]) * max(in_channels * side**2 for _, in_channels, side in shapes)
@@ -115,7 +118,7 @@ def dmd2_memory(net, batch, shapes):
 
 
 def time_in_turn(tasks, repeats, device):
-    """The median seconds of each part of each task, timed in turn, so that changes of the machine's speed meet all alike."""
+    """The median seconds of each part of each task, timed in turn, so that changes in the machine's speed affect all equally."""
     seconds = {name: defaultdict(list) for name in tasks}
     for repeat in range(repeats + 1):
         for name, task in tasks.items():
@@ -123,19 +126,19 @@ def time_in_turn(tasks, repeats, device):
 
             def mark(part):
                 synchronize(device)
-                parts.append(part)  # noqa: B023 - called within this turn of the loop
+                parts.append(part)  # noqa: B023 - called within this iteration
                 times.append(perf_counter())  # noqa: B023
 
             mark("start")
             task(mark)
             for part, start, end in zip(parts[1:], times, times[1:], strict=False):
-                if repeat:  # the first turn warms up
+                if repeat:  # the first round is a warm-up
                     seconds[name][part].append(end - start)
     return {name: {part: median(values) for part, values in parts.items()} for name, parts in seconds.items()}
 
 
 def convolution_shapes(net, batch):
-    """The (channels out, channels in, side) of the network's 3x3 convolutions. Each by itself, they set the ceiling."""
+    """The (output channels, input channels, side) of the network's 3x3 convolutions. Timed one by one, they set the ceiling."""
     shapes = set()
     convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
     hooks = [
@@ -150,13 +153,13 @@ def convolution_shapes(net, batch):
 def convolutions(shapes, batch_size, device, dtype):
     """Tasks for `time_in_turn` by name: each of the 3x3 convolutions `shapes` by itself, forward and backward.
 
-    dtype: the precision in which they compute, of images and weights alike: casting them is not their work.
+    dtype: the precision of both images and weights, so that no casts are timed.
     """
 
     def task(x, weight, mark):
         y = F.conv2d(x, weight, padding=1)
         mark("forward")
-        torch.autograd.grad(y, (x, weight), y.detach())  # unlike backward(), adds nothing to earlier gradients
+        torch.autograd.grad(y, (x, weight), y.detach())  # unlike backward(), does not accumulate gradients
         mark("backward")
 
     tasks = {}

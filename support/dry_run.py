@@ -1,4 +1,4 @@
-"""What a training will take, by count: its own loop runs on torch's `meta` device, where tensors have shapes and no numbers."""
+"""Counts the memory and time of a training: its own loop runs on torch's `meta` device, where tensors have only shapes."""
 
 import gc
 import os
@@ -15,23 +15,23 @@ from support.config import UserError
 from support.costs import LiveMemory
 from support.runs import Run
 
-SHARE_OF_PEAK = 0.4  # of a GPU's arithmetic that training is taken to reach; assumed, not measured
-HEADROOM = 0.15  # of a GPU's memory, for what is not counted: the driver's, cuDNN's work spaces, gaps between tensors; assumed
+SHARE_OF_PEAK = 0.4  # of a GPU's peak FLOP/s that training reaches; assumed, not measured
+HEADROOM = 0.15  # of a GPU's memory, for what is not counted: driver, cuDNN workspaces, gaps between tensors; assumed
 GIB = 2**30
 aten = torch.ops.aten
 
 
 class DryRun(Run):
-    """A `Run` that is only counted. It takes no folder and writes nothing; the loop of the script, as it stands, is what it traces.
+    """A `Run` that only counts. It traces the script's own loop, locks no folder and writes nothing.
 
-    The loop goes through one iteration with a generator's update, where there are such, and through one without. A batch in many
-    parts (`--grad_accum`) is traced in two: arithmetic grows with the images, and the memory of a third part is that of the second.
+    The loop runs one iteration with a generator update and, if there are such, one without. A batch in many parts
+    (`--grad_accum`) is traced in two: FLOPs are proportional to the images, and a third part takes the memory of the second.
     """
 
     def __init__(self, args, kind):
         super().__init__(args, kind)
         args = self.args
-        args.compile, args.log_every = False, sys.maxsize  # whatever is read back from the device is for the log
+        args.compile, args.log_every = False, sys.maxsize  # only the log reads values back from the device
         self.batch_size, self.parts_asked, self.first_step = args.batch_size, args.grad_accum, self.step
 
     def start(self, device, batches, parts, **facts):
@@ -40,7 +40,7 @@ class DryRun(Run):
             self.restore()
         self.resumed, self.logger = None, Silence()
         self.optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
-        for optimizer in self.optimizers:  # the moments come with the first step; all later ones find them
+        for optimizer in self.optimizers:  # the first step creates the moments, and all later ones hold them
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
@@ -65,20 +65,20 @@ class DryRun(Run):
         pass
 
     def trace_all(self):
-        """A generator: what comes between two of its values is an iteration of the loop. Prints what was counted."""
+        """A generator: the loop runs one iteration between two of its values. Prints the counts."""
         args = self.args
         updates = getattr(args, "dfake_gen_update_ratio", 1)
         flops, memory = yield from self.trace(0, self.parts_asked)
         if updates > 1:
-            flops_between, _ = yield from self.trace(1, 1)  # on `meta` size costs nothing
+            flops_between, _ = yield from self.trace(1, 1)  # on `meta` large tensors cost nothing
             flops = (flops + (updates - 1) * flops_between) / updates
-        self.flops = flops * self.batch_size  # of an iteration, on average
+        self.flops = flops * self.batch_size  # per iteration, on average
         self.report(memory)
         if args.memory_gb:
             yield from self.suggest(memory)
 
     def trace(self, step, parts):
-        """Sends the loop through iteration `step` with a batch in `parts` parts. Returns (FLOPs of an image, `LiveMemory`)."""
+        """Runs iteration `step` of the loop with a batch in `parts` parts. Returns (FLOPs per image, `LiveMemory`)."""
         self.step, self.args.grad_accum = step, min(parts, 2)
         self.batches.batch_size = self.batch_size // parts * self.args.grad_accum
         trained = [parameter for optimizer in self.optimizers for parameter in optimizer.param_groups[0]["params"]]
@@ -87,18 +87,18 @@ class DryRun(Run):
         return arithmetic.flops / self.batches.batch_size, memory
 
     def suggest(self, asked):
-        """Prints the least --grad_accum whose memory fits into --memory_gb; `asked` is that of the run as it is."""
-        limit, told = (1 - HEADROOM) * self.args.memory_gb * GIB, f"--memory_gb {self.args.memory_gb:g}"
-        left, fixed = f"{HEADROOM:.0%} are left for what is not counted", sum(self.memory.values())
-        an_image = (asked.peak - asked.gradients - fixed) / (self.batch_size // self.parts_asked)
+        """Prints the least --grad_accum that fits into --memory_gb; `asked` is the memory of the run with its own options."""
+        limit, option = (1 - HEADROOM) * self.args.memory_gb * GIB, f"--memory_gb {self.args.memory_gb:g}"
+        spare, fixed = f"{HEADROOM:.0%} is reserved for what is not counted", sum(self.memory.values())
+        per_image = (asked.peak - asked.gradients - fixed) / (self.batch_size // self.parts_asked)
         for parts in (parts for parts in range(1, self.batch_size + 1) if self.batch_size % parts == 0):
-            if fixed + 0.9 * an_image * self.batch_size / parts > limit:
-                continue  # by far: not worth a trace
+            if fixed + 0.9 * per_image * self.batch_size / parts > limit:
+                continue  # far too much: not worth a trace
             memory = asked if parts == self.parts_asked else (yield from self.trace(0, parts))[1]
             if memory.peak <= limit:
-                print(f"{told}: take --grad_accum {parts}, which takes {memory.peak / GIB:.4g} GiB; {left}")
+                print(f"{option}: use --grad_accum {parts}, which takes {memory.peak / GIB:.4g} GiB; {spare}")
                 return
-        print(f"{told}: too little even for one image at once; {left}")
+        print(f"{option}: too little even for one image at a time; {spare}")
 
     def report(self, memory):
         args, flops, steps = self.args, self.flops, self.args.step_number - self.first_step
@@ -107,15 +107,15 @@ class DryRun(Run):
         print(f"counted, nothing trained: batch {self.batch_size} in {self.parts_asked} parts, {args.precision}, GiB at the peak")
         for name, value in (rows | {"together": memory.peak}).items():
             print(f"  {name:20} {value / GIB:10.4g}")
-        print(f"arithmetic: {flops / 1e12:.4g} TFLOP an iteration, {steps} iterations")
+        print(f"arithmetic: {flops / 1e12:.4g} TFLOP per iteration, {steps} iterations")
         if args.peak_tflops:
             seconds = flops / (SHARE_OF_PEAK * args.peak_tflops * 1e12)
             print(
-                f"time: {seconds:.3g} s an iteration, {seconds * steps / 3600:.3g} hours in all, at {SHARE_OF_PEAK:.0%} of "
+                f"time: {seconds:.3g} s per iteration, {seconds * steps / 3600:.3g} hours in total, at {SHARE_OF_PEAK:.0%} of "
                 f"{args.peak_tflops:g} TFLOP/s; that share is assumed, not measured"
             )
         else:
-            print("time: give --peak_tflops, the device's peak in the precision of the run (docs/memory-and-time.md has some)")
+            print("time: give --peak_tflops, the device's peak at the run's precision (docs/memory-and-time.md lists some)")
 
     def finish(self):
         return 0
@@ -138,7 +138,7 @@ class Silence:
 
 
 def load_teacher(path):
-    """`checkpoint.load_teacher(path)`; or, where `path` names a network, the state of a fresh one of default arguments."""
+    """`checkpoint.load_teacher(path)`. If `path` is a network's name, the state of a new one with default arguments."""
     if path in checkpoint.NETWORKS:
         net = checkpoint.NETWORKS[path]()
         return {"model_state_dict": net.state_dict(), "model_config": net.config, "config": {}, "step": 0}
@@ -150,18 +150,18 @@ def load_teacher(path):
 
 
 def size(tensors):
-    """Bytes of those of the tensors that are on the device."""
+    """The bytes of those `tensors` that are on `meta`."""
     return LiveMemory(list(tensors), device_type="meta").now
 
 
 def on_device(kind="meta"):
-    """Whatever tensor there is on the device."""
+    """All tensors that exist on the kind of device."""
     gc.collect()
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor) and thing.device.type == kind]
 
 
 class AsOnCuda(TorchFunctionMode):
-    """Has `meta` choose operators and precision as CUDA does: fused attention and dropout, and under bf16 what autocast casts.
+    """Makes `meta` choose operators and precision as CUDA does: fused attention and dropout, and with bf16 the casts of autocast.
 
     `meta` has no autocast of its own.
     """
@@ -193,9 +193,9 @@ class AsOnCuda(TorchFunctionMode):
 
 
 class Arithmetic(TorchDispatchMode):
-    """Counts floating-point operations, `flops`, by torch's formulas, as `costs.count` does, in a quarter of the time.
+    """Counts floating-point operations, `flops`, with torch's formulas, as `costs.count` does, in a quarter of the time.
 
-    The results of group norms it makes itself: torch's own take longer on `meta` than all other operators together.
+    It makes the results of group norms itself: torch's own take longer on `meta` than all other operators together.
     """
 
     flops = 0

@@ -1,4 +1,4 @@
-"""What sees images: Inception (FID), or a small classifier trained on the data set itself.
+"""Feature extractors for evaluation: Inception (FID), or a small classifier trained on the data set itself.
 
 A judge is a function of uint8 images `[N, C, H, W]` that returns (features `[N, D]`, logits `[N, K]`) on the CPU.
 """
@@ -29,12 +29,12 @@ from support.parallel import barrier, broadcast, gather_rows, one_first, own_row
 from support.training import load_optimizer, lr_factor
 
 BATCH_SIZE = 250
-EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # how long a classifier trains: whichever is less
-SAVE_SECONDS = 10  # between two savings of a judge that is being trained
+EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # length of a classifier's training: the lesser of the two
+SAVE_SECONDS = 10  # between two saves of a judge in training
 
 
 def apply(network, images, device):
-    """A judge's features and logits of all `images`, in batches, shared by torchrun's processes."""
+    """A judge's features and logits of all `images`, in batches; torchrun's processes share the work."""
     with torch.inference_mode():
         outputs = [network(batch.to(device)) for batch in own_rows(images).split(BATCH_SIZE)]
     return tuple(gather_rows(torch.cat([output[i].float().cpu() for output in outputs])) for i in range(2))
@@ -43,7 +43,7 @@ def apply(network, images, device):
 def pixels(images):
     """uint8 `[N, C, H, W]` to two float `[N, D]`: the pixels in [-1, 1], and the same averaged over 2x2 squares until D <= 256.
 
-    No label has a part in them, and nothing was trained: what a classifier throws away they keep.
+    They need no labels and no training, so they keep what a classifier discards.
     """
     images = small = to_float(images)
     while small[0].numel() > 256:
@@ -54,7 +54,7 @@ def pixels(images):
 def inception(weights, device):
     """The Inception network of FID, from torch-fidelity; `weights` is a file, or None to download them.
 
-    Raises UserError where they cannot be had.
+    Raises UserError if they cannot be loaded.
     """
     try:
         if weights:
@@ -107,7 +107,7 @@ class Classifier(nn.Module):
 
 
 def split(dataset):
-    """The fixed four fifths of a data set that the classifier trains on, and the fifth held out. Raises UserError for too few."""
+    """A fixed split of a data set: four fifths to train the classifier, one fifth held out. Raises UserError for too few images."""
     if len(dataset.labels) < 10:
         raise UserError(f"the data set has only {len(dataset.labels)} images: too few to hold a fifth out; at least 10 are needed")
     order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def augment(images, stream):
 
 
 def plan(dataset):
-    """(steps, batch size) to train on `dataset`; however few the images, not just a handful of steps."""
+    """(steps, batch size) to train on `dataset`; at least 300 steps, however few the images."""
     size, pixels = len(dataset.labels), dataset.images[0, 0].numel()
     batch_size = min(128, size // 4)
     images_seen = min(EPOCHS * size, MOST_PIXELS / pixels)
@@ -142,9 +142,9 @@ def plan(dataset):
 
 
 def classifier(dataset, cache, device):
-    """A judge trained on four fifths of the real images of `dataset`, the same at every call; kept in the file `cache`.
+    """A judge trained on four fifths of the real images of `dataset`, the same at every call; cached in the file `cache`.
 
-    Returns (judge, its accuracy on the fifth held out): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
+    Returns (judge, its accuracy on the held-out fifth): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
     torchrun rank 0 trains and the others wait for its weights.
     """
     train_set, held_out = split(dataset)
@@ -153,7 +153,7 @@ def classifier(dataset, cache, device):
         network = Classifier(dataset.images.shape[1], len(dataset.class_names)).to(device, memory_format=memory_layout(device))
     if not rank():
         identity = hashlib.sha256(f"{network} {plan(train_set)}".encode())
-        for code in (Residual, Classifier, augment, train_classifier):  # changed, they make another judge
+        for code in (Residual, Classifier, augment, train_classifier):  # a change of these makes another judge
             identity.update(inspect.getsource(code).encode())
         identity.update(dataset.images.cpu().numpy().tobytes() + dataset.labels.cpu().numpy().tobytes())
         fingerprint = identity.hexdigest()
@@ -161,7 +161,7 @@ def classifier(dataset, cache, device):
             network.load_state_dict(state["model_state_dict"])
         else:
             train_classifier(network, train_set, Path(cache), fingerprint)
-    barrier()  # by gloo, which waits longer than NCCL would
+    barrier()  # over gloo, whose timeout is longer than NCCL's
     broadcast(network)
     network.eval()
 
@@ -173,13 +173,13 @@ def classifier(dataset, cache, device):
 
 
 def stored(path, fingerprint):
-    """The state that `checkpoint.save` wrote to `path`, where it is whole and of this fingerprint; else an empty dict."""
+    """The state that `checkpoint.save` wrote to `path`, if it is intact and has this fingerprint; else an empty dict."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not read them
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
             intact = archive.testzip() is None
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state if intact and state.get("fingerprint") == fingerprint else {}
-    except Exception:  # there is none, or whatever a damaged or foreign file brings about: it is made again
+    except Exception:  # missing, damaged or foreign: it is made again
         return {}
 
 
@@ -223,6 +223,6 @@ def train_classifier(network, dataset, cache, fingerprint):
 
 
 def cache_path(dataset_name, data_dir, config):
-    """Where the classifier of a data set is kept: beside the data."""
+    """The file where the classifier of a data set is cached: beside the data."""
     path = Path(data_dir).resolve() if dataset_name == "folder" else Path(data_dir) / dataset_name
     return path.with_name(f"{path.stem}_judge_{config['img_resolution']}x{config['img_channels']}.pt")

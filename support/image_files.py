@@ -1,4 +1,4 @@
-"""Images in a folder or a ZIP archive, as uint8 tensors; the pixels of a large ZIP are kept in a file, and memory-mapped."""
+"""Images in a folder or a ZIP archive, as uint8 tensors; the pixels of a large ZIP are cached in a file and memory-mapped."""
 
 import fcntl
 import io
@@ -19,7 +19,8 @@ from support.config import UserError, writing
 from support.logger import progress
 from support.parallel import agree, one_first
 
-LARGE, MOST = 4e9, 20e9  # bytes of pixels above which a ZIP's stay on disk and no data set goes to the GPU; and at most
+# Bytes of pixels. Above LARGE, those of a ZIP stay on disk, and no data set moves to the GPU. Above MOST, a data set is refused.
+LARGE, MOST = 4e9, 20e9
 CHUNK = 1000  # images that are read from files at once
 HEADER = 4096  # bytes at the start of a file of pixels
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -28,8 +29,8 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".ti
 def load(path, shape):
     """The images of a folder with one subfolder per class, of a folder of images alone, or of a ZIP (`load_zip`).
 
-    shape: channels (1 or 3), height and width that the images get. Returns (images uint8 `[N, *shape]`, labels int64 `[N]`, class
-    names); without classes labels are 0, and there are no names. Raises UserError where an image or a label is missing or damaged.
+    shape: channels (1 or 3), height and width of the result. Returns (images uint8 `[N, *shape]`, labels int64 `[N]`, class
+    names); without classes labels are 0, and there are no names. Raises UserError if an image or a label is missing or damaged.
     """
     if not path.is_dir():
         return load_zip(path, shape)
@@ -47,14 +48,14 @@ def load(path, shape):
 def load_zip(path, shape):
     """The images of a ZIP in the layout of EDM's dataset tool, each of `shape`; classes as its `dataset.json` gives them.
 
-    Up to 4 GB of pixels are read into memory. Of a larger ZIP a file with the pixels is written beside it, once, and
-    memory-mapped: the next start opens that alone. It belongs to the ZIP's size and time of change; where it cannot be written,
-    the pixels are read into memory.
+    Up to 4 GB of pixels are read into memory. For a larger ZIP, a file with the pixels is written beside it once and
+    memory-mapped. Later starts open only that file, as long as the ZIP's size and time of change stay the same. If the file
+    cannot be written, the pixels are read into memory.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: neither a folder nor a ZIP archive")
     kept = path.with_name(f"{path.stem}_pixels_{shape[-1]}x{shape[0]}.bin")
-    if not agree(int((dataset := map_pixels(kept, path, shape)) is None)):  # every process has it
+    if not agree(int((dataset := map_pixels(kept, path, shape)) is None)):  # all have it
         return dataset
     with reading(path):
         archive = zipfile.ZipFile(path)
@@ -77,7 +78,7 @@ def load_zip(path, shape):
 
 @contextmanager
 def reading(path):
-    """Turns what reading a damaged, encrypted or exotic ZIP raises into a UserError."""
+    """Turns the errors of reading a damaged, encrypted or unusual ZIP into a UserError."""
     try:
         yield
     except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
@@ -85,7 +86,7 @@ def reading(path):
 
 
 def zip_labels(path, archive):
-    """The names of the images in an EDM ZIP, in its order, their labels, and the classes' names, as `load` gives them."""
+    """The names of the images in an EDM ZIP, in its order, their labels, and the class names, both as `load` returns them."""
     names = archive.namelist()
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):
@@ -130,7 +131,7 @@ def is_image(name):
 def read_images(path, files, read, shape):
     """Yields the images of the data set at `path`, uint8 `[at most CHUNK, *shape]`; `read(file)` gives pixels `[H, W, C]`.
 
-    Raises UserError where one is not square or of another size than the first. Tells how long a large set takes.
+    Raises UserError if an image is not square or differs in size from the first. Reports progress for a large set.
     """
     starts, first = range(0, len(files), CHUNK), None
     for start in progress(starts, f"reading {path}", "image") if len(files) * math.prod(shape) > LARGE else starts:
@@ -157,22 +158,22 @@ def in_memory(chunks, count, shape):
 
 
 def keep_pixels(kept, path, chunks, labels, class_names, shape):
-    """Writes the data set of the ZIP at `path` to the file `kept`, whole or not at all, and returns what `map_pixels` gives.
+    """Writes the data set of the ZIP at `path` to the file `kept`, whole or not at all, and returns the result of `map_pixels`.
 
-    None where there is no place for the file. The file: a header in JSON, the labels, the pixels.
+    Returns None if the file cannot be created. The file holds a header in JSON, the labels and the pixels.
     """
     temporary = kept.with_name(kept.name + ".tmp")
     try:
         file = open(temporary, "ab")  # noqa: SIM115 - closed below. "a": another run may be writing it
-        fcntl.flock(file, fcntl.LOCK_EX)  # and goes first
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits for that run
     except OSError as error:
-        print(f"{path}: its pixels cannot be kept beside it ({error.strerror}): they are read into memory, at each start")
+        print(f"{path}: its pixels cannot be cached beside it ({error.strerror}): they are read into memory at every start")
         return None
     try:
         with writing(kept), file:
             if dataset := map_pixels(kept, path, shape):
                 return dataset
-            print(f"{path}: writing its {len(labels)} images as pixels to {kept}, this once", flush=True)
+            print(f"{path}: writing its {len(labels)} images as pixels to {kept}, only once", flush=True)
             header = {"zip": identity(path), "shape": [len(labels), *shape], "classes": len(class_names)}
             file.truncate(0)
             file.write(json.dumps(header).encode().ljust(HEADER))
@@ -190,7 +191,7 @@ def keep_pixels(kept, path, chunks, labels, class_names, shape):
 
 
 def map_pixels(kept, path, shape):
-    """The data set that `keep_pixels` wrote to `kept`, memory-mapped, where it is whole and the ZIP at `path` is as it was."""
+    """The data set that `keep_pixels` wrote to `kept`, memory-mapped; None if it is not whole or the ZIP at `path` has changed."""
     try:
         with open(kept, "rb") as file:
             header = json.loads(file.read(HEADER))
@@ -201,25 +202,25 @@ def map_pixels(kept, path, shape):
         labels = np.fromfile(kept, np.int64, count, offset=HEADER)
         images = np.memmap(kept, np.uint8, "r", start, (count, *shape))
         class_names = [str(label) for label in range(header["classes"])]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is damaged
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that nobody may write to it
+        warnings.simplefilter("ignore")  # torch warns that the array is read-only
         return torch.from_numpy(images), torch.from_numpy(labels), class_names
 
 
 def identity(path):
-    """What changes with the file at `path`: its size in bytes and the nanosecond of its last change."""
+    """The size in bytes and the time of change in nanoseconds of the file at `path`, which identify its content."""
     status = os.stat(path)
     return [status.st_size, status.st_mtime_ns]
 
 
 def read_image(file, name, channels):
-    """Pixels uint8 `[H, W, channels]`, whatever the colour mode; channels: 1 or 3."""
+    """Pixels uint8 `[H, W, channels]` of an image of any colour mode; channels: 1 or 3."""
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
-                raise UserError(f"{name}: {image.mode} pixels of more than 8 bits; convert it to 8 bits a channel first")
+                raise UserError(f"{name}: {image.mode} pixels of more than 8 bits; convert it to 8 bits per channel first")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except UserError:
         raise
@@ -229,7 +230,7 @@ def read_image(file, name, channels):
 
 
 def resize(images, resolution):
-    """uint8 `[N, C, H, H]` to `resolution`: means over whole blocks of pixels where it divides H, else antialiased bilinear."""
+    """uint8 `[N, C, H, H]` to `resolution`: means over blocks of pixels if it divides H, else antialiased bilinear."""
     size = images.shape[-1]
     if size == resolution:
         return images

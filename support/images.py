@@ -1,4 +1,4 @@
-"""Pixels and pictures: [-1, 1] to 8 bits and back, grids as PNG files."""
+"""Images: conversion between [-1, 1] and 8 bits, and grids as PNG files."""
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """Float images, [-1, 1] and beyond, to the nearest uint8 pixels."""
+    """Float images in [-1, 1] to the nearest uint8 pixels; values outside are clamped."""
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def tile(images, columns):
-    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]` on white (torchvision is slow to import)."""
+    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]` on white. torchvision's is slow to import."""
     images = F.pad(images, (1, 1, 1, 1), value=255)
     missing = -len(images) % columns
     images = torch.cat([images, torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)])
@@ -27,7 +27,7 @@ def tile(images, columns):
 
 
 def save_grid(path, *blocks, columns):
-    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: side by side, grids of `columns` columns, enlarged if tiny."""
+    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: grids of `columns` columns side by side, enlarged if tiny."""
     tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
     gap = torch.full_like(tiles[0][:, :8], 255)
     picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
@@ -38,7 +38,7 @@ def save_grid(path, *blocks, columns):
 
 
 def save_comparison(path, teacher_images, student_images, labels):
-    """A PNG with, for each of up to ten classes, a row of the teacher's uint8 images over the student's from the same noise."""
+    """Writes a PNG with two rows per class, at most ten: the teacher's uint8 images over the student's from the same noise."""
     classes = labels.unique()[:10]
     columns = min([16, *((labels == label).sum().item() for label in classes)])
     index = [(labels == label).nonzero().flatten()[:columns] for label in classes]
@@ -47,9 +47,9 @@ def save_comparison(path, teacher_images, student_images, labels):
 
 
 def save_diversity(path, sets, labels):
-    """A PNG with 8x8 images of one class from each of the `sets` (uint8 `[N, C, H, W]`, with `labels` `[N]`), side by side.
+    """Writes a PNG with 8x8 images of one class from each of the `sets` (uint8 `[N, C, H, W]`, `labels` `[N]`), side by side.
 
-    The class is the one in which the last set varies least beside the first. Returns it.
+    It is the class in which the last set varies least relative to the first. Returns that class.
     """
 
     def spread(images, of, label):

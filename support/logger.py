@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar, `metrics.jsonl`, sample grids, and Weights & Biases where it is wanted."""
+"""What a run reports: a progress bar, `metrics.jsonl`, sample grids, and Weights & Biases if it is enabled."""
 
 import json
 import math
@@ -15,12 +15,12 @@ from support import parallel
 from support.config import public, writing
 from support.images import save_grid
 
-TELL_AFTER, TELL_SECONDS = 10, 30  # turns to the first line of `progress`, and seconds between the next
+REPORT_AFTER, REPORT_SECONDS = 10, 30  # iterations before the first line of `progress`, and seconds between the next
 
 
 @contextmanager
 def wandb_folders(folder):
-    """Within it W&B copies the files that it sends to `folder`, not to the home folder, unless the environment says where."""
+    """A context in which W&B copies the files that it sends to `folder`, not the home folder, unless the environment names one."""
     names = {"WANDB_DATA_DIR": "", "WANDB_CACHE_DIR": "cache"}
     ours = {name: str(Path(folder, part).resolve()) for name, part in names.items() if name not in os.environ}
     os.environ.update(ours)
@@ -32,30 +32,30 @@ def wandb_folders(folder):
 
 
 class Logger:
-    """Metrics of one run. `log` costs no synchronisation with the device except every `log_every` steps, when it writes means.
+    """Metrics of one run. `log` synchronises with the device only every `log_every` steps, when it writes means.
 
-    Under torchrun rank 0 alone writes and prints; the others only give it their metrics.
+    Under torchrun only rank 0 writes and prints; the others send it their metrics.
 
-    args: the script's options; start_step: the step that a resumed run goes on from; wandb_run_id: its run at W&B.
+    args: the script's options; start_step: the step that a resumed run starts from; wandb_run_id: its run at W&B.
     """
 
     def __init__(self, args, start_step=0, wandb_run_id=None):
         self.args, self.writes = args, parallel.rank() == 0
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
-        silent = None if self.writes else True  # None: where there is no terminal
+        silent = None if self.writes else True  # None: tqdm is silent without a terminal
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
         self.sums, self.counts, self.losses = {}, {}, {}
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since W&B got the last
+        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since the last were sent
         self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb and self.writes else None
 
     def start_wandb(self, run_id):
-        """The W&B run, continued where `run_id` is given; None, said once, where W&B cannot be had: training goes on without."""
+        """The W&B run, continued if `run_id` is given. If W&B fails, prints that and returns None: training goes on without it."""
         args = self.args
         try:
-            import wandb  # only where it is wanted: it takes a second, and need not be installed
+            import wandb  # only if enabled: it takes a second, and need not be installed
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
             with wandb_folders(args.wandb_dir):
@@ -67,19 +67,19 @@ class Logger:
                     config=public(args),
                     id=run_id,
                     resume="allow",
-                    # W&B records the command line in a run's metadata: not when the key stands in it.
+                    # W&B records the command line in a run's metadata, but must not if that contains the key.
                     settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
                 )
-        except Exception as error:  # whatever W&B's many parts raise, hours of training must not depend on it
+        except Exception as error:  # hours of training must not depend on W&B, whatever it raises
             self.without_wandb(error)
             return None
 
     def without_wandb(self, error):
         self.wandb_run = None
-        self.message(f"Weights & Biases is off from here, training goes on: {' '.join(str(error).split()) or type(error).__name__}")
+        self.message(f"Weights & Biases is now off, training continues: {' '.join(str(error).split()) or type(error).__name__}")
 
     def send(self, act):
-        """Calls `act(run)` where W&B is on; a failure turns W&B off, never the training."""
+        """Calls `act(run)` if W&B is on. A failure turns W&B off but never stops the training."""
         if self.wandb_run:
             try:
                 act(self.wandb_run)
@@ -106,9 +106,9 @@ class Logger:
             return
         row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
-            print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON knows no NaN
+            print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON has no NaN
 
-        # Without a generator turn since the last line its losses are shown again, so that columns keep their places.
+        # Losses that are not new since the last line (the generator's) are shown again, so that columns keep their places.
         self.losses |= {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
         losses = dict(sorted(self.losses.items()))
         self.bar.set_postfix({**losses, "img/s": f"{images_per_second:.0f}"})
@@ -145,7 +145,7 @@ class Logger:
             self.send_image(step, "samples", path)
 
     def images(self, step, *blocks):
-        """Sends to W&B what the losses see, the first images of each block side by side."""
+        """Sends the first images of each block to W&B, side by side."""
         path = self.output_dir / "samples" / "images.png"
         save_grid(path, *[block[:32] for block in blocks], columns=4)
         self.send_image(step, "images", path)
@@ -156,7 +156,7 @@ class Logger:
         self.send(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
 
     def artifact(self, path):
-        """Sends the checkpoint at `path` to W&B where that is wanted."""
+        """Sends the checkpoint at `path` to W&B if that is enabled."""
         if self.args.wandb_log_checkpoints:
             options = dict(type="model", aliases=[path.stem])
             with wandb_folders(self.args.wandb_dir):
@@ -175,20 +175,20 @@ class Logger:
 
 
 def progress(numbers, what, unit):
-    """The `numbers`, a range. It tells, soon and then now and then, how long they take; on a terminal by a bar.
+    """Yields the `numbers`, a range, and reports the time left: early on and then regularly, on a terminal with a bar.
 
-    what, unit: in words what is done, and what `numbers` count.
+    what: a description of the work; unit: what `numbers` count.
     """
-    start = told = time.monotonic()
-    silent = None if parallel.rank() == 0 else True  # None: where there is no terminal
+    start = reported = time.monotonic()
+    silent = None if parallel.rank() == 0 else True  # None: tqdm is silent without a terminal
     with tqdm(total=numbers.stop, initial=numbers.start, unit=unit, disable=silent) as bar:
         for turn, number in enumerate(numbers, 1):
             yield number
             done = min(number + numbers.step, numbers.stop)
             bar.update(done - number)
             now = time.monotonic()
-            if turn == TELL_AFTER or (bar.disable and now > told + TELL_SECONDS):
+            if turn == REPORT_AFTER or (bar.disable and now > reported + REPORT_SECONDS):
                 left = (now - start) / turn * (len(numbers) - turn) / 60
                 bar.write(f"{what}: {unit} {done} of {numbers.stop}, about {left:.1f} minutes left", file=sys.stdout)
                 sys.stdout.flush()
-                told = now
+                reported = now

@@ -1,13 +1,13 @@
-"""What compares images by their features: pure functions of tensors, on whatever device these are.
+"""Figures that compare images by their features: pure functions of tensors on any device.
 
-features, pixels, ...: float `[N, D]`, a row for each image. docs/evaluation.md says what each figure sees and what it does not.
+features, pixels, ...: float `[N, D]`, one row per image. docs/evaluation.md says what each figure detects and what it does not.
 """
 
 import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-BLOCK = 1000  # rows of a matrix of distances that are in memory at once
-NEIGHBOURS = 10_000  # images at most, of each side, for the figures that compare all with all
+BLOCK = 1000  # rows of a distance matrix that are in memory at once
+NEIGHBOURS = 10_000  # at most so many real and generated images for the figures that compare all pairs
 
 
 # ---- Frechet distance -------------------------------------------------------------------------------------------------------
@@ -50,15 +50,15 @@ def nearest(a, b, k=1):
 
 
 def inside(a, b, radii):
-    """In how many of the balls of radius `radii` `[len(b)]` around the rows of `b` each row of `a` lies, `[len(a)]`."""
+    """For each row of `a`, how many of the balls of radius `radii` `[len(b)]` around the rows of `b` contain it, `[len(a)]`."""
     return torch.cat([(block <= radii).sum(1) for block in distances(a, b)])
 
 
 def precision_recall(real, fake, k=3):
     """Kynkaanniemi et al. 2019 (arXiv 1904.06991), two floats.
 
-    Precision: share of the fake images within the distance of a real one to its k-th nearest real one. Recall: the same, the two
-    exchanged.
+    Precision: share of the fake images that are no farther from some real image than its k-th nearest real neighbour. Recall: the
+    same with real and fake exchanged.
     """
     precision = inside(fake, real, nearest(real, real, k + 1)) > 0  # the nearest of all is the image itself
     recall = inside(real, fake, nearest(fake, fake, k + 1)) > 0
@@ -68,15 +68,15 @@ def precision_recall(real, fake, k=3):
 def density_coverage(real, fake, k=5):
     """Naeem et al. 2020 (arXiv 2002.09797), two floats.
 
-    Density: in how many real images' neighbourhoods of k a fake image lies, over k: 1 for the real distribution, and more where
-    fake images crowd. Coverage: share of the real images in whose neighbourhood there is a fake one.
+    Density: the mean number of real images whose k-neighbourhood contains a fake image, divided by k. It is 1 for the real
+    distribution, and larger if fake images crowd. Coverage: share of the real images whose neighbourhood contains a fake one.
     """
     radii = nearest(real, real, k + 1)
     density = inside(fake, real, radii).float().mean() / k
     return density.item(), (nearest(real, fake) <= radii).float().mean().item()
 
 
-# ---- one figure after the other ---------------------------------------------------------------------------------------------
+# ---- all figures ------------------------------------------------------------------------------------------------------------
 
 
 def within_class_spread(pixels, labels):
@@ -89,14 +89,14 @@ def within_class_spread(pixels, labels):
 
 
 def figures(seen, labels, reference):
-    """What images asked for as `labels` `[N]` are worth: a dict of floats.
+    """All figures of images that were generated for `labels` `[N]`: a dict of floats.
 
-    seen: of these images `features` (Inception's or the judge's, or `small`), `logits` (the judge's), `pixels`, `small` (averaged
-    pixels) and `neighbours`, which of `features` and `small` the all-with-all figures look at, all `[N, ...]`. Without `logits`, as
-    for a network without classes, there are no figures `own_label` and `within_class_spread`.
-    reference: of real training images `features` and `small` as pairs (mean, covariance); `neighbours` `[M, D]`, as many as the
-    images, where there are; `training`, `small` of all that a generator could have copied; and `copied_below`, the distance to the
-    nearest of these that one in a hundred held-out real images stays below.
+    seen: a dict of these images' `features` (Inception's or the judge's, or `small`), `logits` (the judge's), `pixels`, `small`
+    (averaged pixels) and `neighbours` (`features` or `small`, for the figures that compare all pairs), all `[N, ...]`. Without
+    `logits`, as for a network without classes, the figures `own_label` and `within_class_spread` are left out.
+    reference: a dict of real training images' `features` and `small` as pairs (mean, covariance); `neighbours` `[M, D]`, of which
+    as many as generated images are used; `training`, the `small` of all that a generator could have copied; and `copied_below`:
+    one in a hundred held-out real images is closer than this to the nearest of `training`.
     """
     real, fake = reference["neighbours"][: len(labels)], seen["neighbours"][:NEIGHBOURS]
     precision, recall = precision_recall(real, fake)
@@ -119,10 +119,10 @@ def figures(seen, labels, reference):
 
 
 def figures_with_noise(seen, labels, reference, size, draws=8):
-    """(`figures`, the standard deviation of each): means over the parts of `size` images into which these fall.
+    """(`figures`, the standard deviation of each): the images are split into parts of `size`, and the parts' figures averaged.
 
-    The deviation is that of the figures of random halves of a part, which for a mean is the standard error of the whole part (the
-    delete-half jackknife). It holds the choice of images, not that of the training's seed.
+    The deviation comes from the figures of random halves of a part. For a mean it is the standard error of the whole part (the
+    delete-half jackknife). It covers the choice of images, not that of the training's seed.
     """
     parts = [torch.arange(start, start + size, device=labels.device) for start in range(0, len(labels) - size + 1, size)]
 
@@ -139,7 +139,7 @@ def figures_with_noise(seen, labels, reference, size, draws=8):
 
 # ---- verdict ----------------------------------------------------------------------------------------------------------------
 
-BETTER = {  # which way is better; None: as real images have it
+BETTER = {  # which direction is better; None: closer to real images
     "frechet_distance": min,
     "pixel_frechet_distance": min,
     "precision": max,
@@ -155,8 +155,8 @@ BETTER = {  # which way is better; None: as real images have it
 def verdict(student, teacher, real):
     """In which figures the student is better than its teacher, worse, or as good: a dict from these words to lists of names.
 
-    Each a row with the figures and their `noise`. Two figures differ where they are more than three standard deviations of their
-    difference apart: at two, two comparisons of equals in five would show one.
+    Each argument is a row with the figures and their `noise`. Two figures differ if they are more than three standard deviations
+    of their difference apart. At two, two of five comparisons of equally good models would find a difference.
     """
     result = {"better": [], "worse": [], "as good": []}
     for name in student["noise"]:
@@ -171,9 +171,9 @@ def verdict(student, teacher, real):
 
 
 def best(rows):
-    """The index of the best of several rows: that of the least mean rank in both Frechet distances, recall and coverage.
+    """The index of the best of several rows: the one with the least mean rank in both Frechet distances, recall and coverage.
 
-    Two of the four see lost diversity above all. Of equals, the one with the lesser Frechet distance.
+    Two of the four mainly detect lost diversity. Of equal rows, the one with the lesser Frechet distance is best.
     """
     ranks = [0] * len(rows)
     for name in ("frechet_distance", "pixel_frechet_distance", "recall", "coverage"):

@@ -1,4 +1,4 @@
-"""A page that runs an exported generator in a browser: `page.html`, what it must know, and onnxruntime-web beside it."""
+"""A page that runs an exported generator in a browser: `page.html`, the facts that it needs, and onnxruntime-web."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from support.config import UserError, writing
 
 VERSION = "1.30.0"  # of onnxruntime-web
-RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # of its package's dist/, all that the page needs
+RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # the files of its package's dist/ that the page needs
 TEMPLATE = Path(__file__).with_name("page.html")
 PUBLIC = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 
@@ -21,9 +21,9 @@ def files(folder):
 
 
 def find_runtime(folder=None):
-    """The files of onnxruntime-web, a dict of name to content: from `folder`, or fetched by npm; None where npm cannot.
+    """The files of onnxruntime-web, a dict of name to content: from `folder`, or fetched by npm; None if npm fails.
 
-    folder: npm's package, unpacked, or its dist/. Raises UserError where that holds no onnxruntime-web.
+    folder: npm's package, unpacked, or its dist/. Raises UserError if the folder holds no onnxruntime-web.
     """
     if folder:
         found = [place for place in (Path(folder), Path(folder, "dist")) if all((place / name).is_file() for name in RUNTIME)]
@@ -43,7 +43,7 @@ def find_runtime(folder=None):
 def write(folder, facts, runtime):
     """Writes the page that belongs to `folder`/generator.onnx: index.html, the `facts` as generator.json, and the `runtime`.
 
-    runtime: of `find_runtime`; where it is None, the page loads it from its public source.
+    runtime: from `find_runtime`; if it is None, the page loads it from its public URL.
     """
     folder = Path(folder)
     with writing(folder):
@@ -53,5 +53,5 @@ def write(folder, facts, runtime):
         (folder / "generator.json").write_text(json.dumps(facts))
         shutil.copyfile(TEMPLATE, folder / "index.html")
     if not runtime:
-        print(f"npm could not fetch onnxruntime-web {VERSION}: the page loads it from {PUBLIC}, unless --ort names a copy of yours")
-    print(f"wrote {folder / 'index.html'}; to see it: python -m http.server --directory {folder}")
+        print(f"npm could not fetch onnxruntime-web {VERSION}: the page loads it from {PUBLIC}; use --ort for your own copy")
+    print(f"wrote {folder / 'index.html'}; to open it: python -m http.server --directory {folder}")

@@ -1,7 +1,7 @@
-"""One process, or several under torchrun: each takes its rows of every global batch, and what they find is averaged.
+"""One process, or several under torchrun: each takes its rows of every global batch, and their gradients are averaged.
 
-Random numbers are drawn for the global batch, alike in every process, which keeps its rows: so a run is the same at any number of
-processes. With one process nothing here costs or changes anything.
+Every process draws the same random numbers for the global batch and keeps those of its rows, so a run does not depend on the
+number of processes. With one process nothing here costs or changes anything.
 """
 
 import atexit
@@ -19,15 +19,15 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on it
 
 
 def backends(device):
-    """What carries the messages: gloo between CPUs, of which there are some on every device (`agree`); NCCL between GPUs."""
+    """The backends for messages: gloo for CPU tensors, which `agree` sends on every device; NCCL for CUDA tensors."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def start(device):
     """Joins the processes that torchrun started. Only rank 0 prints."""
     if TORCHRUN:
-        # Imported later (as torch's optimizers do), its functions would keep the group, which then outlives the interpreter;
-        # its threads, with tensors to let go of, abort the process now and then.
+        # If it is imported later (torch's optimizers do), its functions keep the group alive beyond the interpreter. The group's
+        # threads then sometimes abort the process when they free tensors.
         import torch.distributed.nn  # noqa: F401
 
         dist.init_process_group(backends(device))
@@ -45,14 +45,14 @@ def world_size():
 
 
 def own_rows(batch):
-    """This process's rows of a global batch `[B, ...]`: `[B / world_size, ...]`, give or take one."""
+    """This process's rows of a global batch `[B, ...]`: `[B / world_size, ...]`, or one more or less."""
     return batch.tensor_split(world_size())[rank()]
 
 
 def rows_of(draw):
     """`draw`, torch.randn or torch.randint, as a function that draws for all processes' batches and returns this process's rows.
 
-    It is called as `draw` is, the size `(B, ...)` being this process's.
+    It is called like `draw`, with the size `(B, ...)` of this process's rows.
     """
 
     def draw_rows(*arguments, **options):
@@ -77,10 +77,10 @@ def gather_rows(rows):
 
 
 def average(tensors):
-    """Replaces each tensor by its mean over the processes, in place, by a single message.
+    """Replaces each tensor by its mean over the processes, in place, with a single message.
 
-    DistributedDataParallel would overlap this with the backward pass; but it wants each network called through its wrapper and
-    once a backward pass, where DMD2 calls `fake_unet` up to three times, with and without gradients.
+    DistributedDataParallel would overlap this with the backward pass. But it requires that each network is called through its
+    wrapper and once per backward pass, while DMD2 calls `fake_unet` up to three times, with and without gradients.
     """
     if world_size() > 1:
         tensors = [in_memory_order(tensor) for tensor in tensors]
@@ -90,26 +90,26 @@ def average(tensors):
 
 
 def total(tensor):
-    """The sum of the processes' tensors, in each of them."""
+    """The sum of `tensor` over the processes, in each of them."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def std(rows):
-    """The standard deviation over the global batch, `[...]`, of each process's rows of it, `[B / world_size, ...]`."""
+    """The standard deviation over the global batch, `[...]`, from each process's `rows` of it, `[B / world_size, ...]`."""
     count = len(rows) * world_size()
     mean = total(rows.sum(0)) / count
     return (total((rows - mean).square().sum(0)) / count).sqrt()
 
 
 def in_memory_order(tensor):
-    """The elements of a dense tensor as a vector in the order of memory, whatever that is: a view, which costs no copy."""
+    """The elements of a dense tensor as a vector in the order of memory, for any layout: a view, which costs no copy."""
     return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
 
 
 def agree(value):
-    """The largest of the processes' integers `value`: what they all act on. By way of the CPU: a GPU would have to wait."""
+    """The largest of the processes' integers `value`, so that all act alike. Sent from the CPU: a GPU would have to synchronise."""
     if world_size() == 1:
         return value
     largest = torch.tensor(value)
@@ -130,22 +130,22 @@ def barrier():
 
 @contextmanager
 def one_first():
-    """Lets rank 0 through first, then the first process of each other machine, then the rest: each finds what was downloaded.
+    """Rank 0 enters first, then the first process of each other machine, then the rest, which find what was downloaded.
 
-    Where machines share a folder rank 0 alone downloads; where they do not, one process of each.
+    If machines share a folder, only rank 0 downloads; otherwise, one process per machine.
     """
     turn = 0 if rank() == 0 else 1 if LOCAL_RANK == 0 else 2
     for _ in range(turn):
         barrier()
-    yield  # a process that fails here leaves, and takes the others with it
+    yield  # a process that fails here exits, and torchrun ends the others
     for _ in range(2 - turn):
         barrier()
 
 
 def first_to_fail():
-    """Whether this is the first process to ask, which then tells what went wrong; the others fail for that, or alike."""
+    """Whether this is the first process to ask. It reports its error; the others fail because of it, or in the same way."""
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=10))
         return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except (KeyError, RuntimeError):  # torchrun's own store is gone: rather twice than not at all
+    except (KeyError, RuntimeError):  # torchrun's own store is gone: better to report twice than never
         return True

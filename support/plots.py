@@ -1,4 +1,4 @@
-"""Pictures of numbers: a run's curves, and quality over training steps."""
+"""Plots: a run's curves, and quality over training steps."""
 
 import json
 from statistics import median
@@ -26,12 +26,12 @@ CURVES = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]  #
 
 
 def read_metrics(path):
-    """The lines of a `metrics.jsonl` as dicts. Raises UserError where there are none."""
+    """The lines of a `metrics.jsonl` as dicts. Raises UserError if there are none."""
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave a torn line
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave an incomplete line
     if not rows:
         raise UserError(f"{path}: holds no metrics yet")
     return rows
@@ -50,7 +50,7 @@ def loss_ends(path):
 
 
 def plot_metrics(metrics_path, path):
-    """Draws what `metrics.jsonl` holds, a panel a kind. Raises UserError where the file is missing."""
+    """Plots `metrics.jsonl`, one panel per kind of metric. Raises UserError if the file is missing."""
     rows = read_metrics(metrics_path)
     present = {name for row in rows for name in row}
     panels = [panel for panel in PANELS if present & set(panel[1])]
@@ -72,7 +72,7 @@ def plot_metrics(metrics_path, path):
 
 
 def plot_steps(rows, path):
-    """Draws the figures of checkpoints, rows of evaluate.py, over their training steps, with their noise as bars."""
+    """Plots the figures of checkpoints (rows of evaluate.py) over their training steps, with their noise as error bars."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
     for axis, name in zip(axes, CURVES, strict=True):
         values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
@@ -83,10 +83,10 @@ def plot_steps(rows, path):
 
 
 def plot_comparison(teacher, results, path):
-    """Draws quality over minutes of training: a line per configuration, the median over its seeds, and a point for each run.
+    """Plots quality over minutes of training: a line per configuration, the median over its seeds, and a point per checkpoint.
 
-    teacher: its row of evaluate.py, drawn as a dashed line; results: from each configuration's name to its runs, as compare.py has
-    them.
+    teacher: its row of evaluate.py, drawn as a dashed line; results: a dict from each configuration's name to its runs, from
+    compare.py.
     """
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.6))
     for axis, figure_name in zip(axes, CURVES, strict=True):

@@ -1,4 +1,4 @@
-"""A training run and its folder: what it goes on from, its lock, its checkpoints, and when it stops."""
+"""A training run and its folder: how it resumes, its lock, its checkpoints, and when it stops."""
 
 import fcntl
 import json
@@ -18,22 +18,22 @@ from support.logger import Logger
 from support.training import load_optimizer
 
 KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
-OPTIONAL_PARTS = {"guidance_cls_state_dict": "gan_classifier", "optimizer_gan_state_dict": "gan_lr"}  # and whose option each is
+OPTIONAL_PARTS = {"guidance_cls_state_dict": "gan_classifier", "optimizer_gan_state_dict": "gan_lr"}  # and the option of each
 
 
 class Run:
-    """One training run, to which its folder belongs. A script goes through it from top to bottom:
+    """One training run, with a folder of its own. A script uses it from top to bottom:
 
-        run = Run(args, "teacher")     # reads the checkpoint to go on from, where there is one, as `run.resumed`
-        run.start(...)                 # takes the folder, restores what the checkpoint holds, opens `run.logger`
+        run = Run(args, "teacher")     # loads the checkpoint to resume from, if any, as `run.resumed`
+        run.start(...)                 # locks the folder, restores the checkpoint, opens `run.logger`
         while run.goes_on():
             ...
-            run.step += 1              # steps that are done
+            run.step += 1              # finished steps
             run.save_if_due()
-        return run.finish()            # the last checkpoint; the script's exit status
+        return run.finish()            # saves the last checkpoint; returns the script's exit status
 
     args: the script's options. In `run.args` those that were not given have the values of the run that is resumed.
-    kind: teacher or dmd2, with which the names of its checkpoints begin. Under torchrun rank 0 alone writes.
+    kind: teacher or dmd2, the prefix of its checkpoints' names. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args, kind):
@@ -43,30 +43,30 @@ class Run:
             if checkpoint.kind(self.resumed) != kind:
                 raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
             if "random_state" not in self.resumed:
-                raise UserError(f"checkpoint {self.resumed_from}: weights alone, to sample or distil; no training to go on from")
+                raise UserError(f"checkpoint {self.resumed_from}: only weights, to sample or distil; training cannot resume here")
             self.step = self.resumed["step"]
             stored = self.resumed["model_config"] | self.resumed["config"]
             args = options_of_run(args, kind, stored | {"output_dir": str(Path(self.resumed_from).parent)}, self.resumed_from)
         self.args, self.folder = args, Path(args.output_dir)
 
     def start(self, device, batches, parts, **facts):
-        """Takes the folder; restores step, data position, random numbers and `parts` where the run goes on from a checkpoint.
+        """Locks the folder. If the run resumes from a checkpoint, restores step, data position, random numbers and `parts`.
 
-        parts: networks and optimizers by their keys in a checkpoint, None for one that this run does without.
-        facts: further entries of its checkpoints: `model_config`, the network's, `class_names`, ...
-        Raises UserError where the folder holds another run or the checkpoint another network.
+        parts: networks and optimizers by their keys in a checkpoint; None for one that this run does not use.
+        facts: further entries of its checkpoints: the network's `model_config`, `class_names`, ...
+        Raises UserError if the folder holds another run or the checkpoint another network.
         """
         self.device, self.batches, self.parts = device, batches, parts
         self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
         if self.resumed:
             self.restore()
-        if parallel.agree(self.step) != self.step:  # they meet here, too, so that all have read what they go on from
-            raise UserError("the processes go on from different checkpoints; --output_dir must be one folder for all machines")
+        if parallel.agree(self.step) != self.step:  # also waits here until all have loaded the checkpoint
+            raise UserError("the processes resume from different checkpoints; --output_dir must be one folder for all machines")
         if not parallel.rank():
             self.take_folder()
         self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
         if self.resumed and not self.done:
-            self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
+            self.logger.message(f"resuming from {self.resumed_from} at step {self.step}")
         if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
             self.logger.message(
                 f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "
@@ -77,9 +77,9 @@ class Run:
             self.logger.message(f"{self.resumed_from} was not written on {kind}: the GPU's random numbers start from the seed")
         if self.done:
             self.logger.message(
-                f"nothing left to train: {self.resumed_from} is at step {self.step}; a larger --step_number goes on"
+                f"nothing left to train: {self.resumed_from} is at step {self.step}; to continue, give a larger --step_number"
             )
-        self.resumed = None  # its moments, above all, are large
+        self.resumed = None  # it is large, mainly its moments
         self.stop = Stop(self.args.max_minutes)
 
     def restore(self):
@@ -91,16 +91,16 @@ class Run:
         for key, option in OPTIONAL_PARTS.items():
             if (key in state) != (key in self.parts):
                 how = "with" if key in state else "without"
-                raise UserError(f"checkpoint {self.resumed_from}: trained {how} --{option}; go on from it {how} it")
+                raise UserError(f"checkpoint {self.resumed_from}: trained {how} --{option}; resume it {how} that option")
         for name, part in self.parts.items():
             try:
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[name])
-                elif part is not None:  # an average that the run did not keep until now starts from the weights
+                elif part is not None:  # a new average starts from the weights
                     part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
             except (RuntimeError, ValueError):
                 raise UserError(
-                    f"checkpoint {self.resumed_from}: its {name} does not fit; go on with the options of its run"
+                    f"checkpoint {self.resumed_from}: its {name} does not fit; resume it with the options of its run"
                 ) from None
         self.batches.images_seen = state["images_seen"]
         torch.set_rng_state(state["random_state"]["cpu"].cpu())
@@ -108,38 +108,38 @@ class Run:
             torch.get_device_module(self.device).set_rng_state(own.cpu())  # of the current device, which `choose_device` set
 
     def take_folder(self):
-        """Makes the folder this run's alone: refuses another run's, cleans up after a kill, sets aside what is after `step`."""
+        """Locks the folder: refuses another run's, cleans up after a kill, and renames checkpoints of steps after `step`."""
         args = self.args
         make_folder("--output_dir", self.folder / "samples")
         with writing(self.folder):
             (self.folder / ".lock").touch()
-            self.lock = (self.folder / ".lock").open()  # locked, through the open file, until it is closed or the process ends
+            self.lock = (self.folder / ".lock").open()  # open, and so locked, until `finish` or the end of the process
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"--output_dir {self.folder}: another process trains there; take another folder") from None
+                raise UserError(f"--output_dir {self.folder}: another process trains there; choose another folder") from None
             present = checkpoint.by_step(self.folder, self.kind)
             holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
             if holds and not args.resume_from_checkpoint and not args.overwrite:
                 raise UserError(
                     f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
-                    "go on with --resume_from_checkpoint latest, or start afresh with --overwrite"
+                    "resume it with --resume_from_checkpoint latest, or start a new one with --overwrite"
                 )
             for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):
                 file.unlink()
             for step, file in present:
                 if args.overwrite:
                     file.unlink()
-                elif step > self.step:  # this run goes another way from here: `latest` must not come back to them
+                elif step > self.step:  # from another continuation, which `latest` must not find
                     file.rename(file.with_name(file.name + ".old"))
             self.cut_metrics()
-            # config.yaml repeats the run from its start
+            # config.yaml is to repeat the run from its start
             afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
             content = yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True)
             (self.folder / "config.yaml").write_text(content, encoding="utf-8")
 
     def cut_metrics(self):
-        """Drops the lines of `metrics.jsonl` after `step`, and a torn one."""
+        """Drops the lines of `metrics.jsonl` after `step`, and an incomplete one."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if self.step and path.exists() else []
         temporary = path.with_name("metrics.jsonl.tmp")
@@ -151,7 +151,7 @@ class Run:
         return self.step >= self.args.step_number
 
     def goes_on(self):
-        """Whether there is a step left to train and nobody has asked to stop."""
+        """Whether there is a step left to train and no request to stop."""
         return not self.done and not self.stop.due
 
     def save_if_due(self):
@@ -159,7 +159,7 @@ class Run:
             self.save(f"{self.kind}_checkpoint_step_{self.step}.pt")
 
     def save(self, name):
-        """Writes a checkpoint, and deletes those that are not to be kept."""
+        """Writes a checkpoint, and deletes old ones according to `--keep_last` and `--keep_every`."""
         if parallel.rank():
             return
         path = self.folder / name
@@ -177,10 +177,10 @@ class Run:
                 files[step].unlink()
 
     def finish(self):
-        """Saves the final checkpoint, or the one to go on from where the run was stopped. Returns the script's exit status."""
+        """Saves the final checkpoint, or, if the run was stopped, one to resume from. Returns the script's exit status."""
         self.save(f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt")
         if not self.done:
-            self.logger.message(f"stopped after step {self.step}; go on with --resume_from_checkpoint latest")
+            self.logger.message(f"stopped after step {self.step}; resume with --resume_from_checkpoint latest")
         self.logger.close()
         if not parallel.rank():
             self.lock.close()
@@ -188,9 +188,9 @@ class Run:
 
 
 def resume(path, folder, kind):
-    """What `--resume_from_checkpoint path` means: (file, state). `latest` is the newest of `kind` in `folder` that is not damaged.
+    """(file, state) of the checkpoint that `path` names. `latest` is the newest of `kind` in `folder` that is not damaged.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     if path != "latest":
         return path, checkpoint.load(path)
@@ -198,16 +198,16 @@ def resume(path, folder, kind):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
-            print(f"{error}; going on from the one before", file=sys.stderr)
+            print(f"{error}; resuming from the one before", file=sys.stderr)
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 
 
 class Stop:
-    """Tells a loop to end after the step at hand: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
+    """Ends a loop after the current step: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
 
-    A second SIGINT or SIGTERM ends it at once, but not within a second of the first: torchrun and a scheduler may both pass on the
-    same signal. Where SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun `due` asks all processes, so that they
-    stop after the same step.
+    A second SIGINT or SIGTERM ends the process at once, except within a second of the first: torchrun and a scheduler may both
+    forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun `due` asks all processes, so
+    that they stop after the same step.
     """
 
     def __init__(self, max_minutes=None):
@@ -220,7 +220,7 @@ class Stop:
     def receive(self, number, frame):
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
-        elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # nobody closes a terminal to hurry a save
+        elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # closing a terminal is not a request to skip the save
             os._exit(128 + number)
 
     @property

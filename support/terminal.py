@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their reader: where a terminal or a pipe was closed, what is written is dropped."""
+"""Standard output and error that survive a closed terminal or pipe: from then on, output is dropped."""
 
 import errno
 import io
@@ -9,7 +9,7 @@ READER_GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
 
 
 class Output(io.FileIO):
-    """A file descriptor to write to, which never complains that nobody reads it any more."""
+    """A file descriptor to write to that raises no error when its reader is gone."""
 
     def write(self, data):
         try:
@@ -21,10 +21,10 @@ class Output(io.FileIO):
 
 
 def outlive_readers():
-    """Makes standard output and error what this module says, once. Streams of a notebook or a test runner stay as they are."""
+    """Makes standard output and error survive closed readers, once. Streams of a notebook or a test runner stay as they are."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed before the start; it also keeps the next file from getting its number
+        if stream is None:  # closed before the start; also keeps the next file from taking its descriptor
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
         elif stream is getattr(sys, f"__{name}__"):
             output = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))

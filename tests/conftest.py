@@ -28,7 +28,7 @@ processes.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest"])
 def run_script(script, *arguments, cwd=ROOT, env=None):
     """The script as a user runs it; returns the finished process, output captured as text.
 
-    It starts as a fork of a process that has only imported torch, which saves seconds a call; with `env` from nothing.
+    It starts as a fork of a process that has only imported torch, which saves seconds per call; with `env`, as a new process.
     """
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     if env:
@@ -92,7 +92,7 @@ class GaussianDenoiser(torch.nn.Module):
 
 
 def write_images(folder, classes=("cat", "dog"), each=10, size=16, mode="RGB", seed=0):
-    """A folder with one subfolder of PNGs a class."""
+    """A folder with one subfolder of PNGs per class."""
     random = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)
@@ -129,7 +129,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unconditional(tmp_path_factory):
-    """As `runs`, without classes: trained on `set.zip`, whose images have no labels. The generator has GAN heads and an average."""
+    """`runs` without classes: trained on `set.zip`, whose images have no labels. The generator has GAN heads and an average."""
     folder = tmp_path_factory.mktemp("unconditional")
     data = ["--dataset", "folder", "--data_dir", write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None})]
     options = [*TINY, *data, "--save_every", 2, "--log_every", 1]

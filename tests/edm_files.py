@@ -1,4 +1,4 @@
-"""EDM's networks and their files, for tests: what they compute and how they are stored, written once more from the papers' side."""
+"""EDM's networks and their files, for tests: a second implementation of their computation and storage."""
 
 import pickle
 import sys
@@ -109,7 +109,7 @@ def edm_tensors(taps, **changes):
 
 
 def edm_denoise(tensors, x, sigma, labels):
-    """D(x; sigma, class) of EDM's preconditioned SongUNet, in the order of `tensors`, which gives the architecture."""
+    """D(x; sigma, class) of EDM's preconditioned SongUNet; the order of `tensors` defines the architecture."""
 
     def weights(name):
         return tensors[f"{name}.weight"], tensors[f"{name}.bias"]

@@ -40,11 +40,11 @@ def test_shared_teacher_is_distilled_and_not_resumed(runs, tmp_path):
     assert checkpoint.kind(checkpoint.load(teacher)) == "teacher"
     succeed("train_dmd2.py", *TINY, "--step_number", 1, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "run")
     done = run_script("train_teacher.py", *TINY, "--resume_from_checkpoint", teacher, "--output_dir", tmp_path / "other")
-    assert_refused(done, "weights alone, to sample or distil; no training to go on from")
+    assert_refused(done, "only weights, to sample or distil; training cannot resume here")
 
 
 def test_damaged_and_other_files_are_refused(runs, tmp_path):
-    """Cut short anywhere, with metadata of another kind, of another project: one line each."""
+    """Cut short anywhere, with other metadata, or from another project: each is refused in one line."""
     from safetensors.torch import save_file
 
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
@@ -59,14 +59,14 @@ def test_damaged_and_other_files_are_refused(runs, tmp_path):
         with pytest.raises(UserError, match="not written by"):
             checkpoint.load(bad)
     save_file({"x": torch.ones(1)}, bad)
-    with pytest.raises(UserError, match=r"not written by export.py; other networks come in by import_teacher.py"):
+    with pytest.raises(UserError, match=r"not written by export.py; import other networks with import_teacher.py"):
         checkpoint.load(bad)
     for already in (good, runs / "teacher" / "teacher_final.pt"):
-        assert_import_refused(already, tmp_path, "a checkpoint of this project already: --teacher_checkpoint takes it as it is")
+        assert_import_refused(already, tmp_path, "already a checkpoint of this project: give it to --teacher_checkpoint as it is")
 
 
 def test_edms_state_dict_as_safetensors(tmp_path):
-    """Taken as a .pth is, with the licence that its metadata states; damaged, refused."""
+    """It is imported like a .pth, with the licence that its metadata states; a damaged one is refused."""
     from safetensors.torch import save_file
 
     tensors, source = edm_tensors(**DDPMPP), tmp_path / "a.safetensors"

@@ -1,4 +1,4 @@
-"""compare.py as a user calls it: equal work, what is written, and that nothing is done twice."""
+"""compare.py as a user runs it: equal work, the files that it writes, and no work done twice."""
 
 import json
 
@@ -34,7 +34,7 @@ def test_equal_work_is_told_in_a_table_with_all_figures(compared):
     assert table.splitlines()[0].startswith("24 forward passes each") and table.splitlines()[-1] in out
     found = json.loads((folder / "out" / "compare.json").read_text())["configurations"]
     steps = {name: [[point["step"] for point in one["points"]] for one in runs] for name, runs in found.items()}
-    # 4 + 4 / 2 = 6 passes per iteration; by SiD at ratio 1 a turn of each, 7 + 3
+    # 4 + 4 / 2 = 6 passes per iteration; with SiD at ratio 1 both turns, 7 + 3
     assert steps["half"] == [[1, 2, 3, 4]] * 2 and steps["sid"][0][-1] == 2
     for name in ("half", "sid"):
         (row,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
@@ -66,7 +66,7 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(compared):
     done = run_script(
         "compare.py", "--minutes", 1, *arguments[3:], "--configs", folder / "half.yaml", folder / "same" / "half.yaml"
     )
-    assert_refused(done, "--configs: two files of the same name")
+    assert_refused(done, "--configs: two files have the same name")
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(compared):
@@ -94,7 +94,7 @@ def test_students_without_classes_are_compared_by_pixels(runs, tmp_path):
 
 
 def test_minutes_become_iterations_by_the_pace_of_a_trial(runs, tmp_path, monkeypatch):
-    """A trial of 40 iterations, of whose last line in metrics.jsonl the pace is taken; here that line is given."""
+    """The pace comes from the last line in metrics.jsonl of a trial of 40 iterations; here that line is given."""
     teacher = str(runs / "teacher" / "teacher_final.pt")
     options = parse_args(DMD2, "", [*TINY, "--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", "2"])
 

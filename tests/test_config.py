@@ -57,7 +57,7 @@ def test_numbers_as_people_and_yaml_write_them(tmp_path):
 
 
 def test_the_default_attends_where_the_network_has_that_resolution():
-    """And `config.yaml`, which holds what came of it, is accepted again."""
+    """`config.yaml`, which holds the resulting options, is accepted as well."""
     assert parse(TEACHER).attn_resolutions == [16] and parse(TEACHER, "--img_resolution", 48).attn_resolutions == []
     assert parse(TEACHER, "--img_resolution", 48, "--attn_resolutions").attn_resolutions == []
     small = ["--img_resolution", "16", "--channel_mult", "1", "2"]  # of benchmark.py's network, which attends at 4
@@ -65,7 +65,7 @@ def test_the_default_attends_where_the_network_has_that_resolution():
 
 
 T, D, G, E, C = "train_teacher.py", "train_dmd2.py", "generate.py", "evaluate.py", "compare.py"
-WRONG = [  # script, arguments, what the one line must say
+WRONG = [  # script, arguments, part of the one-line message
     (T, "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
     (T, "--learning_rate 1", "unknown argument --learning_rate"),
     (T, "--batch 3", "unknown argument --batch"),
@@ -102,8 +102,8 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--output_dir=", "--output_dir must not be empty"),
     (T, "--wandb_mode onlin", "--wandb_mode must be one of online, offline, disabled"),
     (T, "--config /no/such.yaml", "--config /no/such.yaml: No such file"),
-    (T, "--config config_mnist0.yaml", "No such file or directory; it is configs/mnist0.yaml now"),
-    (D, "--config config_train1_gan.yaml", "No such file or directory; it is configs/train1_gan.yaml now"),
+    (T, "--config config_mnist0.yaml", "No such file or directory; it is now configs/mnist0.yaml"),
+    (D, "--config config_train1_gan.yaml", "No such file or directory; it is now configs/train1_gan.yaml"),
     (D, "--sigma_min 5 --sigma_max 1", "--sigma_min (5.0) must be below --sigma_max (1.0)"),
     (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent (0.1)"),
     (D, "--max_step_percent 1.5", "--max_step_percent must be at least 0 and at most 1"),
@@ -116,7 +116,7 @@ WRONG = [  # script, arguments, what the one line must say
     (D, "--f_divergence js --gan_classifier --objective sid", "--f_divergence js needs --objective dmd, not sid"),
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
     (D, "--gan_resolutions", "--gan_resolutions: expected at least one argument"),
-    (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, from the most noise"),
+    (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, starting with the most noise"),
     (D, "--student_sigmas 5 1 --student_steps 3", "--student_steps 3: --student_sigmas gives 2 levels; give one of them"),
     (D, "--gan_lr 1e-3", "--gan_lr needs --gan_classifier"),
     (D, "--alternate_turns --dfake_gen_update_ratio 1", "--alternate_turns needs a --dfake_gen_update_ratio of at least 2"),
@@ -131,14 +131,14 @@ WRONG = [  # script, arguments, what the one line must say
     (T, "--device cuda:200", "--device must be auto, cpu, cuda, cuda:N or mps"),
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda, cuda:N or mps"),
     (T, "--batch_size 10 --grad_accum 3", "--grad_accum 3 must divide --batch_size 10"),
-    (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
+    (T, "--overwrite --resume_from_checkpoint latest", "give only one of them"),
     (T, "--max_minutes 0", "--max_minutes must be above 0"),
     (T, "--keep_last 0", "--keep_last must be at least 1"),
     (E, "--features classifier --inception_score", "--inception_score needs --features inception"),
     (E, "--features classifier --fid_reference x.npz", "--fid_reference needs --features inception"),
     (E, "--num_samples 1", "--num_samples must be at least 2"),
 ]
-WRONG_YAML = [  # content, what the one line must say
+WRONG_YAML = [  # content, part of the one-line message
     ("- lr\n- 3\n", "needs lines of the form `key: value`"),
     ("", "needs lines of the form `key: value`"),
     ("just words", "needs lines of the form `key: value`"),
@@ -187,7 +187,7 @@ def test_wrong_yaml_gets_one_line(tmp_path, content, message):
 
 @pytest.mark.parametrize("script", [T, D, G, E, "benchmark.py", "import_teacher.py", "export.py"])
 def test_help_answers_at_once(script, tmp_path):
-    """In a fraction of a second, as torch is not imported."""
+    """It takes a fraction of a second, as torch is not imported."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = run_script(script, "--help", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "--config" in done.stdout, done.stderr
@@ -195,7 +195,7 @@ def test_help_answers_at_once(script, tmp_path):
 
 def test_the_former_name_of_import_teacher_tells_the_new_one(tmp_path):
     done = run_script("import_edm.py", "--source", tmp_path / "none")
-    assert done.returncode == 2 and done.stderr.splitlines()[0] == "import_edm.py is import_teacher.py now"
+    assert done.returncode == 2 and done.stderr.splitlines()[0] == "import_edm.py is now import_teacher.py"
     assert len(done.stderr.splitlines()) == 2 and "--source" in done.stderr
 
 

@@ -164,7 +164,7 @@ def test_idx_files_through_torchvision(tmp_path, name, first):
     np.testing.assert_array_equal(dataset.images[:, 0], pixels)
 
     (raw / "train-images-idx3-ubyte").write_bytes((raw / "train-images-idx3-ubyte").read_bytes()[:2000])
-    with pytest.raises(UserError, match=f"{name} is not in .* or damaged there"):
+    with pytest.raises(UserError, match=f"{name} is missing from .* or damaged there"):
         load_dataset(name, tmp_path, 28)
 
 
@@ -241,7 +241,7 @@ def truncated_image(path):
     ],
 )
 def test_wrong_folders_and_zips_are_refused(tmp_path, monkeypatch, capsys, make, message):
-    """By the real script, run here rather than in a process of its own, which would import torch every time."""
+    """The real script runs in this process, since a new process would import torch every time."""
     make(tmp_path / "data")
     out = tmp_path / "out"
     arguments = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--output_dir", str(out), "--device", "cpu"]
@@ -323,11 +323,11 @@ def files_beside(path):
 
 @pytest.mark.parametrize("resolution, channels", [(16, None), (8, 1), (12, 3)])
 def test_a_large_zip_is_the_same_from_its_file_of_pixels(large, monkeypatch, capsys, resolution, channels):
-    """What is decoded once and then mapped against the same ZIP when it is small; the second start does not open the ZIP."""
+    """The mapped pixels of a large ZIP equal those of the same ZIP read as a small one; the second start does not open the ZIP."""
     first = load_dataset("folder", large, resolution, channels)
     told = capsys.readouterr().out
     kept = f"set_pixels_{resolution}x{channels or 3}.bin"
-    assert f"writing its 7 images as pixels to {large.parent / kept}, this once" in told and files_beside(large) == [kept]
+    assert f"writing its 7 images as pixels to {large.parent / kept}, only once" in told and files_beside(large) == [kept]
     monkeypatch.setattr(zipfile, "ZipFile", None)
     second = load_dataset("folder", large, resolution, channels)
     assert capsys.readouterr().out == ""
@@ -348,7 +348,7 @@ def test_a_large_zip_without_labels(large):
 
 
 def test_pixels_of_another_zip_or_of_half_a_file_are_not_used(large, tmp_path):
-    """The ZIP changes, in its size or its time alone; the file is cut, or is another's: each time it is written again."""
+    """The file is written again if the ZIP's size or time changes, or if the file is cut short or belongs to another ZIP."""
     kept = tmp_path / "set_pixels_16x3.bin"
     before = load_dataset("folder", large, 16).images.clone()
     write_zip(large, labels=(0, 1, 0, 1, 0, 1, 0), seed=1)
@@ -366,7 +366,7 @@ def test_pixels_of_another_zip_or_of_half_a_file_are_not_used(large, tmp_path):
 
 
 def test_pixels_are_kept_whole_or_not_at_all(large, monkeypatch):
-    """Stopped at the second chunk, by a damaged image or a full disk: nothing stays beside the ZIP, and the next start is well."""
+    """If a damaged image or a full disk stops the second chunk, nothing is left beside the ZIP, and the next start works."""
     read_image, calls = image_files.read_image, []
 
     def stopped(file, name, channels):
@@ -394,16 +394,16 @@ def test_pixels_are_kept_whole_or_not_at_all(large, monkeypatch):
 
 
 def test_where_pixels_cannot_be_kept_they_are_in_memory(large, capsys):
-    (large.parent / "set_pixels_16x3.bin.tmp").mkdir()  # as good as a folder that cannot be written to, for root too
+    (large.parent / "set_pixels_16x3.bin.tmp").mkdir()  # acts as a folder that cannot be written to, even for root
     images = load_dataset("folder", large, 16).images
-    assert "its pixels cannot be kept beside it (Is a directory)" in capsys.readouterr().out
+    assert "its pixels cannot be cached beside it (Is a directory)" in capsys.readouterr().out
     assert files_beside(large) == ["set_pixels_16x3.bin.tmp"]
     (large.parent / "set_pixels_16x3.bin.tmp").rmdir()
     assert torch.equal(load_dataset("folder", large, 16).images, images)
 
 
 def test_two_starts_at_once_write_one_file(large, monkeypatch, capsys):
-    """The second waits for the first, and takes what it wrote."""
+    """The second waits for the first, and uses its file."""
     first, second = (threading.Thread(target=load_dataset, args=("folder", large, 16)) for _ in range(2))
     read_image = image_files.read_image
 
@@ -433,13 +433,13 @@ def test_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
 
 
 def test_reading_a_large_set_tells_how_long_it_takes(large, monkeypatch, capsys):
-    monkeypatch.setattr(logger, "TELL_AFTER", 2)
+    monkeypatch.setattr(logger, "REPORT_AFTER", 2)
     load_dataset("folder", large, 16)
     assert re.search(r"reading .*set.zip: image 6 of 7, about \d+\.\d minutes left", capsys.readouterr().out)
 
 
 def test_batches_of_a_large_set_are_those_of_a_small_one(large, monkeypatch):
-    """The images stay where they are; by the device `meta`, which stands for a GPU, so do they when there is one."""
+    """The images stay on the CPU, also with a GPU, for which the device `meta` stands."""
     mapped = load_dataset("folder", large, 16)
     assert mapped.images.untyped_storage().nbytes() == mapped.images.nbytes
     batches = [Batches(dataset, 4, seed=1, hflip=True) for dataset in (mapped, mapped._replace(images=mapped.images.clone()))]
@@ -451,7 +451,7 @@ def test_batches_of_a_large_set_are_those_of_a_small_one(large, monkeypatch):
     images, labels = next(Batches(elsewhere, 4, seed=1, hflip=True))
     assert images.shape == (4, 3, 16, 16) and images.device.type == labels.device.type == "meta"
     monkeypatch.undo()
-    assert load_dataset("folder", large, 8, device="meta").images.device.type == "meta"  # small: on the device, as it was
+    assert load_dataset("folder", large, 8, device="meta").images.device.type == "meta"  # small: on the device
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -477,7 +477,7 @@ def test_a_second_start_takes_little_memory_and_time(tmp_path):
 
 
 def cost_of_a_start(path, sender):
-    """Sends the bytes by which this process grows in loading a large ZIP, and, mapped files aside, by a batch; and seconds."""
+    """Sends the bytes by which loading a large ZIP grows this process, those of a batch without mapped files, and seconds."""
 
     def kilobytes(name):
         return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])

@@ -61,7 +61,7 @@ PINNED = {  # classes -> sigma -> deviation of D, and of D - c_skip x; D at thre
 
 @pytest.mark.parametrize("classes", PINNED)
 def test_imported_network_computes_what_nvidias_does(tmp_path, classes):
-    """Its file, and what it makes of it at three noise levels, with and without classes."""
+    """The network's file is imported, and its outputs at three noise levels are pinned, with and without classes."""
     net = checkpoint.load_network(imported(write_adm(tmp_path / "a.pkl", label_dim=classes), tmp_path))
     x, labels = formula("x", (2, 3, 16, 16)), torch.tensor([5, 2]) if classes else None
     for sigma, (deviation, of_network, places) in PINNED[classes].items():
@@ -73,7 +73,7 @@ def test_imported_network_computes_what_nvidias_does(tmp_path, classes):
 
 
 def test_default_is_the_published_imagenet_network():
-    """295.9 M parameters; the names and shapes of all 541 tensors are those of NVIDIA's class (the digest is of its own)."""
+    """295.9 M parameters; the names and shapes of all 541 tensors are those of NVIDIA's class, whose digest is given."""
     with torch.device("meta"):
         net = DhariwalUNet()
     tensors = sorted(f"{edm_name(name, net.config)} {list(tensor.shape)}" for name, tensor in net.state_dict().items())
@@ -87,7 +87,7 @@ def test_default_is_the_published_imagenet_network():
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_architecture_is_told_by_the_tensors(tmp_path, suffix):
-    """Another depth, width and colours, and heads that the narrow level lacks; dropout, which no tensor tells; the licence."""
+    """Another depth, width and number of channels; a narrow level without heads; dropout, which no tensor shows; the licence."""
     changes = dict(
         channel_mult=(1, 3, 2), model_channels=32, num_blocks=2, attn_resolutions=(16, 8, 4), img_channels=1, label_dim=0
     )
@@ -106,8 +106,8 @@ def test_other_tensors_are_refused(tmp_path):
     tensors = adm_tensors()
     filter_name = "enc.8x8_down.skip.resample_filter"
     for changes, message in (
-        ({"u": torch.ones(3)}, "tensor 'u' has no place in DhariwalUNet (1 such)"),
-        ({"out_norm.bias": torch.ones(3)}, "tensor out_norm.bias is of shape [3], not [64]"),
+        ({"u": torch.ones(3)}, "tensor 'u' does not belong to DhariwalUNet (1 such)"),
+        ({"out_norm.bias": torch.ones(3)}, "tensor out_norm.bias has shape [3], not [64]"),
         ({filter_name: torch.ones(1, 1, 4, 4) / 16}, f"tensor {filter_name} is not the low-pass of [1, 1]"),
     ):
         torch.save({**tensors, **changes}, tmp_path / "a.pth")
@@ -138,5 +138,5 @@ def test_layers_that_ours_lacks_are_refused(tmp_path):
     """EDM's code can also build encoders and decoders that no published network has."""
     for name in ("enc.8x8_aux_skip.weight", "dec.16x16_aux_up.resample_filter"):
         torch.save({**adm_tensors(), name: torch.ones(1, 1, 2, 2)}, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=r"with layers aux_(skip|up); those of DDPM\+\+ and NCSN\+\+ alone"):
+        with pytest.raises(UserError, match=r"with layers aux_(skip|up); only those of DDPM\+\+ and NCSN\+\+"):
             imported(tmp_path / "a.pth", tmp_path)

@@ -122,7 +122,7 @@ def test_ddim_is_eulers_method(tmp_path, beta_schedule, prediction_type):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_levels_are_those_of_the_betas(trained):
-    """sigma^2 = 1 / prod(1 - beta) - 1, by hand; and what does not rise, or is unknown, is refused."""
+    """sigma^2 = 1 / prod(1 - beta) - 1, by hand; levels that do not rise and unknown schedules are refused."""
     betas = [0.1, 0.2, 0.3]
     schedule = dict(num_train_timesteps=3, beta_schedule="linear", beta_start=0.1, beta_end=0.3)
     if trained:
@@ -167,7 +167,7 @@ def test_denoising_loss_is_that_of_the_prediction(prediction_type):
 
 @needs_diffusers
 def test_what_bf16_rounds_is_not_multiplied_by_sigma(tmp_path):
-    """epsilon comes in float32 under autocast; rounded to bfloat16, at sigma 80 it would move pixels by a tenth and more."""
+    """Under autocast epsilon is float32: rounded to bfloat16, it would change pixels by a tenth or more at sigma 80."""
     folder, _ = write_folder(tmp_path / "a", num_class_embeds=10)
     state = checkpoint.load(imported(folder, tmp_path))
     assert state["class_names"][3] == "3"  # ten classes, but nothing says that they are CIFAR-10's
@@ -181,7 +181,7 @@ def test_what_bf16_rounds_is_not_multiplied_by_sigma(tmp_path):
 
 @needs_diffusers
 def test_imported_and_distilled_by_command_line(tmp_path):
-    """One line says what was found; both turns with GAN train; the generator is loaded, sampled, and makes finite images."""
+    """One line names the network; both turns with GAN train; the generator loads and samples finite images."""
     card = "---\ntags:\n- diffusers\nlicense: apache-2.0\n---\n# A model\nlicense: none\n"
     folder, _ = write_folder(tmp_path / "a", card=card, num_class_embeds=2)
     teacher = tmp_path / "teacher.pt"
@@ -198,11 +198,11 @@ def test_imported_and_distilled_by_command_line(tmp_path):
     done = run_script(
         "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--conditioning_sigma", 200, "--output_dir", tmp_path / "other"
     )
-    assert_refused(done, "sigma 200.0: the teacher knows noise from 0.01 to 157.4")
+    assert_refused(done, "sigma 200.0: the teacher's noise levels are 0.01 to 157.4")
     done = run_script(
         "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--student_sigmas", 80, 0.001, "--output_dir", tmp_path / "other"
     )
-    assert_refused(done, "sigma 0.001: the teacher knows noise from 0.01 to 157.4")
+    assert_refused(done, "sigma 0.001: the teacher's noise levels are 0.01 to 157.4")
 
 
 @needs_diffusers
@@ -251,7 +251,7 @@ def cut_short(folder):
 
 
 UNET_JSON, SCHEDULER_JSON = "unet/config.json", "scheduler/scheduler_config.json"
-WRONG = {  # what is done to the folder, what the one line must say
+WRONG = {  # change of the folder, part of the one-line message
     "pickle": (only_bin, "no diffusion_pytorch_model.safetensors"),
     "weights cut short": (cut_short, "damaged, or not safetensors"),
     "no scheduler": (lambda folder: (folder / SCHEDULER_JSON).unlink(), "scheduler_config.json: No such file"),
@@ -259,12 +259,12 @@ WRONG = {  # what is done to the folder, what the one line must say
     "latents": (change("model_index.json", vqvae=["diffusers", "VQModel"]), "a pipeline with vqvae; only UNet2DModel on pixels"),
     "other network": (change(UNET_JSON, _class_name="DiTTransformer2DModel"), "the network is a 'DiTTransformer2DModel'"),
     "other argument": (change(UNET_JSON, speed=3), "not a UNet2DModel that diffusers can build"),
-    "other widths": (change(UNET_JSON, block_out_channels=[16, 64]), "is of shape [32], not [64]"),
+    "other widths": (change(UNET_JSON, block_out_channels=[16, 64]), "has shape [32], not [64]"),
     "a block more": (change(UNET_JSON, layers_per_block=2), "no tensor "),
-    "a block less": (change(UNET_JSON, mid_block_type=None), "has no place in UNet2DModel"),
+    "a block less": (change(UNET_JSON, mid_block_type=None), "does not belong to UNet2DModel"),
     "skip blocks": (change(UNET_JSON, down_block_types=["SkipDownBlock2D", "DownBlock2D"]), "blocks of type 'SkipDownBlock2D'"),
     "fourier": (change(UNET_JSON, time_embedding_type="fourier"), "time embedding is not positional"),
-    "variances": (change(UNET_JSON, out_channels=6), "out_channels 6 of in_channels 3: predicted variances"),
+    "variances": (change(UNET_JSON, out_channels=6), "out_channels 6 with in_channels 3: predicted variances"),
     "not square": (change(UNET_JSON, sample_size=[8, 16]), "sample_size [8, 16]"),
     "no size": (change(UNET_JSON, sample_size="gone"), "its configuration has no 'sample_size'"),
     "flow matching": (change(SCHEDULER_JSON, beta_schedule="gone", _class_name="FlowMatch"), "'FlowMatch', has no beta_schedule"),

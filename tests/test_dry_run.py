@@ -25,7 +25,7 @@ GAN = ["--gan_classifier", "--ema_decay", "0.5"]
 
 
 def rows(printed):
-    """The table of memory, in GiB, and the TFLOP of an iteration."""
+    """The table of memory, in GiB, and the TFLOP per iteration."""
     found = {name.strip(): float(value) for name, value in re.findall(r"^  (.{20}) +([\d.]+)$", printed, re.M)}
     return found | {"tflop": float(re.search(r"arithmetic: (\S+) TFLOP", printed)[1])}
 
@@ -47,11 +47,11 @@ class CountedRun(Run):
 
 @pytest.mark.parametrize("way", ["teacher", "dmd2", "sid"])
 def test_a_dry_run_counts_what_the_real_loop_takes(request, tmp_path, monkeypatch, capsys, way):
-    """The arithmetic exactly, the memory beyond that of the start within 10%, of so small a network."""
+    """FLOPs agree exactly. Memory beyond that of the start agrees within 10%, even for so small a network."""
     script, table = (train_teacher, TEACHER) if way == "teacher" else (train_dmd2, DMD2)
     arguments = [*TINY[:2], "--batch_size", 64, "--output_dir", tmp_path / "out", "--device", "cpu", "--step_number", 3]
     if way == "teacher":
-        arguments += [*TINY_NET, "--dropout", 0, "--grad_accum", 2]  # a CPU keeps more of dropout than CUDA does
+        arguments += [*TINY_NET, "--dropout", 0, "--grad_accum", 2]  # for dropout, a CPU keeps more than CUDA does
     else:
         teacher = request.getfixturevalue("runs") / "teacher" / "teacher_final.pt"
         arguments += ["--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", 1]
@@ -105,7 +105,7 @@ def test_no_turn_mixes_devices_or_waits_for_the_gpu(build, options):
 
 
 def test_the_loops_run_on_meta_and_write_nothing(runs, tmp_path):
-    """Whatever read a value back would fail there. A folder that another run holds stays as it is."""
+    """Reading a value back from `meta` would fail. A folder that another run holds stays as it is."""
     teacher = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt"]
     ways = {
         "train_teacher.py": [[*TINY_NET, "--precision", "bf16"]],
@@ -117,7 +117,7 @@ def test_the_loops_run_on_meta_and_write_nothing(runs, tmp_path):
     for script, arguments in ways.items():
         for way in arguments:
             printed = succeed(script, *DRY, *way, "--output_dir", tmp_path / "out", "--log_every", 1, "--sample_every", 1)
-            assert "TFLOP an iteration" in printed
+            assert "TFLOP per iteration" in printed
     assert not any(tmp_path.iterdir())
     before = {path: path.stat().st_mtime_ns for path in (runs / "dmd2").rglob("*")}
     resume = [*teacher, *GAN, "--output_dir", runs / "dmd2", "--resume_from_checkpoint", "latest", "--step_number", 10]
@@ -129,15 +129,15 @@ def test_grad_accum_is_the_least_that_fits(runs):
     arguments = [*DRY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--batch_size", 48, "--peak_tflops", 0.1]
     used = rows(succeed("train_dmd2.py", *arguments, "--grad_accum", 4))["together"]
     printed = succeed("train_dmd2.py", *arguments, "--memory_gb", used / 0.85 * 1.05)
-    assert "take --grad_accum 4," in printed and rows(printed)["together"] > used
+    assert "use --grad_accum 4," in printed and rows(printed)["together"] > used
     seconds = rows(printed)["tflop"] / 0.04
-    assert f"{seconds:.3g} s an iteration, {seconds * 100_000 / 3600:.3g} hours" in printed
+    assert f"{seconds:.3g} s per iteration, {seconds * 100_000 / 3600:.3g} hours" in printed
     assert "too little even for one image" in succeed("train_dmd2.py", *arguments, "--memory_gb", 1e-4)
 
 
 def test_what_is_missing_is_told_as_in_a_real_run(runs, tmp_path, monkeypatch):
     done = run_script("train_dmd2.py", *DRY, "--teacher_checkpoint", tmp_path / "none.pt")
-    assert_refused(done, "takes a pretrained one; --dry_run also takes a network's name: SimpleUNet, SongUNet")
+    assert_refused(done, "imports a pretrained one; --dry_run also takes a network's name: SimpleUNet, SongUNet")
     done = run_script("train_teacher.py", "--dry_run", "--dataset", "folder", "--data_dir", tmp_path / "none")
     assert_refused(done, "does not exist")
     teacher = runs / "teacher" / "teacher_final.pt"
@@ -170,7 +170,7 @@ def test_the_pages_hours_follow_from_its_counts():
 
 @pytest.mark.slow
 def test_the_pages_counts_are_todays(tmp_path):
-    """Each in a process of its own: what is on the device is counted, whoever put it there."""
+    """Each in its own process, since all tensors on the device are counted."""
     thousand_classes = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "data.zip", labels=range(1000), size=64)]
     for command, *cells in page("What each training takes"):
         name, *arguments = command.strip("`").split()

@@ -20,7 +20,7 @@ from support.config import UserError
 
 
 def test_import_by_command_line(tmp_path):
-    """What is printed and written; fp16 storage; class names; the source code in the file stays unread; no silent overwriting."""
+    """The output and the file; fp16 storage; class names; the source code in the file is not used; no silent overwriting."""
     tensors = {name: tensor.half() for name, tensor in edm_tensors(**DDPMPP).items()}
     source = write_pickle(tmp_path / "a.pkl", {"ema": edm_network(tensors, source=f"open({str(tmp_path / 'it-ran')!r}, 'w')")})
     output = tmp_path / "new" / "teacher.pt"
@@ -43,17 +43,17 @@ def without(tensors, *names):
     return {key: tensor for key, tensor in tensors.items() if key not in names}
 
 
-WRONG = {  # what is done to the tensors, what the one line must say
+WRONG = {  # change of the tensors, part of the one-line message
     "missing": (lambda t: without(t, "dec.8x8_up.skip.bias"), "no tensor dec.8x8_up.skip.bias"),
-    "left over": (lambda t: {**t, "u": torch.ones(3)}, "tensor 'u' has no place in SongUNet"),
-    "shape": (lambda t: {**t, "map_layer1.bias": torch.ones(3)}, "tensor map_layer1.bias is of shape [3], not [64]"),
+    "left over": (lambda t: {**t, "u": torch.ones(3)}, "tensor 'u' does not belong to SongUNet"),
+    "shape": (lambda t: {**t, "map_layer1.bias": torch.ones(3)}, "tensor map_layer1.bias has shape [3], not [64]"),
     "not finite": (lambda t: {**t, "map_layer1.bias": torch.full((64,), torch.nan)}, "tensor map_layer1.bias is not finite"),
     "filter": (lambda t: {**t, "enc.4x4_down.skip.resample_filter": torch.ones(1, 1, 2, 2)}, "is not the low-pass of [1, 1]"),
-    "half a label layer": (lambda t: without(t, "map_label.weight"), "tensor 'map_label.bias' has no place in SongUNet"),
+    "half a label layer": (lambda t: without(t, "map_label.weight"), "tensor 'map_label.bias' does not belong to SongUNet"),
     "other network": (lambda t: {"out_conv.weight": torch.ones(3)}, "(ADM)): no tensor enc.32x32_conv.weight"),
     "diffusers'": (lambda t: {"conv_in.weight": torch.ones(3), "time_embedding.linear_1.bias": torch.ones(3)}, "give their folder"),
-    "no shapes": (lambda t: {**t, "enc.8x8_conv.weight": torch.ones(0, 0)}, "not a network of EDM's"),
-    "no tensors": (lambda t: {"step": 3}, "no state_dict"),
+    "no shapes": (lambda t: {**t, "enc.8x8_conv.weight": torch.ones(0, 0)}, "not an EDM network"),
+    "no tensors": (lambda t: {"step": 3}, "not a state_dict"),
 }
 
 
@@ -71,18 +71,18 @@ def loop():
     return network
 
 
-OTHER = {  # other pickles, what the one line must say
+OTHER = {  # other pickles, part of the one-line message
     "other preconditioning": (
         lambda: {"ema": edm_network({}, precond="VPPrecond")},
         "preconditioned by 'VPPrecond'; only EDM's own",
     ),
     "other network": (lambda: {"ema": edm_network({}, unet="DiT")}, "the network is a 'DiT'; only SongUNet"),
-    "number": (lambda: {"ema": 7}, "damaged, or not a network of EDM's"),
+    "number": (lambda: {"ema": 7}, "damaged, or not an EDM network"),
     "no network": (lambda: {"G_ema": 7}, "no entry `ema`"),
     "shared": (lambda: {"ema": loop()}, "the module 'again.and_again.' occurs twice"),
     "larger than stored": (
         lambda: {"ema": with_parameter(torch.nn.Parameter(torch.ones(1).expand(1 << 40), False))},
-        "a tensor is larger than what is stored of it",
+        "a tensor is larger than its storage",
     ),
 }
 

@@ -62,7 +62,7 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
 
 @pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
 def test_without_classes(unconditional, tmp_path, inception_weights, features):
-    """No figure of labels, on images without any; a classifier's features where the data set has classes. Judges wait for these."""
+    """Without labels, figures of labels are left out. A classifier gives features, and a judge is trained, only with classes."""
     student, teacher = unconditional / "dmd2" / "dmd2_final.pt", unconditional / "teacher" / "teacher_final.pt"
     options = ["--checkpoint", student, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", "--num_samples", 20]
     options += ["--features", features, "--steps", 2]
@@ -98,7 +98,7 @@ def test_with_classes_on_data_without_is_refused(runs, unconditional, tmp_path):
 
 
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):
-    """Of a large set, memory-mapped: as many as are asked for, the same at each call."""
+    """A large set is memory-mapped: a subset of the right size is used, the same at each call."""
     path = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
     monkeypatch.setattr(image_files, "LARGE", 0)
     monkeypatch.setattr(evaluate, "MOST_REAL", 50)
@@ -106,13 +106,13 @@ def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeyp
     flags = ["--checkpoint", student, "--dataset", "folder", "--data_dir", path, "--features", "pixels", "--num_samples", 20]
     for name in ("a", "b"):
         evaluate.main(parse_args(EVALUATE, "", [*map(str, flags), "--device", "cpu", "--output_dir", str(tmp_path / name)]))
-        assert "real images: 50 of the 60, drawn at random" in capsys.readouterr().out
+        assert "real images: 50 of 60, a fixed random subset" in capsys.readouterr().out
     rows = [json.loads((tmp_path / name / "evaluation.json").read_text())["rows"][0] for name in ("a", "b")]
     assert rows[0] == rows[1] and rows[0]["images"] == 10
 
 
 def test_fid_of_several_draws_against_published_statistics(runs, tmp_path, inception_weights):
-    """EDM's protocol: each draw by itself against mu and sigma, and the least of them; the score; both kinds of features."""
+    """EDM's protocol: each draw is compared with mu and sigma, and the least counts; the score; both kinds of features."""
     random = np.random.default_rng(0)
     mu, root = random.normal(size=2048), random.normal(size=(2048, 20)) / 20
     np.savez(tmp_path / "published.npz", mu=mu, sigma=root @ root.T)
@@ -139,8 +139,8 @@ def test_fid_without_published_statistics_is_against_all_real_images(runs, tmp_p
         (None, "No such file"),
         (b"text", "needs an .npz file"),
         ({"mu": np.zeros(3)}, "needs an .npz file"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "do not fit"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "3 features, Inception has 2048"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "do not match"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "3 features; Inception has 2048"),
         ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "needs an .npz file"),
     ],
 )
@@ -156,7 +156,7 @@ def test_unfit_statistics_are_refused(runs, tmp_path, content, message):
 
 
 def test_an_image_depends_on_its_number_alone(runs, tmp_path):
-    """Not on the batch, nor on how many there are: the second of three draws of 4 is images 4 to 7 of a draw of 12."""
+    """Images depend neither on the batch nor on their number: the second of three draws of 4 is images 4 to 7 of a draw of 12."""
     drawn = []
     for samples, repeats, batch_size in ((12, 1, 5), (4, 3, 12)):
         flags = ["--num_samples", samples, "--repeats", repeats, "--batch_size", batch_size, "--device", "cpu"]

@@ -48,9 +48,9 @@ def exported(source, output=None, page=None, ort=None, overwrite=False):
     ids=["SimpleUNet", "SongUNet in two steps", "three steps without classes"],
 )
 def test_onnx_makes_the_same_images(tmp_path, build, sigmas):
-    """onnxruntime against the sampler with the same noise at each level, at batch sizes that the file was not made with.
+    """onnxruntime against the sampler with the same noise at each level, at batch sizes other than the exported one.
 
-    Images are clamped, pixels are the images, rounded; one file, which says what it is; a label without a class is an error.
+    Images are clamped, and pixels are the rounded images. There is one file, with metadata. A label outside the classes fails.
     """
     import onnxruntime
 
@@ -93,9 +93,9 @@ def test_of_many_classes_ten_are_checked():
         assert not torch.equal(noise, noise_1)
 
 
-@pytest.mark.parametrize("wrong, message", [(2e-4, "2.0e-04 away"), (float("nan"), "nan away"), (200.0, "inf away")])
+@pytest.mark.parametrize("wrong, message", [(2e-4, "by 2.0e-04"), (float("nan"), "by nan"), (200.0, "by inf")])
 def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch, wrong, message):
-    """The exporter replaced by one that writes a file, the runtime by PyTorch with an error put in; what was there stays."""
+    """The exporter is replaced by one that writes a file, the runtime by PyTorch with an added error. An existing file stays."""
     net = tiny_song(channel_mult=(1,))
 
     def run_wrongly(names, inputs):
@@ -103,7 +103,7 @@ def test_a_file_that_fails_its_check_is_not_left(tmp_path, monkeypatch, wrong, m
         with torch.no_grad():
             images = one_step_sampler(net, noise, labels, 40.0)
         if len(labels) > net.label_dim and not wrong > 1:
-            images[-1, 0, 0, 0] += wrong  # in one place, and at the second batch size alone
+            images[-1, 0, 0, 0] += wrong  # in one place, and only at the second batch size
         pixels = to_uint8(images + (wrong if wrong > 1 else 0.0)).permute(0, 2, 3, 1)  # 200: the pixels alone are wrong
         return [images.numpy(), pixels.numpy()]
 
@@ -151,10 +151,10 @@ def test_what_is_there_stays(tmp_path, option, there):
     (tmp_path / there).write_bytes(b"old")
     given = tmp_path / there if option == "--output" else tmp_path
     done = run_script("export.py", "--checkpoint", generator, option, given)
-    assert_refused(done, f"{tmp_path / there} exists; choose another place, or replace it by --overwrite")
+    assert_refused(done, f"{tmp_path / there} exists; choose another path, or replace it with --overwrite")
     assert (tmp_path / there).read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_options_that_exclude_each_other():
-    assert_refused(run_script("export.py", "--output", "x.onnx", "--page", "x"), "--output and --page: give one of them")
+    assert_refused(run_script("export.py", "--output", "x.onnx", "--page", "x"), "--output and --page: give only one of them")
     assert_refused(run_script("export.py", "--ort", "x"), "--ort names the runtime of a page: add --page")

@@ -123,7 +123,7 @@ def test_training_does_not_touch_the_random_numbers_of_others(tmp_path, short):
 
 
 def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
-    monkeypatch.setattr(logger, "TELL_AFTER", 3)
+    monkeypatch.setattr(logger, "REPORT_AFTER", 3)
     features.classifier(shades(), tmp_path / "judge.pt", CPU)
     first, second = capsys.readouterr().out.splitlines()
     assert first == "training the judge, a classifier, on 32 real images, this once"
@@ -131,7 +131,7 @@ def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
     features.classifier(shades(), tmp_path / "judge.pt", CPU)  # from the cache
     assert capsys.readouterr().out == ""
 
-    monkeypatch.setattr(logger, "TELL_SECONDS", -1)
+    monkeypatch.setattr(logger, "REPORT_SECONDS", -1)
     assert list(logger.progress(range(5, 8), "reading", "step")) == [5, 6, 7]
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == ["6", "7", "8"]
 

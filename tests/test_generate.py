@@ -22,13 +22,13 @@ def generate(runs, folder, *arguments, run=succeed):
 
 
 def contents(folder):
-    """The files of a folder, at any depth: name to bytes."""
+    """A dict from name to bytes of the files in a folder, at any depth."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
-    """A checkpoint of an untrained three-channelled generator of two classes, `cat` and `dog`."""
+    """A checkpoint of an untrained generator with three channels and two classes, `cat` and `dog`."""
     net = tiny_unet(img_channels=3, label_dim=2)
     state = {"feedforward_model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config}
     path = tmp_path_factory.mktemp("colours") / "x.pt"
@@ -82,7 +82,7 @@ def test_npz_as_guided_diffusions_evaluator_reads_it(runs, colours, tmp_path, ch
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         assert shape == (len(arrays["images"]), 8, 8, 3) and not fortran and dtype == np.uint8
         pixels = np.frombuffer(member.read(), np.uint8).reshape(shape)
-    assert (pixels == arrays["images"]).all()  # grey: the one channel against each of the three
+    assert (pixels == arrays["images"]).all()  # grey: one channel is compared with all three
     assert (arrays["arr_1"] == arrays["labels"]).all()
 
 
@@ -166,7 +166,7 @@ def test_pngs_without_classes_can_be_trained_on(unconditional, tmp_path):
 
 @pytest.mark.parametrize("format, name", [("png", "{}/000000.png"), ("flat", "{}_000000.png"), ("npz", "samples.npz")])
 def test_images_of_another_run_are_refused_or_deleted(runs, tmp_path, format, name):
-    """Refused, nothing changes; with --overwrite none of the other run's stays, and all that no run wrote does."""
+    """It is refused, and nothing changes. With --overwrite, the other run's files are deleted, and files of no run stay."""
     folder, fresh = tmp_path / "a", tmp_path / "b"
     generate(runs, folder, "--format", format, "--classes", "4,5,7")
     mine = {"notes.txt": b"mine", "7/000000.txt": b"mine"}
@@ -191,7 +191,7 @@ def test_images_of_nobodys_are_neither_deleted_nor_joined(runs, tmp_path, format
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     for flags in ([], ["--overwrite"]):
         done = generate(runs, tmp_path, "--format", format, *flags, run=run_script)
-        assert_refused(done, f"holds {name}, which is not for --overwrite to delete")
+        assert_refused(done, f"holds {name}, which --overwrite does not delete")
     assert contents(tmp_path).keys() == {name}
 
 

@@ -119,7 +119,7 @@ def test_bf16_trains_nearly_like_fp32(runs, tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the threads' names from /proc")
 def test_the_threads_of_the_group_end_before_the_interpreter(tmp_path):
-    """Where they outlive it, letting go of a tensor aborts the process (pytorch/pytorch issue 190489)."""
+    """If they outlive it, freeing a tensor aborts the process (pytorch/pytorch issue 190489)."""
     (tmp_path / "script.py").write_text(f"""
 import atexit, os, sys, time
 import torch
@@ -158,7 +158,7 @@ def test_a_mistake_under_torchrun_is_told_once(both):
     done = torchrun(
         "train_dmd2.py", *DMD2, "--teacher_checkpoint", both / "one/teacher/teacher_final.pt", "--output_dir", both / "two/dmd2"
     )
-    assert done.returncode and done.stderr.count("holds another run") == 2  # at once, and at the end of torchrun's report
+    assert done.returncode and done.stderr.count("holds another run") == 2  # immediately, and at the end of torchrun's report
     *_, message, border = done.stderr.splitlines()
     assert "train_dmd2.py: error: --output_dir" in message and set(border) == {"="}
     assert 'train_dmd2.py", line' not in done.stderr
@@ -202,12 +202,12 @@ LEAVES_IN_ORDER = "import atexit; atexit.register(print, 'in', 'order', file=sys
     "failure, told", [("raise UserError('no room')", "script.py: error: no room"), ("1 / 0", "ZeroDivisionError: ")]
 )
 def test_a_process_that_fails_takes_the_others_with_it(tmp_path, rank, failure, told):
-    """While they wait for it; within seconds, and told once, by whichever it is."""
+    """The others wait for it. All end within seconds, and the error is reported once, whichever process fails."""
     (tmp_path / "script.py").write_text(FAILS.format(root=str(ROOT), rank=rank, failure=LEAVES_IN_ORDER + failure))
     start = time.monotonic()
     done = torchrun(tmp_path / "script.py")
     assert done.returncode and time.monotonic() - start < 60
-    assert "in order" not in done.stderr  # which under NCCL would wait for the others, who wait for it
+    assert "in order" not in done.stderr  # a clean exit under NCCL would wait for the others, which wait for it
     first, report = done.stderr.split("ChildFailedError: \n")
     assert first.count(told) == 1 and first.count('Traceback (most recent call last):\n  File "' + str(ROOT)) == (
         told.startswith("Zero")
@@ -216,7 +216,7 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, rank, failure, 
 
 
 def test_a_lost_process_is_told(tmp_path):
-    """One that is killed says nothing: the other, which waits for it, does."""
+    """A killed process reports nothing; the other, which waits for it, does."""
     failure = "import os; os.kill(os.getpid(), 9)"
     (tmp_path / "script.py").write_text(FAILS.format(root=str(ROOT), rank=1, failure=failure))
     done = torchrun(tmp_path / "script.py")
@@ -224,7 +224,7 @@ def test_a_lost_process_is_told(tmp_path):
 
 
 def test_messages_go_by_gloo_between_cpus_and_by_nccl_between_gpus():
-    """A GPU's processes too agree by way of the CPU: without gloo the first such message would end them."""
+    """Processes with GPUs also agree through the CPU: without gloo the first such message would end them."""
     assert backends(torch.device("cpu")) == "gloo"
     assert dict(pair.split(":") for pair in backends(torch.device("cuda:1")).split(",")) == {"cpu": "gloo", "cuda": "nccl"}
 
@@ -242,7 +242,7 @@ def test_gradients_are_averaged_in_the_order_of_memory():
 
 @pytest.mark.parametrize("rank, local_rank, before, after", [(0, 0, 0, 2), (1, 1, 2, 0), (8, 0, 1, 1), (9, 1, 2, 0)])
 def test_rank_0_alone_goes_first(monkeypatch, rank, local_rank, before, after):
-    """On two machines of eight processes: rank 0, then rank 8, which finds what rank 0 brought to a shared disk, then the rest."""
+    """On two machines of eight processes: rank 0, then rank 8, which finds rank 0's download on a shared disk, then the rest."""
     met = []
     monkeypatch.setattr(parallel, "LOCAL_RANK", local_rank)
     monkeypatch.setattr(parallel, "rank", lambda: rank)
@@ -269,7 +269,7 @@ def test_a_compiled_network_trains_the_same(tmp_path):
         ("compiled", ["--compile"], {"TORCHINDUCTOR_CACHE_DIR": str(cache)}),
     ):
         told = succeed("train_teacher.py", *TEACHER, "--step_number", 3, *more, "--output_dir", tmp_path / name, env=environment)
-        assert ("--compile: not here, going on without" in told) == (name == "without")
+        assert ("--compile: not available here, going on without" in told) == (name == "without")
     without, compiled = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("without", "compiled"))
     assert compiled == pytest.approx(without, rel=1e-4)
     assert len(list(cache.rglob("*.so"))) > 1  # more than the trial

@@ -38,7 +38,7 @@ def opcodes(*parts):
     return b"\x80\x04" + b"".join(parts) + b"."
 
 
-HOSTILE = {  # command -> pickle, or what to pickle; what the one line must say
+HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line message
     "call": (lambda command: Call(os.system, command), "system'; nothing in it was run"),
     "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
     "beside a network": (lambda command: {"ema": edm_network({}), "x": [{"y": Call(os.system, command)}]}, "system'; nothing"),
@@ -52,15 +52,15 @@ HOSTILE = {  # command -> pickle, or what to pickle; what the one line must say
         lambda command: opcodes(b"cos\nsystem\n", pickle.dumps((command,))[2:-1], b"\x81"),
         "it asks for 'os.system'",
     ),
-    "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "damaged, or no pickle"),
-    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "damaged, or no pickle"),
+    "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "damaged, or not a pickle"),
+    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "damaged, or not a pickle"),
     "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no entry `ema`"),
-    "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), "damaged, or no pickle"),
+    "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), "damaged, or not a pickle"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
     "registry": (lambda command: opcodes(b"\x82\x01"), "it has the opcode EXT1"),
-    "text": (lambda command: b"no pickle", "damaged, or no pickle"),
-    "cut": (lambda command: pickle.dumps(["a" * 99])[:50], "damaged, or no pickle"),
-    "empty": (lambda command: b"", "damaged, or no pickle"),
+    "text": (lambda command: b"no pickle", "damaged, or not a pickle"),
+    "cut": (lambda command: pickle.dumps(["a" * 99])[:50], "damaged, or not a pickle"),
+    "empty": (lambda command: b"", "damaged, or not a pickle"),
 }
 
 
@@ -78,7 +78,7 @@ def test_hostile_pickles_are_refused_and_nothing_runs(tmp_path, what):
 
 @pytest.mark.parametrize("what", ["call", "eval"])
 def test_hostile_pickles_are_hostile(tmp_path, what):
-    """Python's own unpickler runs them: the test above does not pass for want of an attack."""
+    """Python's own unpickler runs them, so the test above tests real attacks."""
     pickle.loads(pickle.dumps(HOSTILE[what][0](f"touch {tmp_path / 'it-ran'}")))
     assert (tmp_path / "it-ran").exists()
 

@@ -68,7 +68,7 @@ def test_what_the_training_scripts_write(runs):
     ] * 2
     assert {"real_logit", "fake_logit", "guidance_grad_norm", "fake_std", "images_per_second"} <= rows[0].keys()
     grid = Image.open(runs / "dmd2" / "samples" / "step_0000004.png")
-    assert grid.width > 2 * 8 * 8 and grid.height > 10 * 8  # teacher and student side by side, a row a class
+    assert grid.width > 2 * 8 * 8 and grid.height > 10 * 8  # teacher and student side by side, one row per class
 
 
 def test_averaged_weights_are_what_is_loaded(runs):
@@ -81,7 +81,7 @@ def test_averaged_weights_are_what_is_loaded(runs):
 
 
 def test_checkpoints_from_before_groups_were_recorded_are_what_they_were(runs, tmp_path):
-    """They are generated from and resumed with the 4 channels a group that networks had then."""
+    """They generate and resume with 4 channels per group, as networks then had."""
     arguments = [*TINY, *TINY_NET, "--model_channels", 16, "--output_dir", tmp_path / "run"]
     succeed("train_teacher.py", *arguments, "--channels_per_group", 4)
     state = torch.load(tmp_path / "run" / "teacher_final.pt", weights_only=True)
@@ -96,7 +96,7 @@ def test_checkpoints_from_before_groups_were_recorded_are_what_they_were(runs, t
 
 
 def test_a_gans_head_has_the_teachers_groups_and_keeps_its_own(tmp_path):
-    """Heads of earlier runs had 16 channels per group whatever their teacher's, and at first 4: they go on as they were."""
+    """Heads of older runs had 16 channels per group for any teacher, and at first 4. Resumed, they keep these."""
     succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "teacher", "--channels_per_group", 4)
     arguments = [*TINY, "--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt", "--gan_classifier"]
     succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "run")
@@ -138,12 +138,12 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
-    """All but the device: it ends as the run that never stopped, in the folder of its checkpoint, wherever that is now."""
+    """All but the device. The result is that of the run that never stopped, in the current folder of its checkpoint."""
     shutil.copytree(runs / stage, tmp_path / "moved")
     source = tmp_path / "moved" / f"{stage}_checkpoint_step_2.pt"
     more = ["--device", "cpu", "--wandb_run_name", "für alle"]
     told = succeed(f"train_{stage}.py", "--resume_from_checkpoint", source, *more, cwd=tmp_path)
-    assert f"going on from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
+    assert f"resuming from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
     lines = [re.findall(r"\w*loss\w*", line) for line in told.splitlines() if line.startswith("step ")]
     assert (
         len(lines) == 2 and lines[0] == lines[1] and len(lines[0]) == {"teacher": 1, "dmd2": 4}[stage]
@@ -158,7 +158,7 @@ def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
 
 
 def test_what_a_resume_takes_is_checked(runs, tmp_path):
-    """With what is given: the batch of 16 cannot be had in 3 parts; and what a checkpoint says is not trusted."""
+    """Together with the given options: a batch of 16 cannot be split into 3 parts. Values in a checkpoint are not trusted."""
     options = ["--resume_from_checkpoint", runs / "teacher" / "teacher_checkpoint_step_2.pt", "--output_dir", tmp_path / "out"]
     assert_refused(run_script("train_teacher.py", *options, "--grad_accum", 3), "--grad_accum 3 must divide --batch_size 16")
     state = load(runs / "teacher" / "teacher_checkpoint_step_2.pt")
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
     teacher, student = runs / "teacher" / "teacher_final.pt", runs / "dmd2" / "dmd2_final.pt"
     out = ["--output_dir", tmp_path / "out"]
     assert_refused(
-        run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", student), "a generator; it takes what train_teacher.py"
+        run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", student), "a generator; give a teacher's checkpoint"
     )
     done = run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", teacher, "--resume_from_checkpoint", teacher)
     assert_refused(done, "not a generator with the teacher's network")
@@ -240,7 +240,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_train_and_go_on(runs, tmp_path, name):
-    """Stopped after 2 of 4 steps, against the run that never stopped; the losses are those asked for."""
+    """Stopped after 2 of 4 steps, against the run that never stopped; the losses are the requested ones."""
     teacher = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt"]
     arguments = [*TINY, *teacher, *OBJECTIVES[name], "--dfake_gen_update_ratio", 1, "--save_every", 2, "--log_every", 1]
     succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "straight")
@@ -289,7 +289,7 @@ def test_resolutions_that_the_teacher_lacks_are_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
     resume = ["--gan_resolutions", 8, 4, "--resume_from_checkpoint", runs / "dmd2" / "dmd2_final.pt"]  # which has one head
     done = run_script("train_dmd2.py", *TINY, *arguments[:3], *resume, "--output_dir", tmp_path / "out")
-    assert_refused(done, "does not fit; go on with the options of its run")
+    assert_refused(done, "does not fit; resume it with the options of its run")
 
 
 def test_a_head_from_before_there_were_several_goes_on(runs, tmp_path):
@@ -312,7 +312,7 @@ def test_cuda_where_there_is_none_is_refused(tmp_path):
 
 
 def test_both_stages_on_a_zip_with_colours(tmp_path):
-    """EDM's ZIP layout through teacher, DMD2 and generation; images and network three-channelled."""
+    """EDM's ZIP layout through teacher, DMD2 and generation, with three channels."""
     data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1, 2] * 8, size=16)]
     succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--output_dir", tmp_path / "teacher")
     teacher = tmp_path / "teacher" / "teacher_final.pt"
@@ -350,7 +350,7 @@ def test_resume_without_classes_is_bit_identical(unconditional, tmp_path, stage)
 
 
 def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path):
-    """The same images with labels make the same teacher by --label_dim 0; it distils with them, and without a GAN."""
+    """With --label_dim 0, the same images with labels make the same teacher. It is distilled with them, and without a GAN."""
     data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1] * 20, size=8)]
     told = succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--label_dim", 0, "--output_dir", tmp_path / "teacher")
     assert "40 images, no classes" in told
@@ -414,9 +414,9 @@ def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, t
 
 
 def test_gradient_accumulation_takes_the_same_steps(tmp_path):
-    """A batch in four parts against one: loss and gradient agree but for the order in which the noise is drawn.
+    """A batch in four parts against one: loss and gradient agree, except for the order in which the noise is drawn.
 
-    At sigma = 20 the first gradients are those of the mean image, hardly of the noise.
+    At sigma = 20 the first gradients depend on the mean image and hardly on the noise.
     """
     arguments = [*TINY, *TINY_NET, "--log_every", 1, "--dropout", 0, "--P_mean", 3, "--P_std", 1e-9]
     for parts in (1, 4):
@@ -432,7 +432,7 @@ def test_without_wandb_it_is_not_imported(tmp_path):
 
 
 def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
-    """The default data set through the real script, with torchvision's checksums put out of the way in a sitecustomize."""
+    """The default data set through the real script; a sitecustomize disables torchvision's checksums."""
     from test_data import fabricated_cifar10
 
     fabricated_cifar10(tmp_path, monkeypatch, n=50)  # of every class
@@ -488,7 +488,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         if script.startswith("train") and "--resume_from_checkpoint" not in arguments:
             arguments += ["--overwrite"]  # the same run is given by flags, by YAML, and with W&B
-        if "--fid_reference" in arguments:  # which is of Inception's features: here with random weights, and few images
+        if "--fid_reference" in arguments:  # this needs Inception's features: here with random weights and few images
             np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
             write_images(tmp_path / "set", classes=[str(digit) for digit in range(10)], each=2, size=8)
             arguments += ["--num_samples", 4, "--inception_weights", inception_weights, "--dataset", "folder", "--data_dir", "set"]
@@ -528,11 +528,11 @@ def test_teacher_learns_real_digits(tmp_path):
 
 
 def test_load_network_in_a_notebook(tmp_path):
-    """A checkpoint of only what all have always had: its generator is called at its own level, in a notebook and by generate.py."""
+    """A checkpoint with only the oldest keys: its generator is called at its own level, in a notebook and by generate.py."""
     net = tiny_unet()
     state = {"feedforward_model_state_dict": net.state_dict(), "ema_state_dict": None, "step": 1, "model_config": net.config}
     checkpoint.save(tmp_path / "x.pt", state | {"config": {"conditioning_sigma": 3.0}})
-    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # no temporary file stays
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # no temporary file is left
     noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     images = checkpoint.load_sampler(tmp_path / "x.pt")(noise, labels)
     loaded = checkpoint.load_network(tmp_path / "x.pt")
@@ -543,7 +543,7 @@ def test_load_network_in_a_notebook(tmp_path):
     two_steps = checkpoint.load_sampler(tmp_path / "two.pt")
     images = two_steps(noise, labels)
     torch.testing.assert_close(images, student_sampler(net, noise, labels, [80.0, 3.0]))
-    torch.testing.assert_close(images, two_steps(noise, labels))  # whatever torch's own random numbers are by then
+    torch.testing.assert_close(images, two_steps(noise, labels))  # independent of torch's own random numbers
     succeed("generate.py", "--checkpoint", tmp_path / "x.pt", "--output_dir", tmp_path, "--num_samples", 1, "--format", "npz")
     expected = to_uint8(one_step_sampler(net, *class_noise(range(10), 1, (1, 8, 8), 0), 3.0)).int()
     made = torch.from_numpy(np.load(tmp_path / "samples.npz")["images"]).permute(0, 3, 1, 2).int()

@@ -31,7 +31,7 @@ def test_ema_equals_its_closed_form():
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc's memory")
 def test_freed_memory_serves_the_next_tensors():
-    """Large tensors made and freed in turn, in a fresh process: with it the kernel gives no new pages after the first round."""
+    """Large tensors are made and freed in turn in a new process: with it the kernel gives no new pages after the first round."""
     code = """
 import resource, torch
 from support.training import keep_freed_memory
@@ -58,7 +58,7 @@ def test_learning_rate_rises_and_falls_linearly():
 
 
 def test_bad_steps_are_counted_for_each_optimizer(tmp_path):
-    """A generator that never moves is told, though the guidance's good steps come between; so are bad steps amid good ones."""
+    """A generator that never moves is reported even between good guidance steps; so are bad steps among good ones."""
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     bad_steps = BadSteps(3, torch.device("cpu"))
     for _ in range(2):
@@ -86,7 +86,7 @@ def test_moments_take_the_layout_of_the_weights():
 
 
 def test_compiled_graphs_have_fixed_sizes(monkeypatch):
-    """A grid of 80 images before batches of 16: a graph each, and no size left open, which would slow convolutions."""
+    """A grid of 80 images before batches of 16: one graph per size, since dynamic sizes would slow convolutions."""
     graphs = []
 
     def compile_fx(graph, inputs, **options):
@@ -109,7 +109,7 @@ def test_compiled_graphs_have_fixed_sizes(monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_moves_nothing(fused):
-    """By fused AdamW itself, or, where there is none that does (mps), by a look at the norm."""
+    """Fused AdamW skips it itself; where it cannot (mps), the norm decides."""
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
     for bad in (False, True, False):
@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_moves_nothing(fused):
 
 
 def test_an_optimizer_goes_on_on_another_kind_of_device():
-    """Fused or not is the device's own matter, not the checkpoint's."""
+    """Whether AdamW is fused depends on the device, not on the checkpoint."""
     layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")]
     optimizers = [adamw(layer.parameters(), 1e-3) for layer in layers]
     layers[0](torch.ones(1, 2)).sum().backward()
@@ -137,7 +137,7 @@ def test_mps_is_plain_and_said_to_be_untried(monkeypatch, capsys):
     with pytest.raises(UserError, match="--device mps: torch finds no Apple GPU"):
         choose_device(args)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device(args) == torch.device("mps") and "nobody has tried this" in capsys.readouterr().out
+    assert choose_device(args) == torch.device("mps") and "mps: untested" in capsys.readouterr().out
     for change in (dict(precision="bf16"), dict(compile=True)):
         with pytest.raises(UserError, match="one process in fp32"):
             choose_device(Namespace(**{**vars(args), **change}))

@@ -1,4 +1,4 @@
-"""The promises of the README's section "Your hours are safe", each done for real: signals, kills, full disks, damaged files."""
+"""The promises of the README's section "Your hours are safe", with real signals, kills, full disks and damaged files."""
 
 import fcntl
 import json
@@ -58,7 +58,7 @@ def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
         assert process.returncode == status, err
-        assert "go on with --resume_from_checkpoint latest" in out and "Traceback" not in err
+        assert "resume with --resume_from_checkpoint latest" in out and "Traceback" not in err
         resumed = ["--resume_from_checkpoint", "latest"]
     succeed(*arguments, *resumed, "--output_dir", folder)
     ours, theirs = (load(path / f"{stage}_final.pt") for path in (folder, tmp_path / "straight"))
@@ -69,7 +69,7 @@ def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    """The first is being obeyed (the loop waits in a stopped disk write, here a named pipe) when the second comes."""
+    """The second comes while the first is handled: the loop waits in a blocked disk write, here a named pipe."""
     folder = tmp_path / "out"
     folder.mkdir()
     process = start(*TEACHER, "--step_number", 100_000, "--output_dir", folder)
@@ -136,7 +136,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
 
 @pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered"])
 def test_a_closed_standard_output_means_silence(tmp_path, how):
-    """As `| head -1` and `>&-` bring it about: the training goes on to its end."""
+    """As with `| head -1` and `>&-`: the training continues to its end."""
     command = [sys.executable, ROOT / TEACHER[0], *TEACHER[1:], "--step_number", 12, "--output_dir", tmp_path, "--log_every", 1]
     shell = ["sh", "-c", 'exec "$@"' + " >&-" * (how == "closed before"), "sh", *map(str, command)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if how == "unbuffered" else ""}
@@ -156,7 +156,7 @@ def test_a_command_whose_reader_leaves_ends_quietly():
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path):
     arguments = [*TEACHER, "--output_dir", tmp_path, "--step_number", 1_000_000, "--max_minutes", 0.03]
-    assert "go on with --resume_from_checkpoint latest" in succeed(*arguments)
+    assert "resume with --resume_from_checkpoint latest" in succeed(*arguments)
     assert len(list(tmp_path.glob("teacher_checkpoint_step_*.pt"))) == 1 and not (tmp_path / "teacher_final.pt").exists()
 
 
@@ -224,7 +224,7 @@ def test_full_disk_while_saving(small_disk):
 
 @pytest.mark.parametrize("first", ["--log_every", "--save_every"])
 def test_folder_that_becomes_read_only(small_disk, first):
-    """As a failing disk does it; whether metrics or a checkpoint are what is written next."""
+    """As on a failing disk, whether metrics or a checkpoint are written next."""
     often = {"--log_every": 1000, "--save_every": 2000} | {first: 200}
     arguments = [str(word) for pair in often.items() for word in pair]
     process = start(*TEACHER, "--output_dir", small_disk, "--step_number", 100_000, *arguments, "--keep_last", 1)
@@ -259,7 +259,7 @@ def test_latest_falls_back_to_the_newest_whole_checkpoint(runs, tmp_path, damage
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
-    """A learning rate of 1e30 makes infinities for real. Nothing that is not finite reaches a checkpoint."""
+    """A learning rate of 1e30 makes real infinities. Only finite values reach a checkpoint."""
     arguments = [*TEACHER, "--output_dir", tmp_path, "--log_every", 1, "--save_every", 1, "--lr_warmup_steps", 0]
     done = run_script(*arguments, "--lr", 1e30, "--step_number", 50, "--max_bad_steps", 5, "--keep_last", 50)
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
@@ -281,7 +281,7 @@ def test_retention_keeps_the_newest_and_every_mth(tmp_path):
 
 
 def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
-    """Resumed from step 2 where 4 and 6 are present: the run keeps its own, and `latest` does not come back to the others."""
+    """A run resumed from step 2 in a folder with steps 4 and 6 keeps its own checkpoints, and `latest` ignores the others."""
     arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 2, "--keep_last", 2]
     succeed(*arguments, "--step_number", 6, "--keep_last", 9)
     other = tmp_path / "dmd2_checkpoint_step_1.pt"
@@ -295,7 +295,7 @@ def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
 
 
 def test_one_folder_holds_one_run(runs, tmp_path):
-    """A second process is refused while the first trains; a later one needs to say whether it goes on or starts afresh."""
+    """A second process is refused while the first trains; a later one has to choose whether it resumes or starts a new run."""
     first = start(*TEACHER, "--output_dir", tmp_path, "--step_number", 100_000, "--save_every", 5)
     wait_for(lambda: list(tmp_path.glob("*.pt")), first)
     assert_refused(run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite"), "another process trains there")
@@ -306,7 +306,7 @@ def test_one_folder_holds_one_run(runs, tmp_path):
     for script in (TEACHER, dmd2(runs)):
         assert_refused(run_script(*script, "--output_dir", tmp_path), "holds another run")
     assert_refused(
-        run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--resume_from_checkpoint", "latest"), "give one of them"
+        run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--resume_from_checkpoint", "latest"), "give only one of them"
     )
     succeed(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--log_every", 1)
     assert [file.name for file in tmp_path.glob("*.pt")] == ["teacher_final.pt"] and len(metrics(tmp_path)) == 4
@@ -324,7 +324,7 @@ def test_training_goes_on_without_weights_and_biases(tmp_path, how):
         (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
         env["PYTHONPATH"] = str(tmp_path)
     out = succeed(*TEACHER, "--output_dir", tmp_path / "out", "--wandb", "--wandb_dir", tmp_path / "w", env=env)
-    assert out.count("Weights & Biases is off from here, training goes on") == 1
+    assert out.count("Weights & Biases is now off, training continues") == 1
     assert (tmp_path / "out" / "teacher_final.pt").exists()
 
 
@@ -352,7 +352,7 @@ def test_another_thread_count_gives_the_same_images(runs):
 
 
 def test_wandb_run_is_continued(tmp_path):
-    """The id of the run stands in the checkpoint, and a resumed run takes it."""
+    """The id of the run is in the checkpoint, and a resumed run uses it."""
     flags = [
         "--wandb",
         "--wandb_mode",
@@ -372,14 +372,14 @@ def test_wandb_run_is_continued(tmp_path):
 
 
 def test_bugs_show_their_traceback(tmp_path):
-    """Only mistakes of the user's get one line: an error that nobody foresaw is shown whole, with exit status 1."""
+    """Only user mistakes get one line: an unexpected error is shown with its traceback and exit status 1."""
     (tmp_path / "sitecustomize.py").write_text("from support import config\nconfig.parse_args = lambda *a: 1 / 0\n")
     done = run_script("generate.py", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 
 
 def test_a_torn_line_of_metrics_is_dropped(tmp_path):
-    """Metrics with a torn last line, as a kill may leave them, do not stop a run from going on."""
+    """A run resumes from metrics whose last line is incomplete, as after a kill."""
     write_images(tmp_path / "set", each=8, size=8)
     arguments = [
         "train_teacher.py",
