@@ -29,9 +29,12 @@ def anchors(page):
 
 
 @every_page
-def test_commands_are_accepted(page, monkeypatch):
+def test_commands_are_accepted(page, monkeypatch, tmp_path):
     """By the options of their scripts, with files and values as written there."""
-    monkeypatch.chdir(ROOT)
+    for path in [ROOT / "configs", *ROOT.glob("config_*.yaml")]:
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "my_images").mkdir()
+    monkeypatch.chdir(tmp_path)
     for _, script, *arguments in commands(page):
         parse_args(SCRIPTS[script], "", arguments)
 

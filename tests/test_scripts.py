@@ -472,6 +472,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
     write_edm(tmp_path / "edm-cifar10-32x32-cond-vp.pkl")
     write_zip(tmp_path / "cifar10.zip", labels=[*range(10)] * 10, size=8)
+    (tmp_path / "my_images").mkdir()  # of which `small` makes digits
     small = {
         "train_teacher.py": [*TINY, *TINY_NET, "--save_every", "2"],
         "train_dmd2.py": [*TINY, "--save_every", "2"],
