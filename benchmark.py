@@ -23,8 +23,9 @@ from model import SimpleUNet, denoising_loss, memory_layout
 from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
 from support.costs import convolution_shapes, convolutions, count, dmd2_memory, shares_by_operator, time_in_turn
+from support.device import autocast, choose_device, compile_networks
 from support.logger import Logger
-from support.training import adamw, autocast, choose_device, compile_networks, optimizer_step, update_ema
+from support.training import adamw, optimizer_step, update_ema
 from unified_model import UnifiedModel
 
 

@@ -20,11 +20,11 @@ import train_dmd2
 from data import load_dataset
 from sampling import class_noise, sample_in_batches
 from support.costs import count
+from support.device import choose_device
 from support.dry_run import DryRun
 from support.images import save_diversity, to_uint8
 from support.metrics import BETTER
 from support.plots import plot_comparison, read_metrics
-from support.training import choose_device
 
 POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.

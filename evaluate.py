@@ -20,10 +20,10 @@ import checkpoint
 from data import check_no_class_is_empty, load_dataset, subset
 from sampling import random_stream, sample_in_batches
 from support import features, metrics
+from support.device import autocast, choose_device, compile_networks
 from support.images import save_comparison, save_diversity, to_uint8
 from support.parallel import rank
 from support.plots import loss_ends, plot_metrics, plot_steps
-from support.training import autocast, choose_device, compile_networks
 
 MOST_REAL = 100_000  # most real images used: more would change little and take much memory
 

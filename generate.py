@@ -21,10 +21,10 @@ from PIL import Image
 
 import checkpoint
 from sampling import class_noise, sample_in_batches
+from support.device import autocast, choose_device, compile_networks
 from support.image_files import IMAGE_SUFFIXES
 from support.images import save_grid, to_uint8
 from support.parallel import rank
-from support.training import autocast, choose_device, compile_networks
 
 NUMBER = r"(\d{6}|[1-9]\d{6,})\.png"  # the end of the file names that `write_pngs` makes
 FOUND = {  # per format: where its readers look for images, and the file names that this script writes there

@@ -2,9 +2,7 @@
 
 from support.config import DMD2, exit_on_error, parse_args
 
-args = (
-    exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None
-)  # before torch: --help and mistakes answer at once
+args = exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
 import copy
 import math
@@ -17,20 +15,11 @@ import checkpoint
 from data import Batches, check_classes, load_dataset
 from guidance import GuidanceModel
 from sampling import grid_noise, heun_sampler, spread_levels, student_sampler
+from support.device import autocast, choose_device, compile_networks
 from support.dry_run import DryRun, load_teacher
 from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
 from support.runs import Run
-from support.training import (
-    BadSteps,
-    accumulate,
-    adamw,
-    autocast,
-    choose_device,
-    compile_networks,
-    lr_factor,
-    optimizer_step,
-    update_ema,
-)
+from support.training import BadSteps, accumulate, adamw, lr_factor, optimizer_step, update_ema
 from unified_model import UnifiedModel
 
 

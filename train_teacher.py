@@ -2,9 +2,7 @@
 
 from support.config import TEACHER, exit_on_error, parse_args
 
-args = (
-    exit_on_error(parse_args, TEACHER, __doc__) if __name__ == "__main__" else None
-)  # before torch: --help and mistakes answer at once
+args = exit_on_error(parse_args, TEACHER, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
 import copy
 import sys
@@ -14,20 +12,11 @@ import torch
 from data import Batches, check_label_dim, load_dataset
 from model import SimpleUNet, denoising_loss, memory_layout
 from sampling import grid_noise, heun_sampler, random_stream
+from support.device import autocast, choose_device, compile_networks
 from support.dry_run import DryRun
 from support.parallel import broadcast, micro_batches, rank
 from support.runs import Run
-from support.training import (
-    BadSteps,
-    accumulate,
-    adamw,
-    autocast,
-    choose_device,
-    compile_networks,
-    lr_factor,
-    optimizer_step,
-    update_ema,
-)
+from support.training import BadSteps, accumulate, adamw, lr_factor, optimizer_step, update_ema
 
 
 def main(args):

@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; each imports from its own and from those below
     {"support.config", "support.terminal", "support.parallel", "support.metrics", "support.costs"}
     | {"objectives", "model", "importers.safe_pickle", "importers.state_dict"},
     {"networks.song_unet", "networks.dhariwal_unet", "networks.diffusers_unet", "discriminator", "sampling"}
-    | {"support.images", "support.training", "support.plots", "support.page", "support.options_page"},
+    | {"support.images", "support.training", "support.device", "support.plots", "support.page", "support.options_page"},
     {"guidance", "unified_model", "checkpoint", "data", "support.logger", "support.image_files"}
     | {"importers.edm", "importers.diffusers"},
     {"support.runs", "support.dry_run", "support.features"},

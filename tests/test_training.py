@@ -11,7 +11,8 @@ from conftest import ROOT, tiny_unet
 
 from model import memory_layout
 from support.config import UserError
-from support.training import BadSteps, adamw, choose_device, compile_networks, load_optimizer, lr_factor, optimizer_step, update_ema
+from support.device import choose_device, compile_networks
+from support.training import BadSteps, adamw, load_optimizer, lr_factor, optimizer_step, update_ema
 
 
 def test_ema_equals_its_closed_form():
@@ -34,7 +35,7 @@ def test_freed_memory_serves_the_next_tensors():
     """Large tensors are made and freed in turn in a new process: with it the kernel gives no new pages after the first round."""
     code = """
 import resource, torch
-from support.training import keep_freed_memory
+from support.device import keep_freed_memory
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
