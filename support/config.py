@@ -446,7 +446,7 @@ def read_yaml(path):
 
 
 def check(args):
-    """Raises UserError where options do not fit together."""
+    """Raises UserError if options do not fit together."""
     low_high = [("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")]
     for low, high in low_high:
         if hasattr(args, low) and getattr(args, low) >= getattr(args, high):
