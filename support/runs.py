@@ -66,7 +66,7 @@ class Run:
             self.take_folder()
         self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
         if self.resumed and not self.done:
-            self.logger.message(f"resuming from {self.resumed_from} at step {self.step}")
+            self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
         if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
             self.logger.message(
                 f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "

@@ -143,7 +143,7 @@ def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
     source = tmp_path / "moved" / f"{stage}_checkpoint_step_2.pt"
     more = ["--device", "cpu", "--wandb_run_name", "für alle"]
     told = succeed(f"train_{stage}.py", "--resume_from_checkpoint", source, *more, cwd=tmp_path)
-    assert f"resuming from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
+    assert f"going on from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
     lines = [re.findall(r"\w*loss\w*", line) for line in told.splitlines() if line.startswith("step ")]
     assert (
         len(lines) == 2 and lines[0] == lines[1] and len(lines[0]) == {"teacher": 1, "dmd2": 4}[stage]
