@@ -116,12 +116,14 @@ class GuidanceModel(nn.Module):
             with self.frozen():
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
             loss = sid_loss(images, pred_real, pred_fake, self.sid_alpha)
-        else:  # DMD2 eq. 1
+        elif self.objective == "dmd":  # DMD2 eq. 1
             with torch.no_grad():
                 noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
                 scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
             loss = dmd_loss(images, pred_real, pred_fake, scale)
+        else:
+            raise ValueError(f"objective {self.objective!r}: none of compute_distribution_matching_loss")
         log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
         with torch.no_grad():
             log_dict["dmtrain_gradient_norm"] = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()

@@ -178,9 +178,10 @@ class Run:
 
     def finish(self):
         """Saves the final checkpoint, or, if the run was stopped, one to resume from. Returns the script's exit status."""
-        self.save(f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt")
+        name = f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt"
+        self.save(name)
         if not self.done:
-            self.logger.message(f"stopped after step {self.step}; resume with --resume_from_checkpoint latest")
+            self.logger.message(f"stopped after step {self.step}; resume with --resume_from_checkpoint {self.folder / name}")
         self.logger.close()
         if not parallel.rank():
             self.lock.close()
