@@ -195,8 +195,8 @@ def diffusers_unet(config, flops, device):
         return DiffusersUNet(side, config["img_channels"], config["label_dim"], unet, "epsilon", schedule)
 
     image, label = torch.zeros(1, config["img_channels"], side, side), torch.zeros(1, dtype=torch.long)
-    peers = [peer(width) for width in range(8, width + 8, 8)]
-    best = min(peers, key=lambda peer: abs(count(lambda: peer(image, 1.0, label))[0] - flops))
+    peers = (peer(width) for width in range(8, width + 8, 8))
+    best = min(peers, key=lambda net: abs(count(lambda: net(image, 1.0, label))[0] - flops))
     return best.to(device, memory_format=memory_layout(device))
 
 

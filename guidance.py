@@ -123,7 +123,7 @@ class GuidanceModel(nn.Module):
                 scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
             loss = dmd_loss(images, pred_real, pred_fake, scale)
         else:
-            raise ValueError(f"objective {self.objective!r}: none of compute_distribution_matching_loss")
+            raise ValueError(f"objective must be dmd or sid, not {self.objective!r}")
         log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
         with torch.no_grad():
             log_dict["dmtrain_gradient_norm"] = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()

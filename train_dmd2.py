@@ -1,6 +1,6 @@
 """Distil a teacher into a generator of one or a few steps with DMD2 (Yin et al. 2024). Generator and guidance train in turns."""
 
-from support.config import DMD2, exit_on_error, parse_args
+from support.config import DMD2, UserError, exit_on_error, parse_args
 
 args = exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
@@ -33,6 +33,10 @@ def main(args, run=None):
     teacher_state = (load_teacher if args.dry_run else checkpoint.load_teacher)(args.teacher_checkpoint)
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
+    if outside := [sigma for sigma in sigmas if not teacher.sigma_min <= sigma <= teacher.sigma_max]:
+        option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
+        known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
+        raise UserError(f"--{option} {outside[0]}: {known}")
     dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
     class_names = check_classes(args, dataset, teacher_state)
     batches = Batches(dataset, args.batch_size, args.seed)

@@ -8,14 +8,11 @@ an iteration costs 4 + 4 / r passes on average: 4.4 at r = 10. With k guidance u
 """
 
 import copy
-import math
 
 import torch
 from torch import nn
 
-from model import known_range
 from sampling import few_step_sampler
-from support.config import UserError
 
 
 class UnifiedModel(nn.Module):
@@ -23,8 +20,6 @@ class UnifiedModel(nn.Module):
 
     conditioning_sigma: the noise level at which a one-step generator is called
     student_sigmas:     the levels, descending, of a generator of several steps; default: `conditioning_sigma` alone
-
-    Raises UserError, a ValueError, for a level outside the teacher's range.
     """
 
     def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None):
@@ -32,9 +27,6 @@ class UnifiedModel(nn.Module):
         self.guidance_model = guidance_model
         self.feedforward_model = copy.deepcopy(guidance_model.real_unet).requires_grad_(True)
         self.student_sigmas = list(student_sigmas or [conditioning_sigma])
-        low, high = known_range(guidance_model.real_unet, 0.0, math.inf)
-        if outside := [sigma for sigma in self.student_sigmas if not low <= sigma <= high]:
-            raise UserError(f"the student's sigma {outside[0]}: the teacher's noise levels are {low:.2g} to {high:.4g}")
 
     def generate(self, noise, labels):
         """From standard normal noise `[B, C, H, W]` and labels `[B]` to images `[B, C, H, W]`, in one forward pass per level."""

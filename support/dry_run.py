@@ -112,7 +112,7 @@ class DryRun(Run):
             seconds = flops / (SHARE_OF_PEAK * args.peak_tflops * 1e12)
             print(
                 f"time: {seconds:.3g} s per iteration, {seconds * steps / 3600:.3g} hours in total, at {SHARE_OF_PEAK:.0%} of "
-                f"{args.peak_tflops:g} TFLOP/s (the peak in {args.precision}?); that share is assumed, not measured"
+                f"{args.peak_tflops:g} TFLOP/s, taken as the peak in {args.precision}; that share is assumed, not measured"
             )
         else:
             print("time: give --peak_tflops, the device's peak at the run's precision (docs/memory-and-time.md lists some)")

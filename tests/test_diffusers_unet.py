@@ -198,11 +198,11 @@ def test_imported_and_distilled_by_command_line(tmp_path):
     done = run_script(
         "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--conditioning_sigma", 200, "--output_dir", tmp_path / "other"
     )
-    assert_refused(done, "sigma 200.0: the teacher's noise levels are 0.01 to 157.4")
+    assert_refused(done, "--conditioning_sigma 200.0: the teacher knows noise from 0.01 to 157.4")
     done = run_script(
         "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--student_sigmas", 80, 0.001, "--output_dir", tmp_path / "other"
     )
-    assert_refused(done, "sigma 0.001: the teacher's noise levels are 0.01 to 157.4")
+    assert_refused(done, "--student_sigmas 0.001: the teacher knows noise from 0.01 to 157.4")
 
 
 @needs_diffusers

@@ -58,7 +58,7 @@ def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
         process.send_signal(number)
         out, err = process.communicate(timeout=120)
         assert process.returncode == status, err
-        assert f"resume with --resume_from_checkpoint {tmp_path}" in out and "Traceback" not in err
+        assert f"resume with --resume_from_checkpoint {folder}/{stage}_checkpoint_step_" in out and "Traceback" not in err
         resumed = ["--resume_from_checkpoint", "latest"]
     succeed(*arguments, *resumed, "--output_dir", folder)
     ours, theirs = (load(path / f"{stage}_final.pt") for path in (folder, tmp_path / "straight"))
@@ -156,7 +156,7 @@ def test_a_command_whose_reader_leaves_ends_quietly():
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path):
     arguments = [*TEACHER, "--output_dir", tmp_path, "--step_number", 1_000_000, "--max_minutes", 0.03]
-    assert f"resume with --resume_from_checkpoint {tmp_path}" in succeed(*arguments)
+    assert f"resume with --resume_from_checkpoint {tmp_path}/teacher_checkpoint_step_" in succeed(*arguments)
     assert len(list(tmp_path.glob("teacher_checkpoint_step_*.pt"))) == 1 and not (tmp_path / "teacher_final.pt").exists()
 
 
