@@ -16,7 +16,7 @@ from support.device import autocast, choose_device, compile_networks
 from support.dry_run import DryRun
 from support.parallel import broadcast, micro_batches, rank
 from support.runs import Run
-from support.training import BadSteps, accumulate, adamw, lr_factor, optimizer_step, update_ema
+from support.training import BadSteps, accumulate, build_optimizer, lr_factor, optimizer_step, update_ema
 
 
 def main(args):
@@ -45,7 +45,7 @@ def main(args):
     ).to(device, memory_format=memory_layout(device))
     broadcast(net)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = adamw(net.parameters(), args.lr)
+    optimizer = build_optimizer(args.optimizer, net, args.lr)
     compile_networks(args, net)
 
     parts = {"model_state_dict": net, "ema_state_dict": ema, "optimizer_state_dict": optimizer}

@@ -98,7 +98,7 @@ class Run:
                     load_optimizer(part, state[name])
                 elif part is not None:  # a new average starts from the weights
                     part.load_state_dict(state[name] or state["feedforward_model_state_dict"])
-            except (RuntimeError, ValueError):
+            except (KeyError, RuntimeError, ValueError):
                 raise UserError(
                     f"checkpoint {self.resumed_from}: its {name} does not fit; resume it with the options of its run"
                 ) from None

@@ -1,4 +1,4 @@
-"""Optimizer steps: AdamW, learning rate, clipping, averaged weights, and steps whose gradients are not finite."""
+"""Optimizer steps: AdamW or Muon, learning rate, clipping, averaged weights, and steps whose gradients are not finite."""
 
 import torch
 
@@ -13,12 +13,62 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01, fused=fused, foreach=False)
 
 
+def build_optimizer(name, network, lr):
+    """The optimizer of `--optimizer`, for a `SimpleUNet`."""
+    return Muon(network, lr) if name == "muon" else adamw(network.parameters(), lr)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the weights inside `network`'s blocks, AdamW for all others, at one learning rate.
+
+    Muon makes the momentum of a weight matrix orthogonal before it steps along it, so all its directions learn at the same pace. A
+    convolution's weights `[out, in, 3, 3]` count as a matrix `[out, 9 in]`. Updates are scaled to the size of AdamW's (Liu et al.
+    2025, arXiv 2502.16982), whose learning rates therefore fit. The first and the last layer and the embeddings, where a row has a
+    meaning of its own, and all vectors are left to AdamW. `network`: a `SimpleUNet` whose parameters stay where they are in memory.
+    Raises UserError if torch has no Muon.
+    """
+
+    def __init__(self, network, lr):
+        if not hasattr(torch.optim, "Muon"):
+            raise UserError(f"--optimizer muon: torch {torch.__version__} does not have it; it needs torch 2.9 or later")
+        super().__init__(network.parameters(), {"lr": lr, "fused": False})
+        blocks = [network.encoder, network.middle, network.decoder]
+        self.hidden = [p for block in blocks for p in block.parameters() if p.dim() > 1]
+        rest = [p for p in network.parameters() if all(p is not other for other in self.hidden)]
+        self.matrices = [as_matrix(p.detach(), p).requires_grad_() for p in self.hidden]  # views: a step changes the parameters
+        muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.parts = {"muon": muon, "adamw": adamw(rest, lr)}
+
+    def step(self):
+        for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
+            matrix.grad = as_matrix(parameter.grad, parameter)
+        for part in self.parts.values():
+            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            part.step()
+            part.zero_grad()
+            self.state.update(part.state)  # the moments, for whoever counts them
+
+    def state_dict(self):
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            load_optimizer(part, state[name])
+
+
+def as_matrix(tensor, parameter):
+    """`tensor`, `[out, ...]`, as a matrix `[out, n]`, its columns in the order in which `parameter`, of its shape, is stored."""
+    return (tensor if parameter.is_contiguous() else tensor.movedim(1, -1)).reshape(len(tensor), -1)
+
+
 def load_optimizer(optimizer, state):
     """Loads `state`, with the moments in the memory layout of the parameters, which fused AdamW assumes."""
-    fused = optimizer.defaults["fused"]  # the state may come from another kind of device
-    optimizer.load_state_dict({**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
+    if isinstance(optimizer, torch.optim.AdamW):
+        fused = optimizer.defaults["fused"]  # the state may come from another kind of device
+        state = {**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+    optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 

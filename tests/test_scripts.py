@@ -136,6 +136,23 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
         }
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_a_run_with_muon_resumes_bit_identically(tmp_path):
+    """Its two optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
+    arguments = [*TINY, *TINY_NET, "--optimizer", "muon", "--lr", "1e-3", "--save_every", 2]
+    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path / "run")
+    source = ["--resume_from_checkpoint", tmp_path / "run" / "teacher_checkpoint_step_2.pt"]
+    succeed("train_teacher.py", *arguments, *source, "--output_dir", tmp_path / "resumed")
+    ours, theirs = (load(tmp_path / name / "teacher_final.pt") for name in ("resumed", "run"))
+    for state in (ours, theirs):
+        del state["config"], state["versions"]
+    assert_same(ours, theirs)
+    assert len(ours["optimizer_state_dict"]["muon"]["state"]) > 10
+    done = run_script("train_teacher.py", *arguments, *source, "--optimizer", "adamw")
+    assert_refused(done, "its optimizer_state_dict does not fit; resume it with the options of its run")
+    assert "optimizers' moments" in succeed("train_teacher.py", *arguments, "--dry_run")
+
+
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
     """All but the device. The result is that of the run that never stopped, in the current folder of its checkpoint."""
