@@ -140,15 +140,10 @@ def run(script, options):
 
 
 def result_of(args, options):
-    """The results of one run: its evaluated checkpoints as `points`, with minutes and the mean `fake_lag` from `metrics.jsonl`."""
+    """The results of one run: its evaluated checkpoints as `points`, and the mean `fake_lag` from `metrics.jsonl`."""
     folder = Path(options.output_dir)
     points = measure(args, options, folder, folder)[1:]
-    rows, minutes = read_metrics(folder / "metrics.jsonl"), {0: 0.0}
-    for row, before in zip(rows, [{"step": 0}, *rows[:-1]], strict=True):
-        images = (row["step"] - before["step"]) * options.batch_size
-        minutes[row["step"]] = minutes[before["step"]] + images / row["images_per_second"] / 60
-    for point in points:
-        point["minutes"] = minutes[max(step for step in minutes if step <= point["step"])]
+    rows = read_metrics(folder / "metrics.jsonl")
     lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
     return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}
 

@@ -23,7 +23,7 @@ from support import features, metrics
 from support.device import autocast, choose_device, compile_networks
 from support.images import save_comparison, save_diversity, to_uint8
 from support.parallel import rank
-from support.plots import loss_ends, plot_metrics, plot_steps
+from support.plots import loss_ends, plot_checkpoints, plot_metrics, read_metrics, training_minutes
 
 MOST_REAL = 100_000  # most real images used: more would change little and take much memory
 
@@ -104,6 +104,9 @@ def main(args):
         if rank():
             continue
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
+        log, batch_size = Path(model["file"]).with_name("metrics.jsonl"), model["config"].get("batch_size")
+        if log.exists() and batch_size:
+            row["minutes"] = training_minutes(read_metrics(log), batch_size, model["step"])
         row |= measured(seen, labels.to(place), reference, size)
         if inception:
             draws = seen["features"].split(args.num_samples)
@@ -126,7 +129,7 @@ def main(args):
     first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint, after real images and teacher
     chosen = first + metrics.best(rows[first:])
     if len(rows) - first > 1:
-        plot_steps(rows[first:], output_dir / "evaluation.png")
+        plot_checkpoints(rows[first:], output_dir / "evaluation.png")
         result["best"] = rows[chosen]["checkpoint"]
         print(f"best by the mean rank in both Frechet distances, recall and coverage: {result['best']}; curves in evaluation.png")
     sets = [held_out.images.cpu(), *(model["images"] for model in models)]

@@ -1,4 +1,4 @@
-"""Plots: a run's curves, and quality over training steps."""
+"""Plots: a run's curves, and quality over training."""
 
 import json
 from statistics import median
@@ -42,6 +42,16 @@ def curve(rows, name):
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
+def training_minutes(rows, batch_size, step):
+    """Minutes of training up to the last of `rows`, the lines of a `metrics.jsonl`, that is not after `step`."""
+    minutes, before = 0.0, 0
+    for row in rows:
+        if row["step"] <= step:
+            minutes += (row["step"] - before) * batch_size / row["images_per_second"] / 60
+            before = row["step"]
+    return minutes
+
+
 def loss_ends(path):
     """Where each loss of a run started and ended, in words."""
     rows = read_metrics(path)
@@ -71,14 +81,18 @@ def plot_metrics(metrics_path, path):
     save(figure, path)
 
 
-def plot_steps(rows, path):
-    """Plots the figures of checkpoints (rows of evaluate.py) over their training steps, with their noise as error bars."""
+def plot_checkpoints(rows, path):
+    """Plots the figures of checkpoints (rows of evaluate.py) over the minutes of training, or the steps if no time is known.
+
+    Error bars are the figures' noise.
+    """
+    over = "minutes" if all("minutes" in row for row in rows) else "step"
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
     for axis, name in zip(axes, CURVES, strict=True):
         values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
-        axis.errorbar([row["step"] for row in rows], values, noise, marker="o", capsize=3)
+        axis.errorbar([row[over] for row in rows], values, noise, marker="o", capsize=3)
         axis.set_title(name)
-        axis.set_xlabel("step")
+        axis.set_xlabel({"minutes": "minutes of training", "step": "step"}[over])
     save(figure, path)
 
 

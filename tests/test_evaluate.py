@@ -13,6 +13,7 @@ import evaluate
 from support import image_files
 from support.config import EVALUATE, parse_args
 from support.metrics import BETTER, frechet_distance, statistics
+from support.plots import training_minutes
 
 CLASSES = [str(i) for i in range(10)]
 
@@ -40,6 +41,8 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
         assert BETTER.keys() <= row.keys() and row["noise"].keys() == BETTER.keys()
         assert all(f"{row[name]:.4g} +- " in text for name in BETTER)
     assert real["own_label"] > 2 * taught["own_label"] or real["frechet_distance"] < taught["frechet_distance"]
+    minutes = [row["minutes"] for row in students]
+    assert "minutes" not in real and 0 < minutes[0] < minutes[1]
     best = found["best"]
     assert best in [row["checkpoint"] for row in students] and f"recall and coverage: {best}" in text
     told = found["verdict"]
@@ -58,6 +61,12 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *data), "no checkpoints in this folder")
     done = run_script("evaluate.py", "--checkpoint", teacher, "--dataset", "folder", cwd=tmp_path)  # where no ./data is
     assert_refused(done, "data: neither a folder nor a ZIP")
+
+
+def test_minutes_of_training_add_up_line_by_line():
+    """600 images at 10 per second are a minute, 600 more at 5 two more. A checkpoint between two lines counts up to the first."""
+    rows = [{"step": 6, "images_per_second": 10.0}, {"step": 12, "images_per_second": 5.0}]
+    assert [training_minutes(rows, 100, step) for step in (3, 6, 10, 12)] == [0.0, 1.0, 1.0, 3.0]
 
 
 @pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
