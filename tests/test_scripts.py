@@ -476,6 +476,7 @@ RUN = (
     "evaluation",
     "generate",
     "performance",
+    "cifar10-cpu",
 )  # the others need teachers that nobody has here
 
 
