@@ -99,14 +99,16 @@ def main(args):
 
     # ---- the models -----------------------------------------------------------------------------------------------------
     labels = generate(args, models, dataset.images.shape[1:])
+    folders = dict.fromkeys(Path(model["file"]).parent for model in models)
+    logs = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()}
     for model in models:
         seen = see(model["images"])
         if rank():
             continue
         row = {"name": f"{model['kind']}, step {model['step']}", "checkpoint": model["file"], "step": model["step"]}
-        log, batch_size = Path(model["file"]).with_name("metrics.jsonl"), model["config"].get("batch_size")
-        if log.exists() and batch_size:
-            row["minutes"] = training_minutes(read_metrics(log), batch_size, model["step"])
+        log, batch_size = logs.get(Path(model["file"]).parent), model["config"].get("batch_size")
+        if log and batch_size:
+            row["minutes"] = training_minutes(log, batch_size, model["step"])
         row |= measured(seen, labels.to(place), reference, size)
         if inception:
             draws = seen["features"].split(args.num_samples)
@@ -123,9 +125,8 @@ def main(args):
     result = {"features": args.features, "judge_accuracy": accuracy, "num_samples": args.num_samples, "repeats": args.repeats}
     result |= {"images_per_figure": size, "device": str(device), "rows": rows}
     print_table(rows)
-    for folder in dict.fromkeys(Path(model["file"]).parent for model in models):
-        if (folder / "metrics.jsonl").exists():
-            print(f"losses of {folder}: {loss_ends(folder / 'metrics.jsonl')}")
+    for folder, log in logs.items():
+        print(f"losses of {folder}: {loss_ends(log)}")
     first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint, after real images and teacher
     chosen = first + metrics.best(rows[first:])
     if len(rows) - first > 1:

@@ -52,9 +52,8 @@ def training_minutes(rows, batch_size, step):
     return minutes
 
 
-def loss_ends(path):
-    """Where each loss of a run started and ended, in words."""
-    rows = read_metrics(path)
+def loss_ends(rows):
+    """Where each loss in `rows`, the lines of a `metrics.jsonl`, started and ended, in words."""
     curves = {name: curve(rows, name) for name in sorted({name for row in rows for name in row if "loss" in name})}
     return ", ".join(f"{name} {points[0][1]:.3g} -> {points[-1][1]:.3g}" for name, points in curves.items() if points)
 
@@ -86,13 +85,13 @@ def plot_checkpoints(rows, path):
 
     Error bars are the figures' noise.
     """
-    over = "minutes" if all("minutes" in row for row in rows) else "step"
+    over, label = ("minutes", "minutes of training") if all("minutes" in row for row in rows) else ("step", "step")
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
     for axis, name in zip(axes, CURVES, strict=True):
         values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
         axis.errorbar([row[over] for row in rows], values, noise, marker="o", capsize=3)
         axis.set_title(name)
-        axis.set_xlabel({"minutes": "minutes of training", "step": "step"}[over])
+        axis.set_xlabel(label)
     save(figure, path)
 
 

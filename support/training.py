@@ -34,7 +34,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(network.parameters(), {"lr": lr, "fused": False})
         blocks = [network.encoder, network.middle, network.decoder]
         self.hidden = [p for block in blocks for p in block.parameters() if p.dim() > 1]
-        rest = [p for p in network.parameters() if all(p is not other for other in self.hidden)]
+        chosen = {id(p) for p in self.hidden}
+        rest = [p for p in network.parameters() if id(p) not in chosen]
         self.matrices = [as_matrix(p.detach(), p).requires_grad_() for p in self.hidden]  # views: a step changes the parameters
         muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.parts = {"muon": muon, "adamw": adamw(rest, lr)}
@@ -63,12 +64,13 @@ def as_matrix(tensor, parameter):
 
 def load_optimizer(optimizer, state):
     """Loads `state`, with the moments in the memory layout of the parameters, which fused AdamW assumes."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        fused = optimizer.defaults["fused"]  # the state may come from another kind of device
-        state = {**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
-    optimizer.load_state_dict(state)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        optimizer.load_state_dict(state)
+        return
+    fused = optimizer.defaults["fused"]  # the state may come from another kind of device
+    optimizer.load_state_dict({**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
     for parameter, moments in optimizer.state.items():
-        for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:
+        for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 

@@ -137,7 +137,7 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_a_run_with_muon_resumes_bit_identically(tmp_path):
+def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path):
     """Its two optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
     arguments = [*TINY, *TINY_NET, "--optimizer", "muon", "--lr", "1e-3", "--save_every", 2]
     succeed("train_teacher.py", *arguments, "--output_dir", tmp_path / "run")
@@ -148,8 +148,12 @@ def test_a_run_with_muon_resumes_bit_identically(tmp_path):
         del state["config"], state["versions"]
     assert_same(ours, theirs)
     assert len(ours["optimizer_state_dict"]["muon"]["state"]) > 10
-    done = run_script("train_teacher.py", *arguments, *source, "--optimizer", "adamw")
-    assert_refused(done, "its optimizer_state_dict does not fit; resume it with the options of its run")
+    adamw = ["--resume_from_checkpoint", runs / "teacher" / "teacher_checkpoint_step_2.pt", "--output_dir", tmp_path / "mixed"]
+    for done in (
+        run_script("train_teacher.py", *arguments, *source, "--optimizer", "adamw"),
+        run_script("train_teacher.py", *arguments, *adamw),
+    ):
+        assert_refused(done, "its optimizer_state_dict does not fit; resume it with the options of its run")
     assert "optimizers' moments" in succeed("train_teacher.py", *arguments, "--dry_run")
 
 
