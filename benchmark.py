@@ -25,7 +25,7 @@ from sampling import heun_sampler
 from support.costs import convolution_shapes, convolutions, count, dmd2_memory, shares_by_operator, time_in_turn
 from support.device import autocast, choose_device, compile_networks
 from support.logger import Logger
-from support.training import adamw, build_optimizer, optimizer_step, update_ema
+from support.training import build_optimizer, optimizer_step, update_ema
 from unified_model import UnifiedModel
 
 
@@ -97,7 +97,7 @@ def training_and_sampling(args, device):
     model = UnifiedModel(GuidanceModel(copy.deepcopy(ema))).to(device).eval()
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
     optimizer = build_optimizer(args.optimizer, net, 1e-9)
-    optimizer_generator, optimizer_guidance = (adamw(network.parameters(), 1e-9) for network in (generator, fake_unet))
+    optimizer_generator, optimizer_guidance = (build_optimizer(args.optimizer, network, 1e-9) for network in (generator, fake_unet))
 
     size = (max(1000, args.batch_size), channels, args.img_resolution, args.img_resolution)
     pixels = torch.randint(256, size, dtype=torch.uint8, device=device)

@@ -19,7 +19,7 @@ from support.device import autocast, choose_device, compile_networks
 from support.dry_run import DryRun, load_teacher
 from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
 from support.runs import Run
-from support.training import BadSteps, accumulate, adamw, lr_factor, optimizer_step, update_ema
+from support.training import BadSteps, accumulate, adamw, build_optimizer, lr_factor, optimizer_step, update_ema
 from unified_model import UnifiedModel
 
 
@@ -51,10 +51,10 @@ def main(args, run=None):
     model.eval()  # this only turns dropout off, in teacher, generator and fake_unet alike
     generator = model.feedforward_model
     ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
-    optimizer_generator = adamw(generator.parameters(), args.generator_lr)
-    by_guidance = guidance.fake_unet if args.gan_lr else guidance  # guidance includes the heads, if no other optimizer has them
-    optimizer_guidance = adamw([p for p in by_guidance.parameters() if p.requires_grad], args.guidance_lr)
-    optimizer_gan = adamw(guidance.cls_pred_branch.parameters(), args.gan_lr) if args.gan_lr else None
+    heads = list(guidance.cls_pred_branch.parameters()) if args.gan_classifier else []
+    optimizer_gan = adamw(heads, args.gan_lr) if args.gan_lr else None
+    optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
+    optimizer_guidance = build_optimizer(args.optimizer, guidance.fake_unet, args.guidance_lr, [] if optimizer_gan else heads)
     compile_networks(args, teacher, guidance.fake_unet, generator)
 
     parts = {

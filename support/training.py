@@ -13,9 +13,12 @@ def adamw(parameters, lr):
     return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01, fused=fused, foreach=False)
 
 
-def build_optimizer(name, network, lr):
-    """The optimizer of `--optimizer`, for a `SimpleUNet`."""
-    return Muon(network, lr) if name == "muon" else adamw(network.parameters(), lr)
+def build_optimizer(name, network, lr, heads=()):
+    """The optimizer of `--optimizer` for `network`, a `Denoiser`, and for `heads`, parameters that always get AdamW."""
+    return Muon(network, lr, heads) if name == "muon" else adamw([*network.parameters(), *heads], lr)
+
+
+BLOCKS = ("encoder", "middle", "decoder", "down_blocks", "mid_block", "up_blocks")  # of our networks and of diffusers'
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,18 +27,22 @@ class Muon(torch.optim.Optimizer):
     Muon makes the momentum of a weight matrix orthogonal before it steps along it, so all its directions learn at the same pace. A
     convolution's weights `[out, in, 3, 3]` count as a matrix `[out, 9 in]`. Updates are scaled to the size of AdamW's (Liu et al.
     2025, arXiv 2502.16982), whose learning rates therefore fit. The first and the last layer and the embeddings, where a row has a
-    meaning of its own, and all vectors are left to AdamW. `network`: a `SimpleUNet` whose parameters stay where they are in memory.
-    Raises UserError if torch has no Muon.
+    meaning of its own, all vectors, and `heads` are left to AdamW. `network`: a `Denoiser` whose blocks have a name in `BLOCKS`,
+    and whose parameters stay where they are in memory. Raises UserError if torch has no Muon, or the network no such blocks.
     """
 
-    def __init__(self, network, lr):
+    def __init__(self, network, lr, heads=()):
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--optimizer muon: torch {torch.__version__} does not have it; it needs torch 2.9 or later")
-        super().__init__(network.parameters(), {"lr": lr, "fused": False})
-        blocks = [network.encoder, network.middle, network.decoder]
-        self.hidden = [p for block in blocks for p in block.parameters() if p.dim() > 1]
+            raise UserError(
+                f"--optimizer muon: it needs torch 2.9, this is {torch.__version__}; update it, or use --optimizer adamw"
+            )
+        super().__init__([*network.parameters(), *heads], {"lr": lr, "fused": False})
+        matrices = [(name.split("."), p) for name, p in network.named_parameters() if p.dim() > 1]
+        self.hidden = [p for block in BLOCKS for names, p in matrices if block in names]
+        if not self.hidden:
+            raise UserError(f"--optimizer muon: none of the blocks of {type(network).__name__} is called {', '.join(BLOCKS)}")
         chosen = {id(p) for p in self.hidden}
-        rest = [p for p in network.parameters() if id(p) not in chosen]
+        rest = [p for p in self.param_groups[0]["params"] if id(p) not in chosen]
         self.matrices = [as_matrix(p.detach(), p).requires_grad_() for p in self.hidden]  # views: a step changes the parameters
         muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.parts = {"muon": muon, "adamw": adamw(rest, lr)}

@@ -137,24 +137,36 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path):
-    """Its two optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
-    arguments = [*TINY, *TINY_NET, "--optimizer", "muon", "--lr", "1e-3", "--save_every", 2]
-    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path / "run")
-    source = ["--resume_from_checkpoint", tmp_path / "run" / "teacher_checkpoint_step_2.pt"]
-    succeed("train_teacher.py", *arguments, *source, "--output_dir", tmp_path / "resumed")
-    ours, theirs = (load(tmp_path / name / "teacher_final.pt") for name in ("resumed", "run"))
+@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path, stage):
+    """Its optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
+    script, name = f"train_{stage}.py", {"teacher": "optimizer_state_dict", "dmd2": "optimizer_guidance_state_dict"}[stage]
+    arguments = [*TINY, "--optimizer", "muon", "--save_every", 2]
+    if stage == "teacher":
+        arguments += [*TINY_NET, "--lr", "1e-3"]
+    else:  # the guidance model's optimizer also has the heads
+        arguments += [
+            "--teacher_checkpoint",
+            runs / "teacher" / "teacher_final.pt",
+            "--dfake_gen_update_ratio",
+            2,
+            "--gan_classifier",
+        ]
+    succeed(script, *arguments, "--output_dir", tmp_path / "run")
+    source = ["--resume_from_checkpoint", tmp_path / "run" / f"{stage}_checkpoint_step_2.pt"]
+    succeed(script, *arguments, *source, "--output_dir", tmp_path / "resumed")
+    ours, theirs = (load(tmp_path / folder / f"{stage}_final.pt") for folder in ("resumed", "run"))
     for state in (ours, theirs):
         del state["config"], state["versions"]
     assert_same(ours, theirs)
-    assert len(ours["optimizer_state_dict"]["muon"]["state"]) > 10
-    adamw = ["--resume_from_checkpoint", runs / "teacher" / "teacher_checkpoint_step_2.pt", "--output_dir", tmp_path / "mixed"]
+    assert len(ours[name]["muon"]["state"]) > 10
+    adamw = ["--resume_from_checkpoint", runs / stage / f"{stage}_checkpoint_step_2.pt", "--output_dir", tmp_path / "mixed"]
     for done in (
-        run_script("train_teacher.py", *arguments, *source, "--optimizer", "adamw"),
-        run_script("train_teacher.py", *arguments, *adamw),
+        run_script(script, *arguments, *source, "--optimizer", "adamw"),
+        run_script(script, *arguments, *adamw, *([] if stage == "teacher" else ["--ema_decay", "0.5"])),
     ):
-        assert_refused(done, "its optimizer_state_dict does not fit; resume it with the options of its run")
-    assert "optimizers' moments" in succeed("train_teacher.py", *arguments, "--dry_run")
+        assert_refused(done, "_state_dict does not fit; resume it with the options of its run")
+    assert "optimizers' moments" in succeed(script, *arguments, "--dry_run")
 
 
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])

@@ -10,6 +10,8 @@ import torch._inductor.compile_fx
 from conftest import ROOT, tiny_unet
 
 from model import memory_layout
+from networks.dhariwal_unet import DhariwalUNet
+from networks.song_unet import SongUNet
 from support.config import UserError
 from support.device import choose_device, compile_networks
 from support.training import BadSteps, Muon, adamw, load_optimizer, lr_factor, optimizer_step, update_ema
@@ -114,9 +116,28 @@ def test_muon_steps_along_an_orthogonal_matrix(layout):
         assert same != inside, name
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("network", [SongUNet, DhariwalUNet])
+def test_muon_knows_the_blocks_of_every_network(network):
+    """What it steps are the matrices inside the blocks. A GAN's heads are AdamW's, and without blocks Muon refuses."""
+    net = network(img_resolution=8, model_channels=32, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(4,))
+    head = torch.nn.Conv2d(4, 1, 1)
+    optimizer = Muon(net, 1e-3, head.parameters())
+    inside = ("encoder", "middle", "decoder")
+    names = {name for name, p in net.named_parameters() if any(p is hidden for hidden in optimizer.hidden)}
+    assert names == {name for name, p in net.named_parameters() if name.split(".")[0] in inside and p.dim() > 1}
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    before = head.weight.detach().clone()
+    optimizer_step(optimizer, 1e-3, math.inf)
+    torch.testing.assert_close(head.weight.detach(), before * (1 - 1e-5) - 1e-3)  # AdamW's first step has size lr
+    with pytest.raises(UserError, match="none of the blocks of Conv2d"):
+        Muon(head, 1e-3)
+
+
 def test_muon_needs_a_torch_that_has_it(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    with pytest.raises(UserError, match="does not have it"):
+    with pytest.raises(UserError, match="it needs torch"):
         Muon(tiny_unet(), 1e-3)
 
 
