@@ -75,7 +75,8 @@ def main(args, run=None):
     bad_steps = BadSteps(args.max_bad_steps, device)
     logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
-    teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # only rank 0 draws samples
+    with autocast(args, device):
+        teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # only rank 0 draws samples
     seen = None  # intermediate results of the latest generator turn
 
     # ---- loop -----------------------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def main(args, run=None):
             bad_steps.check(run.step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
         logger.log(run.step, metrics | norms)
         if logger.wants_samples(run.step):
-            with torch.no_grad():
+            with torch.no_grad(), autocast(args, device):
                 student_grid = student_sampler(ema or generator, *grid, sigmas)
             logger.samples(run.step, teacher_grid, student_grid, columns=8)
         if seen and logger.wandb_wants("images", run.step):

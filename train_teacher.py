@@ -87,7 +87,9 @@ def main(args):
             bad_steps.check(run.step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
         logger.log(run.step, metrics | norms | {"lr": lr})
         if logger.wants_samples(run.step):
-            logger.samples(run.step, heun_sampler(ema, *grid), columns=8)
+            with autocast(args, device):
+                sample_grid = heun_sampler(ema, *grid)
+            logger.samples(run.step, sample_grid, columns=8)
         if logger.wandb_wants("images", run.step):
             logger.images(run.step, x, noisy, denoised.detach())
         run.save_if_due()
