@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a one-step generator of digits on a machine with Python 3.10+ and bash: installs into .venv, trains a teacher, distils it,
-# generates images, and compares the two. About 12 minutes on two CPU cores with bf16, without installation. Finished stages are skipped.
+# generates images, and compares the two. About 12 minutes on two CPU cores with bf16, without installation. Finished stages are
+# skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
 log=./log/checkpoints
@@ -12,7 +13,7 @@ else
     "${PYTHON:-python3}" -m venv .venv
 fi
 echo "== installing requirements.txt (installed packages are skipped)"
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "torch>=2.9" # 2.9: it has Muon
 
 precision=fp32
 if grep -qE "avx512_bf16|amx_bf16" /proc/cpuinfo 2> /dev/null; then
