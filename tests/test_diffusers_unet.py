@@ -18,6 +18,7 @@ from model import denoising_loss
 from networks.diffusers_unet import DiffusersUNet, noise_levels
 from sampling import heun_sampler
 from support.config import UserError
+from support.training import Muon
 
 MISSING = [name for name in ("diffusers", "safetensors") if not importlib.util.find_spec(name)]
 needs_diffusers = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}, not installed")
@@ -291,3 +292,14 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^checkpoint .*: this network needs .* pip install diffusers$"):
         checkpoint.load_network(path)
     assert_import_refused(folder, tmp_path / "again", "pip install diffusers")
+
+
+@needs_diffusers
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_knows_the_blocks():
+    unet = {name: value for name, value in UNET.items() if name != "sample_size"}
+    net = DiffusersUNet(8, 3, 0, unet, "epsilon", LINEAR)
+    hidden = {id(p) for p in Muon(net, 1e-3).hidden}
+    names = {name for name, p in net.named_parameters() if id(p) in hidden}
+    inside = ("unet.down_blocks", "unet.mid_block", "unet.up_blocks")
+    assert names == {name for name, p in net.named_parameters() if name.startswith(inside) and p.dim() > 1}
