@@ -24,7 +24,7 @@ from support.device import choose_device
 from support.dry_run import DryRun
 from support.images import save_diversity, to_uint8
 from support.metrics import BETTER
-from support.plots import plot_comparison, read_metrics, training_minutes
+from support.plots import plot_comparison, read_metrics
 
 POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.
@@ -144,8 +144,6 @@ def result_of(args, options):
     folder = Path(options.output_dir)
     points = measure(args, options, folder, folder)[1:]
     rows = read_metrics(folder / "metrics.jsonl")
-    for point in points:  # an evaluation of an earlier version has no minutes
-        point["minutes"] = training_minutes(rows, options.batch_size, point["step"])
     lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
     return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}
 

@@ -63,7 +63,8 @@ def plot_metrics(metrics_path, path):
     rows = read_metrics(metrics_path)
     present = {name for row in rows for name in row}
     panels = [panel for panel in PANELS if present & set(panel[1])]
-    figure, axes = plt.subplots((len(panels) + 2) // 3, 3, figsize=(13, 3.2 * ((len(panels) + 2) // 3)), squeeze=False)
+    lines = (len(panels) + 2) // 3
+    figure, axes = plt.subplots(lines, 3, figsize=(13, 3.2 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, (title, names, logarithmic) in zip(axes.flat, panels, strict=False):
@@ -86,7 +87,7 @@ def plot_checkpoints(rows, path):
     Error bars are the figures' noise.
     """
     over, label = ("minutes", "minutes of training") if all("minutes" in row for row in rows) else ("step", "step")
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2), layout="constrained")
     for axis, name in zip(axes, CURVES, strict=True):
         values, noise = [row[name] for row in rows], [row["noise"][name] for row in rows]
         axis.errorbar([row[over] for row in rows], values, noise, marker="o", capsize=3)
@@ -101,7 +102,7 @@ def plot_comparison(teacher, results, path):
     teacher: its row of evaluate.py, drawn as a dashed line; results: a dict from each configuration's name to its runs, from
     compare.py.
     """
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.6))
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 4), layout="constrained")
     for axis, figure_name in zip(axes, CURVES, strict=True):
         axis.axhline(teacher[figure_name], color="black", linestyle="--", linewidth=1, label="teacher")
         for name, runs in results.items():
@@ -115,12 +116,11 @@ def plot_comparison(teacher, results, path):
                 axis.plot(*zip(*last, strict=True), ".", color=line.get_color(), markersize=4)
         axis.set_title(figure_name)
         axis.set_xlabel("minutes of training")
-    axes[-1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     save(figure, path)
 
 
 def save(figure, path):
-    figure.tight_layout()
     with writing(path):
         figure.savefig(path, dpi=100)
     plt.close(figure)
