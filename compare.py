@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from math import isclose
 from pathlib import Path
 from statistics import mean, median
 
@@ -52,7 +53,7 @@ def main(args):
     for seed in args.seeds:
         for name in names:
             train(options[name, seed], steps_of(args, folder / name, options[name, seed]))
-            results[name].append(result_of(args, options[name, seed]))
+            results[name].append(result_of(args, options[name, seed], real))
         write_report(args, folder, real, teacher, results)
 
     # ---- a page of pictures: 64 images of one class from each ---------------------------------------------------------------
@@ -139,10 +140,18 @@ def run(script, options):
         sys.exit(status)
 
 
-def result_of(args, options):
-    """The results of one run: its evaluated checkpoints as `points`, and the mean `fake_lag` from `metrics.jsonl`."""
+def result_of(args, options, real):
+    """The results of one run: its evaluated checkpoints as `points`, and the mean `fake_lag` from `metrics.jsonl`.
+
+    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation: then the figures do not compare.
+    """
     folder = Path(options.output_dir)
-    points = measure(args, options, folder, folder)[1:]
+    own_real, *points = measure(args, options, folder, folder)
+    if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
+        raise UserError(
+            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two judges, or "
+            "from other options; delete the older one to measure it again"
+        )
     rows = read_metrics(folder / "metrics.jsonl")
     lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
     return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}

@@ -69,6 +69,18 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(compared):
     assert_refused(done, "--configs: two files have the same name")
 
 
+def test_figures_of_two_judges_are_not_compared(compared):
+    folder, arguments, _ = compared
+    file = folder / "out" / "sid" / "seed_0" / "evaluation.json"
+    text = file.read_text()
+    found = json.loads(text)
+    found["rows"][0]["frechet_distance"] *= 1.01
+    file.write_text(json.dumps(found))
+    done = run_script("compare.py", *arguments, "--forward_passes", 24)
+    file.write_text(text)
+    assert_refused(done, f"{file} and that of the teacher differ for real images")
+
+
 def test_a_run_that_was_stopped_is_gone_on_with(compared):
     """Its last checkpoint and its evaluation are lost: the rest is trained, and the weights come out as before."""
     folder, arguments, _ = compared
