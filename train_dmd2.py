@@ -10,6 +10,7 @@ import sys
 from inspect import signature
 
 import torch
+from torch import nn
 
 import checkpoint
 from data import Batches, check_classes, load_dataset
@@ -54,16 +55,19 @@ def main(args, run=None):
     heads = list(guidance.cls_pred_branch.parameters()) if args.gan_classifier else []
     optimizer_gan = adamw(heads, args.gan_lr) if args.gan_lr else None
     optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
-    optimizer_guidance = build_optimizer(args.optimizer, guidance.fake_unet, args.guidance_lr, [] if optimizer_gan else heads)
-    compile_networks(args, teacher, guidance.fake_unet, generator)
+    # A fake_unet per level of the student. One for all would learn the mixture of their images, and each level alone could drift.
+    fake_unets = nn.ModuleList([guidance.fake_unet, *(copy.deepcopy(guidance.fake_unet) for _ in sigmas[1:])])
+    optimizer_guidance = build_optimizer(args.optimizer, fake_unets, args.guidance_lr, [] if optimizer_gan else heads)
+    compile_networks(args, teacher, *fake_unets, generator)
 
     parts = {
         "feedforward_model_state_dict": generator,
         "ema_state_dict": ema,
-        "guidance_fake_unet_state_dict": guidance.fake_unet,
+        "guidance_fake_unet_state_dict": fake_unets[0],
         "optimizer_generator_state_dict": optimizer_generator,
         "optimizer_guidance_state_dict": optimizer_guidance,
     }
+    parts |= {f"guidance_fake_unet_{level}_state_dict": net for level, net in enumerate(fake_unets) if level}
     if args.gan_classifier:
         parts["guidance_cls_state_dict"] = guidance.cls_pred_branch
     if optimizer_gan:
@@ -73,7 +77,7 @@ def main(args, run=None):
     del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
-    logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, three networks, {device}")
+    logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, {2 + len(sigmas)} networks, {device}")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     with autocast(args, device):
         teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # only rank 0 draws samples
@@ -83,7 +87,9 @@ def main(args, run=None):
     while run.goes_on():
         real_images, labels = next(batches)  # generated images get the labels of real ones, and so their class proportions
         noise = torch.randn_like(real_images)
-        level = int(torch.randint(len(sigmas), ())) if len(sigmas) > 1 else 0  # the student's noise level for this batch
+        # The student's levels take turns: one has the guidance turns up to the next generator turn, and then that.
+        level = (run.step - 1) // args.dfake_gen_update_ratio % len(sigmas)
+        guidance.fake_unet = fake_unets[level]
         factor = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and the GAN loss if there are heads.

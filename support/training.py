@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
 
     def step(self):
         for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
-            matrix.grad = as_matrix(parameter.grad, parameter)
+            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad, parameter)
         for part in self.parts.values():
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
@@ -91,12 +91,12 @@ def lr_factor(step, warmup_steps, decay, step_number):
 def optimizer_step(optimizer, lr, clip_grad_norm):
     """One step at learning rate `lr` with gradients clipped to a total norm; clears them. Returns the norm before clipping.
 
-    Under torchrun the gradients are averaged first. If the norm is not finite, neither weights nor moments change; `BadSteps`
-    counts such steps.
+    Parameters without a gradient stay as they are. Under torchrun the gradients are averaged first. If the norm is not finite,
+    neither weights nor moments change; `BadSteps` counts such steps.
     """
     group = optimizer.param_groups[0]
     group["lr"] = lr
-    parallel.average([parameter.grad for parameter in group["params"]])
+    parallel.average([parameter.grad for parameter in group["params"] if parameter.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(group["params"], clip_grad_norm)
     if group["fused"]:
         # As GradScaler does, this makes fused AdamW skip the step without a synchronisation.

@@ -16,6 +16,8 @@ import checkpoint
 from sampling import class_noise, one_step_sampler, student_sampler
 from support.images import to_uint8
 
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
 TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
 DMD2_KEYS = {
     "feedforward_model_state_dict",
@@ -136,7 +138,7 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
         }
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@NEEDS_MUON
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path, stage):
     """Its optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
@@ -311,6 +313,21 @@ def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     resume = ["--resume_from_checkpoint", tmp_path / "run" / "dmd2_checkpoint_step_2.pt"]
     done = run_script("train_dmd2.py", *arguments[:-2], "--output_dir", tmp_path / "other", "--student_steps", 4, *resume)
     assert_refused(done, "a student at sigma [80.0, ")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=NEEDS_MUON)])
+def test_each_level_of_a_student_has_its_own_fake_unet(runs, tmp_path, optimizer):
+    """The last level's is trained at step 0, the first one's up to the next generator turn, and so on."""
+    teacher = runs / "teacher" / "teacher_final.pt"
+    arguments = [*TINY, "--teacher_checkpoint", teacher, "--student_sigmas", 80, 5, 1, "--dfake_gen_update_ratio", 2]
+    succeed("train_dmd2.py", *arguments, "--optimizer", optimizer, "--save_every", 1, "--keep_last", 9, "--output_dir", tmp_path)
+    states = [load(tmp_path / f"dmd2_checkpoint_step_{step}.pt") for step in (1, 2, 3, 4)]
+    start = load(teacher)["ema_state_dict"]
+    trained = []
+    for state in states:
+        fakes = [state["guidance_fake_unet_state_dict"], *(state[f"guidance_fake_unet_{level}_state_dict"] for level in (1, 2))]
+        trained.append([not torch.equal(fake["conv_in.weight"], start["conv_in.weight"]) for fake in fakes])
+    assert trained == [[False, False, True], [True, False, True], [True, False, True], [True, True, True]]
 
 
 def test_resolutions_that_the_teacher_lacks_are_refused(runs, tmp_path):
