@@ -24,8 +24,9 @@ aten = torch.ops.aten
 class DryRun(Run):
     """A `Run` that only counts. It traces the script's own loop, locks no folder and writes nothing.
 
-    The loop runs one iteration with a generator update and, if there are such, one without. A batch in many parts
-    (`--grad_accum`) is traced in two: FLOPs are proportional to the images, and a third part takes the memory of the second.
+    For each level of the student, the loop runs one iteration with a generator update and, if there are such, one without. A batch
+    in many parts (`--grad_accum`) is traced in two: FLOPs are proportional to the images, and a third part takes the memory of
+    the second.
     """
 
     def __init__(self, args, kind):
@@ -68,14 +69,23 @@ class DryRun(Run):
         """A generator: the loop runs one iteration between two of its values. Prints the counts."""
         args = self.args
         updates = getattr(args, "dfake_gen_update_ratio", 1)
-        flops, memory = yield from self.trace(0, self.parts_asked)
+        flops, memory = yield from self.trace_levels(0, self.parts_asked, updates)
         if updates > 1:
-            flops_between, _ = yield from self.trace(1, 1)  # on `meta` large tensors cost nothing
+            flops_between, _ = yield from self.trace_levels(1, 1, updates)  # on `meta` large tensors cost nothing
             flops = (flops + (updates - 1) * flops_between) / updates
         self.flops = flops * self.batch_size  # per iteration, on average
         self.report(memory)
         if args.memory_gb:
             yield from self.suggest(memory)
+
+    def trace_levels(self, step, parts, updates):
+        """`trace` of iteration `step` for each of the student's levels, `updates` iterations apart: (mean FLOPs, most memory)."""
+        flops, memories, levels = 0, [], len(self.facts.get("student_sigmas", [None]))
+        for level in range(levels):
+            counted, memory = yield from self.trace(step + level * updates, parts)
+            flops += counted / levels
+            memories.append(memory)
+        return flops, max(memories, key=lambda memory: memory.peak)
 
     def trace(self, step, parts):
         """Runs iteration `step` of the loop with a batch in `parts` parts. Returns (FLOPs per image, `LiveMemory`)."""

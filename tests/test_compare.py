@@ -46,6 +46,17 @@ def test_equal_work_is_told_in_a_table_with_all_figures(compared):
         assert Image.open(folder / "out" / picture).width > 100
 
 
+def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compared):
+    """Three levels take 0, 1 and 2 passes more per batch of images, whatever the ratio."""
+    _, arguments, _ = compared
+    for ratio in (1, 3):
+        options = parse_args(DMD2, None, ["--config", str(arguments[1]), *map(str, arguments[3:5])])
+        options.dfake_gen_update_ratio = ratio
+        one = compare.passes_per_iteration(options)
+        options.student_sigmas = [80.0, 5.0, 1.0]
+        assert compare.passes_per_iteration(options) == pytest.approx(one + 1, rel=1e-6)
+
+
 def test_what_is_done_is_not_done_again(compared):
     folder, arguments, _ = compared
     files = [*(folder / "out").rglob("*.pt"), *(folder / "out").rglob("evaluation.json")]
