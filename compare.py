@@ -68,7 +68,7 @@ def main(args):
         sets.append(to_uint8(images))
     label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (len(sets) - 1)])
     what = f"class {dataset.class_names[label]} of " if config["label_dim"] else ""
-    print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right")
+    print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right, three in a row")
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
 
 

@@ -26,11 +26,18 @@ def tile(images, columns):
     return images.reshape(N // columns, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(N // columns * H, columns * W, C)
 
 
+def join(pictures, dim):
+    """Pictures `[H, W, C]` of one size as one, along `dim`, with white gaps between them."""
+    gap = torch.full_like(pictures[0].split(8, dim)[0], 255)
+    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim)
+
+
 def save_grid(path, *blocks, columns):
-    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: grids of `columns` columns side by side, enlarged if tiny."""
+    """Writes image batches `[N, C, H, W]` in [-1, 1] as one PNG: grids of `columns` columns, three in a row, enlarged if tiny."""
     tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
-    gap = torch.full_like(tiles[0][:, :8], 255)
-    picture = torch.cat([part for grid in tiles for part in (gap, grid)][1:], dim=1)
+    lines = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]
+    lines[-1] += [torch.full_like(tiles[0], 255)] * (len(lines[0]) - len(lines[-1]))
+    picture = join([join(line, 1) for line in lines], 0)
     picture = Image.fromarray(picture.squeeze(2).numpy())
     scale = max(1, 64 // blocks[0].shape[-1])
     with writing(path):
@@ -47,7 +54,7 @@ def save_comparison(path, teacher_images, student_images, labels):
 
 
 def save_diversity(path, sets, labels):
-    """Writes a PNG with 8x8 images of one class from each of the `sets` (uint8 `[N, C, H, W]`, `labels` `[N]`), side by side.
+    """Writes a PNG with 8x8 images of one class from each of the `sets` (uint8 `[N, C, H, W]`, `labels` `[N]`).
 
     It is the class in which the last set varies least relative to the first. Returns that class.
     """
