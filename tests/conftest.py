@@ -19,6 +19,7 @@ from model import SimpleUNet
 ROOT = Path(__file__).parents[1]
 TINY = ["--dataset", "mnist5k", "--batch_size", "16", "--step_number", "4", "--device", "cpu"]
 TINY_NET = ["--img_resolution", "8", "--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1"]
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 
 processes = multiprocessing.get_context("forkserver")

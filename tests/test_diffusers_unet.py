@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import run_script, succeed, write_images
+from conftest import needs_muon, run_script, succeed, write_images
 from edm_files import assert_import_refused, imported
 from test_config import assert_refused
 
@@ -295,7 +295,7 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
 
 
 @needs_diffusers
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@needs_muon
 def test_muon_knows_the_blocks():
     unet = {name: value for name, value in UNET.items() if name != "sample_size"}
     net = DiffusersUNet(8, 3, 0, unet, "epsilon", LINEAR)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, tiny_unet, torchrun, write_images, write_zip
+from conftest import ROOT, TINY, TINY_NET, metrics, needs_muon, run_script, succeed, tiny_unet, torchrun, write_images, write_zip
 from edm_files import write_edm
 from PIL import Image
 from test_config import assert_refused
@@ -15,8 +15,6 @@ from test_docs import PAGES, commands
 import checkpoint
 from sampling import class_noise, one_step_sampler, student_sampler
 from support.images import to_uint8
-
-NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
 DMD2_KEYS = {
@@ -138,7 +136,7 @@ def test_resume_is_bit_identical(runs, tmp_path, stage):
         }
 
 
-@NEEDS_MUON
+@needs_muon
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path, stage):
     """Its optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
@@ -315,7 +313,7 @@ def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     assert_refused(done, "a student at sigma [80.0, ")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=NEEDS_MUON)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
 def test_each_level_of_a_student_has_its_own_fake_unet(runs, tmp_path, optimizer):
     """The last level's is trained at step 0, the first one's up to the next generator turn, and so on."""
     teacher = runs / "teacher" / "teacher_final.pt"

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch._inductor.compile_fx
-from conftest import ROOT, tiny_unet
+from conftest import ROOT, needs_muon, tiny_unet
 
 from model import memory_layout
 from networks.dhariwal_unet import DhariwalUNet
@@ -88,7 +88,7 @@ def test_moments_take_the_layout_of_the_weights():
         assert ours[name].stride() == layers[1].weight.stride() != theirs[name].stride()
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@needs_muon
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_steps_along_an_orthogonal_matrix(layout):
     """A hidden weight `[out, n]` moves by lr * 0.2 * sqrt(max(out, n)) * U V^T, where U S V^T is its gradient, and decays.
@@ -116,7 +116,7 @@ def test_muon_steps_along_an_orthogonal_matrix(layout):
         assert same != inside, name
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@needs_muon
 @pytest.mark.parametrize("network", [SongUNet, DhariwalUNet])
 def test_muon_knows_the_blocks_of_every_network(network):
     """What it steps are the matrices inside the blocks. A GAN's heads are AdamW's, and without blocks Muon refuses."""
