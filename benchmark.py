@@ -91,7 +91,8 @@ def training_and_sampling(args, device):
     """(tasks, networks, batch): the tasks do what the scripts do, on random images, and call `mark(part)` after each part."""
     names = signature(SimpleUNet).parameters.keys() - {"img_channels", "label_dim"}
     channels = args.img_channels or (1 if "mnist" in args.dataset else 3)
-    net = SimpleUNet(img_channels=channels, **{name: getattr(args, name) for name in names})
+    classes = 10 if args.label_dim is None else args.label_dim
+    net = SimpleUNet(img_channels=channels, label_dim=classes, **{name: getattr(args, name) for name in names})
     net = net.to(device, memory_format=memory_layout(device))
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = UnifiedModel(GuidanceModel(copy.deepcopy(ema))).to(device).eval()
@@ -101,8 +102,8 @@ def training_and_sampling(args, device):
 
     size = (max(1000, args.batch_size), channels, args.img_resolution, args.img_resolution)
     pixels = torch.randint(256, size, dtype=torch.uint8, device=device)
-    classes = torch.randint(net.label_dim, size[:1], device=device)
-    batches = Batches(Dataset(pixels, classes, [str(i) for i in range(net.label_dim)]), args.batch_size, args.seed, args.hflip)
+    labels = torch.randint(max(1, classes), size[:1], device=device)
+    batches = Batches(Dataset(pixels, labels, [str(i) for i in range(classes)]), args.batch_size, args.seed, args.hflip)
     images, labels = next(batches)
     noise = torch.randn_like(images)
     logger = Logger(args)

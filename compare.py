@@ -5,10 +5,12 @@ from support.config import COMPARE, DMD2, UserError, exit_on_error, make_folder,
 args = exit_on_error(parse_args, COMPARE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from contextlib import suppress
 from math import isclose
 from pathlib import Path
 from statistics import mean, median
@@ -29,7 +31,7 @@ from support.plots import plot_comparison, read_metrics
 
 POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.
-FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every", "device"}
+FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every", "device", "compile"}
 
 
 def main(args):
@@ -45,6 +47,7 @@ def main(args):
         for seed in args.seeds
     }
     make_folder("--output_dir", folder)
+    check_settings(args, folder)
 
     # ---- train and evaluate: seed by seed, so that a comparison that is stopped early has results for every configuration ---
     first = options[names[0], args.seeds[0]]
@@ -72,10 +75,28 @@ def main(args):
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
 
 
+def machine(args):
+    """The options for the machine that were given, as a dict. They go on to each script."""
+    return {name: getattr(args, name) for name in ("device", "precision", "compile") if name in args.given}
+
+
+def check_settings(args, folder):
+    """Stores in `folder` what all its results have in common. Raises UserError if those that are there have something else."""
+    settings = {name: getattr(args, name) for name in ("minutes", "forward_passes", "features", "num_samples")}
+    path = folder / "settings.json"
+    stored = json.loads(path.read_text()) if path.exists() else settings
+    for name, value in settings.items():
+        if stored[name] != value:
+            raise UserError(f"{folder} holds results for {name} {stored[name]}, not {value}: choose another --output_dir")
+    with writing(path):
+        path.write_text(json.dumps(settings) + "\n")
+
+
 def read_options(args, config, folder, seed):
     """The options of one run in `folder`. Raises UserError if the folder holds a run with other options."""
-    argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint, "--device", args.device]
+    argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
     options = parse_args(DMD2, None, [*argv, "--seed", str(seed), "--output_dir", str(folder)])
+    vars(options).update(machine(args))
     if (folder / "config.yaml").exists():
         stored = yaml.safe_load((folder / "config.yaml").read_text())
         for name in public(options).keys() - FREE:
@@ -124,18 +145,27 @@ def measure(args, options, path, output_dir):
     """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
     if not written.exists():
-        flags = {name: getattr(args, name) for name in ("features", "num_samples", "device")}
+        flags = {"features": args.features, "num_samples": args.num_samples} | machine(args)
         data = {"dataset": options.dataset, "data_dir": options.data_dir}
         run("evaluate.py", {"checkpoint": str(path), "output_dir": str(output_dir)} | flags | data)
     return json.loads(written.read_text())["rows"]
 
 
 def run(script, options):
-    """Runs `script` with the dict `options`. If it fails, exits with its status; the script has printed the reason."""
+    """Runs `script` with the dict `options`. If it fails, exits with its status; the script has printed the reason.
+
+    On SIGINT or SIGTERM it waits for the script, which saves its work and ends.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({name: value for name, value in options.items() if value is not None}, file)
         file.flush()
-        status = subprocess.run([sys.executable, Path(__file__).with_name(script), "--config", file.name]).returncode
+        process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), "--config", file.name])
+        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+        while process.poll() is None:
+            with suppress(KeyboardInterrupt):  # the terminal sends it to both
+                process.wait()
+        signal.signal(signal.SIGTERM, before)
+        status = process.returncode
     if status:
         sys.exit(status)
 

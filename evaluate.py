@@ -5,9 +5,6 @@ from support.config import EVALUATE, UserError, exit_on_error, make_folder, pars
 args = exit_on_error(parse_args, EVALUATE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
 import json
-import pickle
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -99,8 +96,8 @@ def main(args):
 
     # ---- the models -----------------------------------------------------------------------------------------------------
     labels = generate(args, models, dataset.images.shape[1:])
-    folders = dict.fromkeys(Path(model["file"]).parent for model in models)
-    logs = {folder: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()}
+    files = dict.fromkeys(Path(model["file"]).with_name("metrics.jsonl") for model in models)
+    logs = {file.parent: read_metrics(file) for file in files if file.exists() and file.stat().st_size}
     for model in models:
         seen = see(model["images"])
         if rank():
@@ -193,7 +190,7 @@ def read_fid_reference(path, size=2048):
             raise ValueError(f"these have {len(mean)} features; Inception has {size}")
     except OSError as error:
         raise UserError(f"--fid_reference {path}: {error.strerror or error}") from None
-    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+    except Exception as error:  # any file may be given
         raise UserError(f"--fid_reference {path}: needs an .npz file with mu [D] and sigma [D, D] ({error})") from None
     return mean, covariance
 

@@ -36,7 +36,7 @@ def student_sampler(net, noise, labels, sigmas):
     bits = noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist() if levels else []
     streams = [random_stream(*pair) for pair in bits]
     draws = [[torch.randn(noise.shape[1:], generator=stream) for stream in streams] for _ in range(levels)]
-    return few_step_sampler(net, noise, labels, sigmas, fresh_noise=[torch.stack(draw) for draw in draws])
+    return few_step_sampler(net, noise, labels, sigmas, fresh_noise=[torch.stack(draw) if draw else noise for draw in draws])
 
 
 def spread_levels(num_steps, conditioning_sigma, sigma_min=0.002, rho=7.0):

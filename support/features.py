@@ -67,7 +67,7 @@ def inception(weights, device):
                 cuda=False,
                 verbose=False,
             ).to(device)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         if weights:
             raise UserError(f"--inception_weights {weights}: not torch-fidelity's Inception weights ({reason})") from None
@@ -108,8 +108,8 @@ class Classifier(nn.Module):
 
 def split(dataset):
     """A fixed split of a data set: four fifths to train the classifier, one fifth held out. Raises UserError for too few images."""
-    if len(dataset.labels) < 10:
-        raise UserError(f"the data set has only {len(dataset.labels)} images: too few to hold a fifth out; at least 10 are needed")
+    if len(dataset.labels) < 20:
+        raise UserError(f"the data set has only {len(dataset.labels)} images: too few to hold a fifth out; at least 20 are needed")
     order = torch.randperm(len(dataset.labels), generator=torch.Generator().manual_seed(0))
     cut = len(order) // 5
     return subset(dataset, order[cut:]), subset(dataset, order[:cut])

@@ -40,8 +40,12 @@ def inception_score(logits):
 
 
 def distances(a, b):
-    """Blocks `[at most BLOCK, len(b)]` of the Euclidean distances between the rows of `a` and those of `b`."""
-    return (torch.cdist(block, b) for block in a.split(BLOCK))
+    """Blocks `[at most BLOCK, len(b)]` of the Euclidean distances between the rows of `a` and those of `b`, in float64.
+
+    They come from a matrix product, which TF32 would round to three digits on CUDA.
+    """
+    b = b.double()
+    return (torch.cdist(block.double(), b) for block in a.split(BLOCK))
 
 
 def nearest(a, b, k=1):

@@ -16,7 +16,7 @@ PANELS = [
     ("loss_dm", ["loss_dm"], False),
     ("size of the DMD2 gradient", ["dmtrain_gradient_norm"], False),
     ("loss_fake_mean", ["loss_fake_mean"], True),
-    ("gradient norms, before clipping", ["grad_norm", "generator_grad_norm", "guidance_grad_norm"], True),
+    ("gradient norms, before clipping", ["grad_norm", "generator_grad_norm", "guidance_grad_norm", "gan_grad_norm"], True),
     ("fake_lag", ["fake_lag"], False),
     ("GAN losses", ["gen_cls_loss", "guidance_cls_loss"], False),
     ("GAN logits", ["real_logit", "fake_logit"], False),

@@ -125,18 +125,26 @@ class Run:
                     f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
                     "resume it with --resume_from_checkpoint latest, or start a new one with --overwrite"
                 )
+            if holds and self.resumed and Path(self.resumed_from).resolve().parent != self.folder.resolve():
+                raise UserError(
+                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}), not that of {self.resumed_from}; "
+                    f"give --output_dir {Path(self.resumed_from).parent}, or a new folder"
+                )
             for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):
                 file.unlink()
             for step, file in present:
                 if args.overwrite:
                     file.unlink()
                 elif step > self.step:  # from another continuation, which `latest` must not find
-                    file.rename(file.with_name(file.name + ".old"))
+                    set_aside(file)
             self.cut_metrics()
             # config.yaml is to repeat the run from its start
             afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
             content = yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True)
-            (self.folder / "config.yaml").write_text(content, encoding="utf-8")
+            path = self.folder / "config.yaml"
+            if path.exists() and not holds and path.read_text(encoding="utf-8", errors="replace") != content:
+                set_aside(path)  # the user's own
+            path.write_text(content, encoding="utf-8")
 
     def cut_metrics(self):
         """Drops the lines of `metrics.jsonl` after `step`, and an incomplete one."""
@@ -183,6 +191,7 @@ class Run:
         if not self.done:
             self.logger.message(f"stopped after step {self.step}; resume with --resume_from_checkpoint {self.folder / name}")
         self.logger.close()
+        self.stop.end()
         if not parallel.rank():
             self.lock.close()
         return 0 if self.done else self.stop.exit_status
@@ -203,6 +212,12 @@ def resume(path, folder, kind):
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 
 
+def set_aside(file):
+    """Renames `file`, so that its name ends in .old, or in .old2, .old3, ... where there is one."""
+    names = (file.with_name(f"{file.name}.old{number}") for number in ("", *range(2, 1_000_000)))
+    file.rename(next(name for name in names if not name.exists()))
+
+
 class Stop:
     """Ends a loop after the current step: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
 
@@ -214,9 +229,15 @@ class Stop:
     def __init__(self, max_minutes=None):
         self.signal = self.exit_status = 0
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.previous = {}  # handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.receive)
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def end(self):
+        """Gives the signals back to whoever handled them before, such as a notebook."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def receive(self, number, frame):
         if not self.signal:

@@ -26,7 +26,7 @@ def test_an_iteration_at_ratio_10_costs_at_most_four_and_a_half_forward_passes()
 
 
 def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
-    network = ["--img_resolution", 8, "--model_channels", 16, "--channel_mult", 1, 2, "--batch_size", 32]
+    network = ["--label_dim", 0, "--img_resolution", 8, "--model_channels", 16, "--channel_mult", 1, 2, "--batch_size", 32]
     network += ["--peers"] if find_spec("diffusers") else []
     told = succeed("benchmark.py", "--device", "cpu", *network, "--repeats", 2, "--output", tmp_path / "b.json", cwd=tmp_path)
     result = json.loads((tmp_path / "b.json").read_text())

@@ -1,12 +1,18 @@
 """compare.py as a user runs it: equal work, the files that it writes, and no work done twice."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import TINY, TINY_NET, metrics, run_script, succeed
+from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed
 from PIL import Image
 from test_config import assert_refused
+from test_trust import wait_for
 
+import checkpoint
 import compare
 from support.config import DMD2, parse_args
 
@@ -79,6 +85,38 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(compared):
         "compare.py", "--minutes", 1, *arguments[3:], "--configs", folder / "half.yaml", folder / "same" / "half.yaml"
     )
     assert_refused(done, "--configs: two files have the same name")
+
+
+def test_results_of_another_budget_or_evaluation_are_not_taken_for_these(compared):
+    folder, arguments, _ = compared
+    done = run_script("compare.py", *arguments, "--forward_passes", 48)
+    assert_refused(done, f"{folder / 'out'} holds results for forward_passes 24.0, not 48.0")
+    done = run_script("compare.py", *arguments, "--forward_passes", 24, "--num_samples", 40)
+    assert_refused(done, f"{folder / 'out'} holds results for num_samples 20, not 40")
+
+
+@pytest.mark.parametrize("number, to_group, status", [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
+def test_a_stopped_comparison_saves_the_training_at_hand(compared, tmp_path, number, to_group, status):
+    """Ctrl-C reaches the whole group of processes, SIGTERM compare.py alone."""
+    _, arguments, _ = compared
+    command = [
+        sys.executable,
+        ROOT / "compare.py",
+        *arguments,
+        "--forward_passes",
+        1e6,
+        "--output_dir",
+        tmp_path,
+        "--precision",
+        "bf16",
+    ]
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = tmp_path / "half" / "seed_0"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), process)
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    assert process.wait(60) == status, process.communicate()
+    (saved,) = run.glob("dmd2_checkpoint_step_*.pt")
+    assert checkpoint.load(saved)["config"]["precision"] == "bf16"
 
 
 def test_figures_of_two_judges_are_not_compared(compared):

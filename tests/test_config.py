@@ -136,7 +136,8 @@ WRONG = [  # script, arguments, part of the one-line message
     (T, "--keep_last 0", "--keep_last must be at least 1"),
     (E, "--features classifier --inception_score", "--inception_score needs --features inception"),
     (E, "--features classifier --fid_reference x.npz", "--fid_reference needs --features inception"),
-    (E, "--num_samples 1", "--num_samples must be at least 2"),
+    (E, "--num_samples 3", "--num_samples must be at least 4"),
+    (D, "--rho 0.001", "--rho must be at least 0.1"),
 ]
 WRONG_YAML = [  # content, part of the one-line message
     ("- lr\n- 3\n", "needs lines of the form `key: value`"),

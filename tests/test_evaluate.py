@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, succeed, write_images, write_zip
+from conftest import TINY, TINY_NET, run_script, succeed, write_images, write_zip
 from PIL import Image
 from test_config import assert_refused
 
@@ -63,6 +63,15 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert_refused(done, "data: neither a folder nor a ZIP")
 
 
+def test_a_run_that_has_not_logged_yet(runs, tmp_path):
+    """Its metrics.jsonl is empty."""
+    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "run", "--step_number", 1, "--log_every", 2)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    options = [*classes_of(tmp_path, each=2), "--num_samples", 4, "--steps", 1, "--features", "classifier"]
+    text = succeed("evaluate.py", "--checkpoint", tmp_path / "run" / "teacher_final.pt", *options)
+    assert "\nrecall" in text and "\nminutes" not in text
+
+
 def test_minutes_of_training_add_up_line_by_line():
     """600 images at 10 per second are a minute, 600 more at 5 two more. A checkpoint between two lines counts up to the first."""
     rows = [{"step": 6, "images_per_second": 10.0}, {"step": 12, "images_per_second": 5.0}]
@@ -100,10 +109,10 @@ def test_with_classes_on_data_without_is_refused(runs, unconditional, tmp_path):
     data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
     done = run_script("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", *data)
     assert_refused(done, "--dataset folder has no classes; ")
-    write_images(tmp_path / "few", classes=("a",), each=9, size=8)
+    write_images(tmp_path / "few", classes=("a",), each=19, size=8)
     data = ["--dataset", "folder", "--data_dir", tmp_path / "few" / "a", "--output_dir", tmp_path / "out", "--features", "pixels"]
     done = run_script("evaluate.py", "--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", *data)
-    assert_refused(done, "only 9 images: too few")
+    assert_refused(done, "only 19 images: too few")
 
 
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):

@@ -47,6 +47,13 @@ def test_frechet_distance_is_torch_fidelitys():
     assert math.isfinite(few) and few > ours
 
 
+def test_distances_of_close_images_far_from_zero():
+    a = 1e4 + torch.arange(30).float().reshape(30, 1).expand(30, 100) / 64
+    found = torch.cat(list(metrics.distances(a, a)))
+    expected = 10 / 64 * (torch.arange(30)[:, None] - torch.arange(30)).abs()
+    torch.testing.assert_close(found, expected.double(), rtol=1e-2, atol=1e-3)
+
+
 def test_precision_recall_density_coverage_on_a_line():
     """Real images at 0, 1, 2, 3, 10; k = 1. Neighbours lie at 1, 1, 1, 1 and 7. Fakes at 0.5, 1.5, 4.5, 30."""
     real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]

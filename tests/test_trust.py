@@ -20,7 +20,10 @@ from test_config import assert_refused
 from test_scripts import assert_same, load
 
 import checkpoint
+import train_teacher
 from sampling import class_noise, one_step_sampler
+from support.config import TEACHER as TRAIN_TEACHER
+from support.config import parse_args
 
 TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
 
@@ -292,6 +295,45 @@ def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
         f"teacher_{what}.old" for what in ("checkpoint_step_4.pt", "checkpoint_step_6.pt", "final.pt")
     }
     assert other.exists() and load(tmp_path / "teacher_final.pt")["step"] == 4
+
+
+def test_going_back_twice_keeps_both_continuations(tmp_path):
+    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 1, "--keep_last", 9]
+    succeed(*arguments, "--step_number", 2)
+    first = tmp_path / "teacher_checkpoint_step_1.pt"
+    for lr, name in ((2e-4, "teacher_checkpoint_step_2.pt.old"), (3e-4, "teacher_checkpoint_step_2.pt.old2")):
+        content = (tmp_path / "teacher_checkpoint_step_2.pt").read_bytes()
+        succeed(*arguments, "--step_number", 2, "--resume_from_checkpoint", first, "--lr", lr)
+        assert (tmp_path / name).read_bytes() == content
+    assert not list(tmp_path.glob("*.old3"))
+
+
+def test_a_run_does_not_go_on_in_the_folder_of_another(tmp_path):
+    for name in ("one", "two"):
+        succeed(*TEACHER, "--output_dir", tmp_path / name, "--log_every", 1)
+    before = {file: file.read_bytes() for file in (tmp_path / "two").iterdir() if file.is_file()}
+    resume = ["--resume_from_checkpoint", tmp_path / "one" / "teacher_final.pt", "--step_number", 6]
+    done = run_script(*TEACHER, *resume, "--output_dir", tmp_path / "two")
+    assert_refused(done, f"--output_dir {tmp_path / 'two'} holds another run (teacher_final.pt), not that of {tmp_path / 'one'}")
+    assert {file: file.read_bytes() for file in (tmp_path / "two").iterdir() if file.is_file()} == before
+    succeed(*TEACHER, *resume, "--output_dir", tmp_path / "three")
+
+
+def test_the_users_own_config_is_kept(tmp_path):
+    content = "# my notes\nlr: 3e-4\n"
+    (tmp_path / "config.yaml").write_text(content)
+    arguments = [*TEACHER, "--config", tmp_path / "config.yaml", "--output_dir", tmp_path]
+    succeed(*arguments)
+    assert (tmp_path / "config.yaml.old").read_text() == content
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 3e-4
+    succeed(*arguments, "--overwrite", "--lr", "1e-4")  # now it is the run's
+    assert [file.name for file in tmp_path.glob("config.yaml*.old*")] == ["config.yaml.old"]
+
+
+def test_in_a_notebook_the_signals_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert train_teacher.main(parse_args(TRAIN_TEACHER, "", [*TINY, *TINY_NET, "--output_dir", str(tmp_path)])) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_one_folder_holds_one_run(runs, tmp_path):
