@@ -196,7 +196,12 @@ DMD2 = [
     Option("max_step_percent", 0.98, share, "... up to this share"),
     Option("objective", "dmd", choice("dmd", "sid"), "the generator's objective: dmd, or score identity distillation (sid)"),
     Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
-    Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per part of a batch"),
+    Option(
+        "f_divergence",
+        "rkl",
+        choice(*F_DIVERGENCES),
+        "divergence that dmd minimises; all but rkl need --gan_classifier, and many images in each part of a batch (grad_accum)",
+    ),
     Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss by noise level; none: plain squared error"),
     Option("gan_classifier", False, flag, "add DMD2's GAN loss on real images"),
     Option("gan_features", "fake", choice("fake", "teacher"), "features for the GAN's heads: fake_unet's or the teacher's"),
