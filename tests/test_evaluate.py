@@ -10,9 +10,10 @@ from PIL import Image
 from test_config import assert_refused
 
 import evaluate
-from support import image_files
+from data import load_dataset
+from support import features, image_files
 from support.config import EVALUATE, parse_args
-from support.metrics import BETTER, frechet_distance, statistics
+from support.metrics import BETTER, best, frechet_distance, statistics, verdict
 from support.plots import training_minutes
 
 CLASSES = [str(i) for i in range(10)]
@@ -43,10 +44,14 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert real["own_label"] > 2 * taught["own_label"] or real["frechet_distance"] < taught["frechet_distance"]
     minutes = [row["minutes"] for row in students]
     assert "minutes" not in real and 0 < minutes[0] < minutes[1]
-    best = found["best"]
-    assert best in [row["checkpoint"] for row in students] and f"recall and coverage: {best}" in text
+    chosen = students[best(students)]
+    assert found["best"] == chosen["checkpoint"] and f"recall and coverage: {found['best']}" in text
     told = found["verdict"]
     assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(BETTER)
+    assert told == verdict(chosen, taught, real)
+    training, held_out = features.split(load_dataset("folder", tmp_path / "set", 8, 1, "cpu"))
+    small = [statistics(features.pixels(part.images)[1]) for part in (held_out, training)]
+    assert real["pixel_frechet_distance"] == pytest.approx(frechet_distance(*small), rel=1e-4)
     assert "worse than its teacher in" in text and "as good as its teacher in" in text
     pictures = {"evaluation.png", "comparison.png", "diversity.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", *pictures}
@@ -184,6 +189,10 @@ def test_an_image_depends_on_its_number_alone(runs, tmp_path):
         assert models[0]["sampler"](models[0]["net"], torch.zeros(1, 1, 8, 8), torch.tensor([0])).dtype == torch.uint8
     assert torch.equal(drawn[0][0], drawn[1][0]) and len(drawn[0][0].unique()) > 3
     assert (drawn[0][1].int() - drawn[1][1].int()).abs().max() <= 1
+
+    model = models[0] | {"images": [], "sampler": lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape)}
+    labels = evaluate.generate(args, [model], (1, 8, 8))
+    assert torch.equal(model["images"][:, 0, 0, 0], labels)
 
 
 def test_fid_reference_is_what_it_says(tmp_path):

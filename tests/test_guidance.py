@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import GaussianDenoiser, tiny_unet
 
 from guidance import GuidanceModel
+from model import Denoiser
 from objectives import dmd_loss, sid_loss
 from sampling import few_step_sampler
 from unified_model import UnifiedModel
@@ -25,7 +26,7 @@ def test_distribution_matching_gradient_is_the_one_on_paper():
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64).requires_grad_()
     noise, sigma = torch.randn_like(x), torch.tensor([0.01, 0.4, 3.0, 60.0], dtype=torch.float64)
-    losses, _ = gaussian_guidance().compute_distribution_matching_loss(x, LABELS, sigma, noise)
+    losses, log = gaussian_guidance().compute_distribution_matching_loss(x, LABELS, sigma, noise)
     losses["loss_dm"].backward()
 
     s = sigma.reshape(4, 1, 1, 1)
@@ -35,6 +36,8 @@ def test_distribution_matching_gradient_is_the_one_on_paper():
     grad = torch.stack([(fake[i] - real[i]) / (x[i].detach() - real[i]).abs().mean() for i in range(4)])
     torch.testing.assert_close(x.grad, grad / x.numel(), rtol=1e-5, atol=1e-12)
     torch.testing.assert_close(losses["loss_dm"].item(), 0.5 * grad.square().mean().item(), rtol=1e-5, atol=0)
+    error = torch.stack([(x[i].detach() - fake[i]) / (x[i].detach() - real[i]).abs().mean() for i in range(4)])
+    torch.testing.assert_close(log["fake_lag"], -(error * grad).sum() / grad.square().sum(), rtol=1e-5, atol=0)
 
 
 def test_non_finite_gradients_become_zero():
@@ -57,6 +60,17 @@ def test_noise_levels_are_ascending_and_drawn_from_their_range():
     assert drawn.min() == sigmas[58] and drawn.max() == sigmas[100]
     drawn = guidance.add_noise(torch.zeros(5000, 1, 1, 1), None, None)[1]
     assert drawn.min() == sigmas[0] and drawn.max() == sigmas[-1]
+
+    guidance.randn = lambda shape, device: torch.ones(shape)  # on zeros the noised image is the noise level
+    labels = torch.zeros(5000, dtype=torch.long)
+    for guidance.objective in ("dmd", "sid"):
+        _, log = guidance.compute_distribution_matching_loss(torch.zeros(5000, 1, 1, 1), labels)
+        assert log["dmtrain_noisy"].min() == sigmas[58] and log["dmtrain_noisy"].max() == sigmas[100]
+    guidance.fake_unet.forward = lambda x, sigma, labels: (seen.append(sigma), x)[1]
+    seen = []
+    guidance.compute_loss_fake(torch.zeros(5000, 1, 1, 1), labels)
+    assert seen[0].min() == sigmas[0] and seen[0].max() == sigmas[-1]
+
     top = GuidanceModel(GaussianDenoiser(0.0, 1.0), min_step_percent=0.9996, max_step_percent=1.0)
     assert (top.min_step, top.max_step) == (999, 999)
 
@@ -294,6 +308,36 @@ def test_one_encoder_pass_serves_both_guidance_losses():
     calls, encoder = [], model.guidance_model.fake_unet.run_encoder
     model.guidance_model.fake_unet.run_encoder = lambda *a, **k: (calls.append(len(a[0])), encoder(*a, **k))[1]
     images = torch.randn(4, 1, 8, 8)
+    torch.manual_seed(1)
     losses, _ = model.guidance_turn(images, LABELS, images[:3], LABELS[:3])
     assert calls == [4, 3] and set(losses) == {"loss_fake_mean", "guidance_cls_loss"}
-    assert F.softplus(torch.zeros(1)).item() * 0.5 < losses["guidance_cls_loss"].item() < 5
+    losses["guidance_cls_loss"].backward()
+    shared = grads(model.guidance_model)
+
+    guidance = model.guidance_model
+    guidance.zero_grad()
+    torch.manual_seed(1)
+    noisy, sigma = guidance.add_noise(images)
+    fake_logits = guidance.cls_pred_branch(guidance.fake_unet.encode(noisy, sigma, LABELS, guidance.gan_resolutions))
+    noisy, sigma = guidance.add_noise(images[:3])
+    real_logits = guidance.cls_pred_branch(guidance.fake_unet.encode(noisy, sigma, LABELS[:3], guidance.gan_resolutions))
+    expected = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+    expected.backward()
+    torch.testing.assert_close(losses["guidance_cls_loss"], expected)
+    torch.testing.assert_close(shared, grads(guidance), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "sid"}, {"f_divergence": "kl"}, {"diffusion_gan": False}])
+def test_each_network_call_has_the_labels_of_its_images(monkeypatch, options):
+    model, seen, precondition = UnifiedModel(GuidanceModel(tiny_unet(), gan_classifier=True, **options)), [], Denoiser.precondition
+    monkeypatch.setattr(
+        Denoiser,
+        "precondition",
+        lambda net, x, sigma, y, features: (seen.append(y.tolist()), precondition(net, x, sigma, y, features))[1],
+    )
+    images, ours, theirs = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 0, 2]), torch.tensor([7, 9, 8, 6])
+    model.generator_turn(images, ours)
+    assert len(seen) >= 4 and all(labels == ours.tolist() for labels in seen)
+    seen.clear()
+    model.guidance_turn(images, ours, images, theirs)
+    assert seen.count(theirs.tolist()) == 1 and seen.count(ours.tolist()) == len(seen) - 1 >= 1

@@ -52,6 +52,13 @@ def test_heun_counts_its_evaluations_and_one_step_takes_one():
     assert sigma.tolist() == [40.0, 40.0]
 
 
+def test_heun_passes_the_labels_on():
+    seen = []
+    labels = torch.tensor([3, 1, 0, 2])
+    heun_sampler(lambda x, sigma, y: (seen.append(y), 0.5 * x)[1], torch.randn(4, 1, 2, 2), labels, num_steps=5)
+    assert len(seen) == 9 and all(torch.equal(y, labels) for y in seen)
+
+
 def test_few_steps_noise_their_own_images_again():
     """x = D(80 z; 80), then D(x + sigma e; sigma) at each further level, with e of the generator; the last image is the result."""
     calls = []

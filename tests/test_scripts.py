@@ -271,7 +271,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_train_and_go_on(runs, tmp_path, name):
-    """Stopped after 2 of 4 steps, against the run that never stopped; the losses are the requested ones."""
+    """Stopped after 2 of 4 steps, against the run that never stopped."""
     teacher = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt"]
     arguments = [*TINY, *teacher, *OBJECTIVES[name], "--dfake_gen_update_ratio", 1, "--save_every", 2, "--log_every", 1]
     succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "straight")
@@ -460,16 +460,13 @@ def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, t
 
 
 def test_gradient_accumulation_takes_the_same_steps(tmp_path):
-    """A batch in four parts against one: loss and gradient agree, except for the order in which the noise is drawn.
-
-    At sigma = 20 the first gradients depend on the mean image and hardly on the noise.
-    """
-    arguments = [*TINY, *TINY_NET, "--log_every", 1, "--dropout", 0, "--P_mean", 3, "--P_std", 1e-9]
+    """A batch in four parts against one: loss and gradient agree."""
+    arguments = [*TINY, *TINY_NET, "--log_every", 1, "--dropout", 0]
     for parts in (1, 4):
         succeed("train_teacher.py", *arguments, "--grad_accum", parts, "--output_dir", tmp_path / str(parts))
     for whole, accumulated in zip(metrics(tmp_path / "1"), metrics(tmp_path / "4"), strict=True):
         for name in ("loss", "grad_norm"):
-            assert whole[name] == pytest.approx(accumulated[name], rel=0.15)
+            assert whole[name] == pytest.approx(accumulated[name], rel=1e-4)
 
 
 def test_without_wandb_it_is_not_imported(tmp_path):

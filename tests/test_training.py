@@ -54,6 +54,17 @@ print(before, new_pages())
     assert before > 50_000 and after < 1000
 
 
+def test_gradients_are_clipped_to_a_total_norm():
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([a, b])
+    for grads, step in (((3.0, 4.0), (0.6, 0.8)), ((0.03, 0.04), (0.03, 0.04))):
+        a.data.zero_(), b.data.zero_()
+        a.grad, b.grad = (torch.tensor([value]) for value in grads)
+        norm = optimizer_step(optimizer, lr=0.1, clip_grad_norm=1.0)
+        assert norm.item() == pytest.approx(math.hypot(*grads))
+        assert (a.item(), b.item()) == pytest.approx([-0.1 * value for value in step], rel=1e-4)
+
+
 def test_learning_rate_rises_and_falls_linearly():
     factors = [lr_factor(step, warmup_steps=4, decay=0.25, step_number=16) for step in range(16)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4:13] == [1.0] * 9 and factors[13:] == [0.75, 0.5, 0.25]

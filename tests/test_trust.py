@@ -22,6 +22,8 @@ from test_scripts import assert_same, load
 import checkpoint
 import train_teacher
 from sampling import class_noise, one_step_sampler
+from support import parallel
+from support import runs as runs_module
 from support.config import TEACHER as TRAIN_TEACHER
 from support.config import parse_args
 
@@ -334,6 +336,25 @@ def test_in_a_notebook_the_signals_are_given_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert train_teacher.main(parse_args(TRAIN_TEACHER, "", [*TINY, *TINY_NET, "--output_dir", str(tmp_path)])) == 0
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
+    """torchrun and a scheduler may both forward it. What the other processes say counts too."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = runs_module.Stop()
+    try:
+        assert not stop.due
+        monkeypatch.setattr(parallel, "agree", lambda reason: 143)
+        assert stop.due and stop.exit_status == 143
+        stop.receive(signal.SIGTERM, None)
+        stop.receive(signal.SIGTERM, None)
+        assert not ended
+        stop.since -= 2
+        stop.receive(signal.SIGTERM, None)
+        assert ended == [143]
+    finally:
+        stop.end()
 
 
 def test_one_folder_holds_one_run(runs, tmp_path):

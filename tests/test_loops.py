@@ -1,0 +1,175 @@
+"""The two training loops against the same steps written out by hand, and what they pass on."""
+
+import functools
+
+import pytest
+import torch
+from conftest import metrics, succeed, tiny_unet, write_images
+
+import checkpoint
+import train_dmd2
+import train_teacher
+from data import Batches, load_dataset
+from guidance import GuidanceModel
+from model import SimpleUNet
+from sampling import random_stream
+from support.config import DMD2, TEACHER, UserError, parse_args
+from unified_model import UnifiedModel
+
+NET = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0)
+
+
+def flags(**options):
+    words = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in options.items()]
+    return [word for group in words for word in group]
+
+
+def adamw(parameters, lr):
+    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+def step(optimizer, lr, most):
+    """One step with gradients of at most the norm `most`. Returns the norm before that."""
+    parameters = optimizer.param_groups[0]["params"]
+    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad *= min(1.0, most / norm.item())
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def average(ema, net, decay):
+    for old, new in zip(ema.values(), net.parameters(), strict=True):
+        old.copy_(decay * old + (1 - decay) * new.detach())
+
+
+def weights(network):
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def assert_close(stored, expected, start):
+    """The weights moved from `start` to where they are expected, within 1% of the way: Adam magnifies rounding where gradients are 0."""
+    flat = [torch.cat([weights[name].flatten() for name in expected]) for weights in (stored, expected, start)]
+    assert (flat[0] - flat[1]).norm() < 0.01 * (flat[1] - flat[2]).norm()
+
+
+FACTORS = [1 / 3, 2 / 3, 1.0, 0.5]  # of the learning rate: three steps of warm-up; the last half of four falls to zero
+
+
+@pytest.mark.parametrize("name", ["mnist5k", "folder"])
+def test_the_teachers_loop_is_edms(tmp_path, name):
+    """Four steps: noise levels, loss, labels, learning rate, clipping, average. Photos are mirrored by default, digits are not."""
+    data_dir = tmp_path if name == "mnist5k" else write_images(tmp_path / "set", size=8)
+    options = dict(lr=1e-2, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.15, P_mean=-0.5, P_std=0.7, clip_grad_norm=0.1, seed=3)
+    run = dict(
+        dataset=name, data_dir=data_dir, output_dir=tmp_path / "run", batch_size=16, step_number=4, log_every=1, device="cpu"
+    )
+    assert train_teacher.main(parse_args(TEACHER, "", flags(**NET, **options, **run))) == 0
+
+    dataset = load_dataset(name, data_dir, 8, None, "cpu")
+    batches = Batches(dataset, 16, seed=3, hflip=name == "folder")
+    torch.manual_seed(3)
+    net = SimpleUNet(**NET, img_channels=dataset.images.shape[1], label_dim=len(dataset.class_names))
+    net.to(memory_format=torch.channels_last)
+    start, ema, optimizer, rows = weights(net), weights(net), adamw(net.parameters(), 1e-2), metrics(tmp_path / "run")
+    for number in range(4):
+        (images, labels), random = next(batches), random_stream(3, 10**9 + number)
+        sigma = (-0.5 + 0.7 * torch.randn(16, generator=random)).exp()[:, None, None, None]
+        noisy = images + sigma * torch.randn(images.shape, generator=random)
+        loss = ((sigma**-2 + 0.5**-2) * (net(noisy, sigma.flatten(), labels) - images) ** 2).mean()
+        loss.backward()
+        norm = step(optimizer, 1e-2 * FACTORS[number], most=0.1)
+        average(ema, net, min(0.15, (number + 1) / (number + 11)))
+        assert rows[number]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+        assert rows[number]["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 0.1
+        assert rows[number]["lr"] == pytest.approx(1e-2 * FACTORS[number])
+    state = checkpoint.load(tmp_path / "run" / "teacher_final.pt")
+    assert_close(state["model_state_dict"], weights(net), start)
+    assert_close(state["ema_state_dict"], ema, start)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The checkpoint of a teacher with random weights, whose images depend on their labels."""
+    folder = tmp_path_factory.mktemp("loops")
+    args = flags(**NET, dataset="mnist5k", data_dir=folder, output_dir=folder, batch_size=16, step_number=1, device="cpu")
+    succeed("train_teacher.py", *args)
+    net = tiny_unet(dropout=0.0, attn_resolutions=[4])
+    path = folder / "teacher_final.pt"
+    checkpoint.save(path, checkpoint.load(path) | {"ema_state_dict": net.state_dict(), "model_config": net.config})
+    return path
+
+
+@pytest.mark.parametrize("gan_lr, clip", [(None, True), (4e-3, True), (4e-3, False)])
+def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
+    """Four iterations at update ratio 2 with two guidance updates each, in two parts per batch; every rate and weight differs."""
+    options = dict(generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.4, clip_grad_norm=0.02, seed=5)
+    options |= dict(dfake_gen_update_ratio=2, guidance_updates=2, gen_cls_loss_weight=0.3, cls_loss_weight=0.7, grad_accum=2)
+    options |= dict(teacher_checkpoint=teacher, conditioning_sigma=4.0, max_step_percent=0.7, ema_decay=0.4)
+    options |= {"gan_lr": gan_lr} if gan_lr else {}
+    run = dict(dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run", batch_size=16, step_number=4, log_every=1)
+    switches = ["--gan_classifier", "--clip_guidance" if clip else "--no-clip_guidance", "--device", "cpu"]
+    assert train_dmd2.main(parse_args(DMD2, "", flags(**options, **run) + switches)) == 0
+
+    batches = Batches(load_dataset("mnist5k", tmp_path, 8, 1, "cpu"), 16, seed=5)
+    torch.manual_seed(5)
+    net = checkpoint.load_network(teacher)
+    guidance = GuidanceModel(net, gan_classifier=True, max_step_percent=0.7, sigma_data=net.sigma_data)
+    model = UnifiedModel(guidance, conditioning_sigma=4.0).eval()
+    generator, fake_unet, heads = model.feedforward_model, guidance.fake_unet, guidance.cls_pred_branch
+    start, first_heads, ema = weights(generator), weights(heads), weights(generator)
+    ours = [adamw(generator.parameters(), 1e-2)]
+    ours += [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), 4e-3)] if gan_lr else []
+    ours += [] if gan_lr else [adamw([*fake_unet.parameters(), *heads.parameters()], 5e-3)]
+    for number, factor in enumerate(FACTORS):
+        real, labels = next(batches)
+        noise, fakes = torch.randn_like(real), []
+        for z, y in zip(noise.chunk(2), labels.chunk(2), strict=True):
+            if number % 2 == 0:
+                losses, _, fake = model.generator_turn(z, y)
+                ((losses["loss_dm"] + 0.3 * losses["gen_cls_loss"]) / 2).backward()
+            else:
+                fake = model.generate(z, y).detach()
+            fakes.append(fake)
+        if number % 2 == 0:
+            assert step(ours[0], 1e-2 * factor, most=0.02) > 0.02
+            average(ema, generator, min(0.4, (number // 2 + 1) / (number // 2 + 3)))
+        for _ in range(2):
+            for fake, y, x in zip(fakes, labels.chunk(2), real.chunk(2), strict=True):
+                losses, _ = model.guidance_turn(fake, y, x, y)
+                ((losses["loss_fake_mean"] + 0.7 * losses["guidance_cls_loss"]) / 2).backward()
+            for optimizer, lr in zip(ours[1:], (5e-3, 4e-3), strict=False):
+                assert step(optimizer, lr * factor, most=0.02 if clip else 1e9) > 0.02
+    state = checkpoint.load(tmp_path / "run" / "dmd2_final.pt")
+    assert_close(state["feedforward_model_state_dict"], weights(generator), start)
+    assert_close(state["guidance_fake_unet_state_dict"], weights(fake_unet), start)
+    assert_close(state["guidance_cls_state_dict"], weights(heads), first_heads)
+    assert_close(state["ema_state_dict"], ema, start)
+
+
+@pytest.mark.parametrize(
+    "options, switches",
+    [
+        (dict(f_divergence="kl", gan_features="teacher", gan_resolutions=[8, 4], num_train_timesteps=500), ["--no-diffusion_gan"]),
+        (dict(objective="sid", sid_alpha=1.2, fake_loss_weighting="none", diffusion_gan_max_timestep=300), []),
+        (dict(min_step_percent=0.1, max_step_percent=0.6, sigma_min=0.01, sigma_max=50.0, rho=5.0), []),
+    ],
+)
+def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, options, switches):
+    seen = {}
+
+    @functools.wraps(GuidanceModel)
+    def stop(*_, **given):
+        seen.update(given)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train_dmd2, "GuidanceModel", stop)
+    run = flags(dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run", batch_size=16, device="cpu")
+    args = parse_args(DMD2, "", [*run, *flags(teacher_checkpoint=teacher, **options), "--gan_classifier", *switches])
+    with pytest.raises(UserError, match="far enough"):
+        train_dmd2.main(args)
+    expected = options | {"gan_classifier": True, "diffusion_gan": not switches}
+    assert {name: seen[name] for name in expected} == expected
