@@ -159,7 +159,7 @@ def network(state, path, device="cpu"):
         net.load_state_dict(weights(state))
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from None
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
     # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output far more coarsely.
     tensor_cores = torch.device(device).type == "cuda"
@@ -177,7 +177,7 @@ def load_network(path, device="cpu"):
 
 def load_teacher(path):
     """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError if it is not a teacher."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise UserError(
             f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py imports a "
             "pretrained one"

@@ -27,11 +27,6 @@ from support.images import save_grid, to_uint8
 from support.parallel import rank
 
 NUMBER = r"(\d{6}|[1-9]\d{6,})\.png"  # the end of the file names that `write_pngs` makes
-FOUND = {  # per format: where its readers look for images, and the file names that this script writes there
-    "png": ("*/**/*", rf"[^/]+/{NUMBER}"),
-    "flat": ("*", rf".+_{NUMBER}"),
-    "npz": ("samples.npz", r"samples\.npz"),
-}
 
 
 def main(args):
@@ -43,7 +38,8 @@ def main(args):
     names = state.get("class_names") or [str(label) for label in range(net.label_dim)]
     classes = choose_classes(args.classes, names)
     output_dir = Path(args.output_dir)
-    earlier = earlier_files(output_dir, args.format, args.overwrite)
+    stems = file_names(names) or ["samples"]
+    earlier = earlier_files(output_dir, args.format, stems, args.overwrite)
     make_folder("--output_dir", output_dir)
     shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
     noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
@@ -63,7 +59,6 @@ def main(args):
         write_npz(output_dir / "samples.npz", images, labels)
         print(f"wrote {output_dir / 'samples.npz'}")
         return
-    stems = file_names(names) or ["samples"]
     by_class = {output_dir / stems[label]: part for label, part in zip(classes, images.split(args.num_samples), strict=True)}
     if args.format == "png":
         for path, class_images in by_class.items():
@@ -83,13 +78,19 @@ def main(args):
     print(f"wrote {number}{of_classes} to {output_dir}")
 
 
-def earlier_files(folder, format, overwrite):
-    """The files of an earlier run of this `format` in `folder`, to be deleted; none for grids.
+def earlier_files(folder, format, stems, overwrite):
+    """The files of an earlier run of this `format` and with these classes, `stems`, in `folder`, to be deleted; none for grids.
 
     Raises UserError if there are some and `overwrite` is off, or if there are images that no run of this format wrote: readers
     would take those for samples. For the same reason, grids are refused in a folder with images of --format flat.
     """
-    where, pattern = FOUND["flat" if format == "grid" else format]
+    stem = ".+" if format == "grid" else f"({'|'.join(map(re.escape, stems))})"
+    where, pattern = {  # where readers of the format look for images, and the file names that this script writes there
+        "png": ("*/**/*", rf"{stem}/{NUMBER}"),
+        "flat": ("*", rf"{stem}_{NUMBER}"),
+        "grid": ("*", rf"{stem}_{NUMBER}"),
+        "npz": ("samples.npz", r"samples\.npz"),
+    }[format]
     files = [path for path in sorted(folder.glob(where)) if path.suffix.lower() in IMAGE_SUFFIXES or format == "npz"]
     ours = [path for path in files if re.fullmatch(pattern, path.relative_to(folder).as_posix())]
     if format == "grid":

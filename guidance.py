@@ -35,7 +35,8 @@ class GuidanceModel(nn.Module):
     randint, randn:            functions that draw noise levels and noise, called like torch's, with a size and a `device`
     total:                     sums a tensor over all processes
 
-    Raises UserError, a ValueError, for `gan_resolutions` that the encoder does not have.
+    Raises UserError, a ValueError, for `gan_resolutions` that the encoder does not have, and for a schedule whose noise levels
+    `real_unet` does not know.
     """
 
     def __init__(
@@ -70,7 +71,10 @@ class GuidanceModel(nn.Module):
         self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
-        karras_sigmas = get_sigmas_karras(num_train_timesteps, *known_range(real_unet, sigma_min, sigma_max), rho).flip(0)
+        low, high = known_range(real_unet, sigma_min, sigma_max)
+        if low >= high:
+            raise UserError(f"--sigma_min {sigma_min} --sigma_max {sigma_max}: the teacher knows none of these noise levels")
+        karras_sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
         self.randint, self.randn, self.total = randint, randn, total
         self.objective, self.sid_alpha, self.f_divergence = objective, sid_alpha, f_divergence

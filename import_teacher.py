@@ -6,6 +6,7 @@ args = (
     exit_on_error(parse_args, IMPORT_TEACHER, __doc__) if __name__ == "__main__" else None
 )  # before torch: --help answers at once
 
+import os
 from pathlib import Path
 
 import checkpoint
@@ -18,12 +19,13 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def main(args):
     """Writes a teacher checkpoint with the options `args` from `parse_args(IMPORT_TEACHER, ...)`."""
     source = Path(args.source)
-    if Path(args.output).exists():
+    if os.path.exists(args.output):
         raise UserError(f"--output {args.output} exists; give another name, or delete it first")
-    net, state, left_out, licence = (load_diffusers if source.is_dir() else load_edm)(source)
+    net, state, left_out, licence = (load_diffusers if os.path.isdir(source) else load_edm)(source)
     label_dim, resolution = net.config["label_dim"], net.config["img_resolution"]
-    edms_ten = label_dim == len(CIFAR10) and source.is_file()  # EDM's only networks with ten classes are for CIFAR-10
-    of_cifar10 = edms_ten or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
+    # EDM's only networks with ten classes are for CIFAR-10.
+    like_edms = label_dim == len(CIFAR10) and net.config["img_channels"] == 3 and os.path.isfile(source)
+    of_cifar10 = like_edms or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
     teacher = {
         "ema_state_dict": state,
         "step": 0,

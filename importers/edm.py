@@ -72,7 +72,7 @@ def read_source(path):
         raise UserError(f"--source {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"--source {path}: {str(error).splitlines()[0]}") from None
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, RecursionError, zipfile.BadZipFile, zlib.error):
+    except (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"--source {path}: damaged, or not an EDM network") from None
 
 
@@ -92,13 +92,16 @@ def read_network(ema):
     known = {"sigma_data": float(precond["sigma_data"])}
     if "dropout" in unet["_init_kwargs"]:
         known["dropout"] = float(unet["_init_kwargs"]["dropout"])
-    licence = "CC BY-NC-SA 4.0" if LICENCE in str(ema.args[0].get("module_src")) else None
+    source = ema.args[0].get("module_src")
+    licence = "CC BY-NC-SA 4.0" if isinstance(source, str) and LICENCE in source else None
     return dict(named_tensors(unet, "", seen=set())), known, licence
 
 
 def persistent(record):
     """(class name, attributes) of an object that `torch_utils.persistence` wrote. The source code stored with them is not used."""
     meta = record.args[0]
+    if not isinstance(meta["class_name"], str):
+        raise ValueError("not an EDM network: a class whose name is no text")
     return meta["class_name"], meta["state"]
 
 

@@ -118,6 +118,8 @@ def run(data):
                 stack.append(named(arg.replace(" ", ".")))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
+                if not isinstance(name, str) or not isinstance(module, str):  # the text of nested lists may be endless
+                    raise Refused("it names something by more than text")
                 stack.append(named(f"{module}.{name}"))
             case "REDUCE" | "NEWOBJ":
                 args, maker = stack.pop(), stack.pop()
@@ -147,7 +149,7 @@ def record(name, args, called):
     if name in DICTS and not args:
         return {}
     if name in SETS:
-        return list(args[0])
+        return args[0]
     if called and name not in CALLS:
         raise Refused(f"it asks to call {name!r:.60}; nothing in it was run")
     return Record(name, args)

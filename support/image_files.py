@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import lzma
 import math
 import os
 import warnings
@@ -23,6 +24,7 @@ from support.parallel import agree, one_first
 LARGE, MOST = 4e9, 20e9
 CHUNK = 1000  # images that are read from files at once
 HEADER = 4096  # bytes at the start of a file of pixels
+FORMATS = ["PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF"]  # Pillow's others include some that start programs
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
@@ -50,7 +52,7 @@ def load_zip(path, shape):
 
     Up to 4 GB of pixels are read into memory. For a larger ZIP, a file with the pixels is written beside it once and
     memory-mapped. Later starts open only that file, as long as the ZIP's size and time of change stay the same. If the file
-    cannot be written, the pixels are read into memory.
+    cannot be created, the pixels are read into memory.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: neither a folder nor a ZIP archive")
@@ -81,7 +83,7 @@ def reading(path):
     """Turns the errors of reading a damaged, encrypted or unusual ZIP into a UserError."""
     try:
         yield
-    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable ZIP archive ({error})") from None
 
 
@@ -99,7 +101,7 @@ def zip_labels(path, archive):
     try:
         listed = json.loads(content).get("labels")
         listed = None if listed is None else {name.replace("\\", "/"): label for name, label in listed}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: dataset.json must hold labels as pairs of file name and class index") from None
     if listed is None:
         return files, torch.zeros(len(files), dtype=torch.long), []
@@ -144,8 +146,8 @@ def read_images(path, files, read, shape):
                 raise UserError(f"{path}: images differ in size ({', '.join(sizes)}); bring them to one size first")
             if pixels.shape[0] != pixels.shape[1]:
                 raise UserError(f"{path}: images are {pixels.shape[1]}x{pixels.shape[0]}; they must be square")
-            chunk.append(pixels)
-        yield resize(torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2), shape[-1])
+            chunk.append(resize(torch.tensor(pixels).permute(2, 0, 1)[None], shape[-1]))  # at once: the originals may be large
+        yield torch.cat(chunk)
 
 
 def in_memory(chunks, count, shape):
@@ -218,7 +220,7 @@ def identity(path):
 def read_image(file, name, channels):
     """Pixels uint8 `[H, W, channels]` of an image of any colour mode; channels: 1 or 3."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise UserError(f"{name}: {image.mode} pixels of more than 8 bits; convert it to 8 bits per channel first")
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))

@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import runpy
+import shutil
 import sys
 import threading
 import time
@@ -218,10 +219,28 @@ def truncated_image(path):
     file.write_bytes(file.read_bytes()[:200])
 
 
+def program_as_image(path):
+    """PostScript, which Pillow would hand to Ghostscript."""
+    write_images(path, each=2)
+    image = Image.open(path / "cat" / "1.png")
+    image.save(path / "cat" / "1.png", "EPS")
+
+
+def nested_labels(path):
+    write_images(path, each=2)
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        archive.write(path / "cat" / "1.png", "1.png")
+        archive.writestr("dataset.json", "[" * 100_000)
+    shutil.rmtree(path)
+    path.with_suffix(".zip").rename(path)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda p: p.mkdir(), "no images"),
+        (program_as_image, r"cat/1.png: not a readable image"),
+        (nested_labels, "pairs of file name and class index"),
         (lambda p: write_images(p, classes=("only",)), "only one class"),
         (mixed_sizes, r"differ in size.*16x16.*24x24"),
         (broken_image, r"cat/1.png: not a readable image"),

@@ -138,6 +138,8 @@ def test_grad_accum_is_the_least_that_fits(runs):
 def test_what_is_missing_is_told_as_in_a_real_run(runs, tmp_path, monkeypatch):
     done = run_script("train_dmd2.py", *DRY, "--teacher_checkpoint", tmp_path / "none.pt")
     assert_refused(done, "imports a pretrained one; --dry_run also takes a network's name: SimpleUNet, SongUNet")
+    done = run_script("train_dmd2.py", *DRY, "--teacher_checkpoint", "DiffusersUNet")  # it has no default arguments
+    assert_refused(done, "--teacher_checkpoint DiffusersUNet: there is no such file")
     done = run_script("train_teacher.py", "--dry_run", "--dataset", "folder", "--data_dir", tmp_path / "none")
     assert_refused(done, "does not exist")
     teacher = runs / "teacher" / "teacher_final.pt"

@@ -185,7 +185,16 @@ def test_images_of_another_run_are_refused_or_deleted(runs, tmp_path, format, na
     assert not (folder / "4").exists()  # an empty folder would be a class without images to --dataset folder
 
 
-@pytest.mark.parametrize("format, name", [("png", "cat/0.png"), ("png", "x/y/000001.png"), ("flat", "overview.png")])
+@pytest.mark.parametrize(
+    "format, name",
+    [
+        ("png", "cat/0.png"),
+        ("png", "x/y/000001.png"),
+        ("png", "cat/000001.png"),
+        ("flat", "overview.png"),
+        ("flat", "frame_000001.png"),
+    ],
+)
 def test_images_of_nobodys_are_neither_deleted_nor_joined(runs, tmp_path, format, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(tmp_path / name)

@@ -75,6 +75,14 @@ def test_noise_levels_are_ascending_and_drawn_from_their_range():
     assert (top.min_step, top.max_step) == (999, 999)
 
 
+def test_a_schedule_that_the_teacher_does_not_know_is_refused():
+    teacher = GaussianDenoiser(0.0, 1.0)
+    teacher.sigma_min, teacher.sigma_max = 0.01, 14.6
+    assert GuidanceModel(teacher, sigma_min=0.002).karras_sigmas[[0, -1]].tolist() == pytest.approx([0.01, 14.6])
+    with pytest.raises(ValueError, match="--sigma_min 20 --sigma_max 80: the teacher knows none of these noise levels"):
+        GuidanceModel(teacher, sigma_min=20, sigma_max=80)
+
+
 def test_fake_loss_is_edm_weighted_error():
     """A denoiser that is off by exactly e has the loss mean of (sigma^-2 + sigma_data^-2) e^2."""
     guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), sigma_data=0.4)

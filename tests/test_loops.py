@@ -51,7 +51,7 @@ def weights(network):
 
 
 def assert_close(stored, expected, start):
-    """The weights moved from `start` to where they are expected, within 1% of the way: Adam magnifies rounding where gradients are 0."""
+    """The weights moved from `start` to where they are expected, within 1% of the way: Adam magnifies rounding."""
     flat = [torch.cat([weights[name].flatten() for name in expected]) for weights in (stored, expected, start)]
     assert (flat[0] - flat[1]).norm() < 0.01 * (flat[1] - flat[2]).norm()
 

@@ -57,6 +57,7 @@ HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line mess
     "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no entry `ema`"),
     "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), "damaged, or not a pickle"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
+    "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), "it names something by more than text"),
     "registry": (lambda command: opcodes(b"\x82\x01"), "it has the opcode EXT1"),
     "text": (lambda command: b"no pickle", "damaged, or not a pickle"),
     "cut": (lambda command: pickle.dumps(["a" * 99])[:50], "damaged, or not a pickle"),
