@@ -165,9 +165,8 @@ def run(script, options):
             with suppress(KeyboardInterrupt):  # the terminal sends it to both
                 process.wait()
         signal.signal(signal.SIGTERM, before)
-        status = process.returncode
-    if status:
-        sys.exit(status)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def result_of(args, options, real):

@@ -95,9 +95,9 @@ def main(args):
         fid_reference = metrics.statistics(inception(dataset.images)[0].to(place))
 
     # ---- the models -----------------------------------------------------------------------------------------------------
-    labels = generate(args, models, dataset.images.shape[1:])
     files = dict.fromkeys(Path(model["file"]).with_name("metrics.jsonl") for model in models)
     logs = {file.parent: read_metrics(file) for file in files if file.exists() and file.stat().st_size}
+    labels = generate(args, models, dataset.images.shape[1:])
     for model in models:
         seen = see(model["images"])
         if rank():

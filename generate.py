@@ -88,9 +88,8 @@ def earlier_files(folder, format, stems, overwrite):
     where, pattern = {  # where readers of the format look for images, and the file names that this script writes there
         "png": ("*/**/*", rf"{stem}/{NUMBER}"),
         "flat": ("*", rf"{stem}_{NUMBER}"),
-        "grid": ("*", rf"{stem}_{NUMBER}"),
         "npz": ("samples.npz", r"samples\.npz"),
-    }[format]
+    }["flat" if format == "grid" else format]
     files = [path for path in sorted(folder.glob(where)) if path.suffix.lower() in IMAGE_SUFFIXES or format == "npz"]
     ours = [path for path in files if re.fullmatch(pattern, path.relative_to(folder).as_posix())]
     if format == "grid":

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -214,7 +215,7 @@ def resume(path, folder, kind):
 
 def set_aside(file):
     """Renames `file`, so that its name ends in .old, or in .old2, .old3, ... where there is one."""
-    names = (file.with_name(f"{file.name}.old{number}") for number in ("", *range(2, 1_000_000)))
+    names = (file.with_name(f"{file.name}.old{number}") for number in chain([""], count(2)))
     file.rename(next(name for name in names if not name.exists()))
 
 

@@ -108,7 +108,7 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     """Four iterations at update ratio 2 with two guidance updates each, in two parts per batch; every rate and weight differs."""
     options = dict(generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.4, clip_grad_norm=0.02, seed=5)
     options |= dict(dfake_gen_update_ratio=2, guidance_updates=2, gen_cls_loss_weight=0.3, cls_loss_weight=0.7, grad_accum=2)
-    options |= dict(teacher_checkpoint=teacher, conditioning_sigma=4.0, max_step_percent=0.7, ema_decay=0.4)
+    options |= dict(teacher_checkpoint=teacher, conditioning_sigma=4.0, max_step_percent=0.7)
     options |= {"gan_lr": gan_lr} if gan_lr else {}
     run = dict(dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run", batch_size=16, step_number=4, log_every=1)
     switches = ["--gan_classifier", "--clip_guidance" if clip else "--no-clip_guidance", "--device", "cpu"]
@@ -121,9 +121,11 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     model = UnifiedModel(guidance, conditioning_sigma=4.0).eval()
     generator, fake_unet, heads = model.feedforward_model, guidance.fake_unet, guidance.cls_pred_branch
     start, first_heads, ema = weights(generator), weights(heads), weights(generator)
-    ours = [adamw(generator.parameters(), 1e-2)]
-    ours += [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), 4e-3)] if gan_lr else []
-    ours += [] if gan_lr else [adamw([*fake_unet.parameters(), *heads.parameters()], 5e-3)]
+    generators = adamw(generator.parameters(), 1e-2)
+    if gan_lr:
+        guidances = [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), gan_lr)]
+    else:
+        guidances = [adamw([*fake_unet.parameters(), *heads.parameters()], 5e-3)]
     for number, factor in enumerate(FACTORS):
         real, labels = next(batches)
         noise, fakes = torch.randn_like(real), []
@@ -135,13 +137,13 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
                 fake = model.generate(z, y).detach()
             fakes.append(fake)
         if number % 2 == 0:
-            assert step(ours[0], 1e-2 * factor, most=0.02) > 0.02
+            assert step(generators, 1e-2 * factor, most=0.02) > 0.02
             average(ema, generator, min(0.4, (number // 2 + 1) / (number // 2 + 3)))
         for _ in range(2):
             for fake, y, x in zip(fakes, labels.chunk(2), real.chunk(2), strict=True):
                 losses, _ = model.guidance_turn(fake, y, x, y)
                 ((losses["loss_fake_mean"] + 0.7 * losses["guidance_cls_loss"]) / 2).backward()
-            for optimizer, lr in zip(ours[1:], (5e-3, 4e-3), strict=False):
+            for optimizer, lr in zip(guidances, (5e-3, gan_lr), strict=False):
                 assert step(optimizer, lr * factor, most=0.02 if clip else 1e9) > 0.02
     state = checkpoint.load(tmp_path / "run" / "dmd2_final.pt")
     assert_close(state["feedforward_model_state_dict"], weights(generator), start)
