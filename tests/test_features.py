@@ -156,7 +156,7 @@ def test_steps_suit_the_data():
     assert plan(8, 8)[0] * 8 >= 300 * 2
 
 
-@pytest.mark.parametrize("each,size,channels,classes", [(5, 8, 1, 2), (5, 64, 3, 2), (1, 11, 3, 10), (3, 48, 1, 4)])
+@pytest.mark.parametrize("each,size,channels,classes", [(10, 8, 1, 2), (10, 64, 3, 2), (2, 11, 3, 10), (5, 48, 1, 4)])
 def test_judges_of_tiny_data(tmp_path, monkeypatch, each, size, channels, classes):
     plan = features.plan
     monkeypatch.setattr(features, "plan", lambda dataset: (3, plan(dataset)[1]))

@@ -90,6 +90,7 @@ def test_checkpoints_from_before_groups_were_recorded_are_what_they_were(runs, t
     inputs = torch.randn(2, 1, 8, 8), torch.ones(2), torch.tensor([0, 1])
     earlier, today = (checkpoint.load_network(tmp_path / name) for name in ("earlier.pt", "run/teacher_final.pt"))
     assert torch.equal(earlier(*inputs), today(*inputs))
+    arguments += ["--output_dir", tmp_path / "resumed"]
     resume = [*arguments, "--resume_from_checkpoint", tmp_path / "earlier.pt", "--step_number", 5]
     assert_refused(run_script("train_teacher.py", *resume, "--channels_per_group", 16), "not a teacher with this network")
     succeed("train_teacher.py", *resume)
