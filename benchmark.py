@@ -22,7 +22,7 @@ from guidance import GuidanceModel
 from model import SimpleUNet, denoising_loss, memory_layout
 from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
-from support.costs import convolution_shapes, convolutions, count, dmd2_memory, shares_by_operator, time_in_turn
+from support.costs import convolution_shapes, convolutions, count, shares_by_operator, time_in_turn
 from support.device import autocast, choose_device, compile_networks
 from support.logger import Logger
 from support.training import build_optimizer, optimizer_step, update_ema
@@ -44,8 +44,6 @@ def main(args):
         tasks |= ceiling_tasks
         counts = {name: count(partial(task, lambda part: None)) for name, task in tasks.items()}
         by_operator = shares_by_operator(partial(tasks["teacher step"], lambda part: None), 5, device)
-        with autocast(args, device):
-            counted = dmd2_memory(net, batch, shapes)
         compile_networks(args, *networks)
         seconds = time_in_turn(tasks, args.repeats, device)
 
@@ -65,7 +63,6 @@ def main(args):
             "seconds": seconds[name],
         }
     step = seconds["teacher step"]
-    weights = 8 * 4 * sum(parameter.numel() for parameter in net.parameters())
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -76,7 +73,6 @@ def main(args):
         "compile": args.compile,
         "ceilings": ceilings,
         "rows": rows,
-        "dmd2_memory": {"counted": counted, "measured": weights + max(counts["guidance turn"][1], counts["generator turn"][1])},
         "operators": by_operator,
         "not_network": 1 - step["network"] / sum(step.values()),
         "speed_ratio": rows["one step"]["images_per_second"] / rows["Heun, 18 steps"]["images_per_second"],
@@ -106,6 +102,7 @@ def training_and_sampling(args, device):
     batches = Batches(Dataset(pixels, labels, [str(i) for i in range(classes)]), args.batch_size, args.seed, args.hflip)
     images, labels = next(batches)
     noise = torch.randn_like(images)
+    args.wandb = False
     logger = Logger(args)
     logger.bar.leave = False
     logger.bar.close()
@@ -175,8 +172,6 @@ def report(result):
     print("teacher step: " + ", ".join(f"{part} {value / sum(step.values()):.1%}" for part, value in step.items()))
     operators = [f"{name} {share:.1%}" for name, share in list(result["operators"].items())[:8]]
     print("by operator, before compiling: " + ", ".join(operators))
-    memory = {name: value / 1e6 for name, value in result["dmd2_memory"].items()}
-    print(f"peak memory of DMD2's tensors: {memory['measured']:.0f} MB measured, {memory['counted']:.0f} MB estimated")
     print(f"one step is {result['speed_ratio']:.1f} times as fast as 18 Heun steps")
 
 

@@ -4,6 +4,7 @@ from support.config import COMPARE, DMD2, UserError, exit_on_error, make_folder,
 
 args = exit_on_error(parse_args, COMPARE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from support.plots import plot_comparison, read_metrics
 
 POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.
-FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "sample_every", "device", "compile"}
+FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "keep_every", "sample_every", "device", "compile"}
 
 
 def main(args):
@@ -83,10 +84,12 @@ def machine(args):
 def check_settings(args, folder):
     """Stores in `folder` what all its results have in common. Raises UserError if those that are there have something else."""
     settings = {name: getattr(args, name) for name in ("minutes", "forward_passes", "features", "num_samples")}
+    digest = hashlib.sha256(Path(args.teacher_checkpoint).read_bytes()).hexdigest()  # it may have been trained anew
+    settings["teacher_checkpoint"] = f"{args.teacher_checkpoint} (SHA-256 {digest[:8]})"
     path = folder / "settings.json"
     stored = json.loads(path.read_text()) if path.exists() else settings
     for name, value in settings.items():
-        if stored[name] != value:
+        if stored.get(name, value) != value:
             raise UserError(f"{folder} holds results for {name} {stored[name]}, not {value}: choose another --output_dir")
     with writing(path):
         path.write_text(json.dumps(settings) + "\n")
@@ -116,7 +119,8 @@ def steps_of(args, folder, options):
         return max(1, round(args.forward_passes / passes_per_iteration(options)))
     steps = 20 * options.dfake_gen_update_ratio
     with tempfile.TemporaryDirectory() as scratch:  # only the second half of this trial is timed
-        run("train_dmd2.py", public(options) | {"output_dir": scratch, "step_number": steps, "log_every": steps // 2})
+        trial = {"output_dir": scratch, "step_number": steps, "log_every": steps // 2, "wandb": False}
+        run("train_dmd2.py", public(options) | trial)
         pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
     return max(1, round(60 * args.minutes * pace))
 
@@ -137,8 +141,13 @@ def train(options, steps):
     folder = Path(options.output_dir)
     if not (folder / "dmd2_final.pt").exists():
         resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
-        changes = {"step_number": steps, "save_every": -(-steps // POINTS), "keep_last": POINTS + 1, "sample_every": steps}
+        changes = {"step_number": steps, "save_every": spacing(steps), "keep_every": spacing(steps), "sample_every": steps}
         run("train_dmd2.py", public(options) | changes | {"resume_from_checkpoint": resume})
+
+
+def spacing(steps):
+    """The iterations from one evaluated checkpoint to the next, in a run of `steps`."""
+    return -(-steps // POINTS)
 
 
 def measure(args, options, path, output_dir):
@@ -181,6 +190,8 @@ def result_of(args, options, real):
             f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two judges, or "
             "from other options; delete the older one to measure it again"
         )
+    last = points[-1]["step"]
+    points = [point for point in points if point["step"] in (*range(0, last, spacing(last)), last)]  # without those of stops
     rows = read_metrics(folder / "metrics.jsonl")
     lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
     return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}

@@ -90,33 +90,6 @@ def shares_by_operator(task, repeats, device):
     return {name: spent / total for name, spent in sorted(seconds.items(), key=lambda item: -item[1])}
 
 
-def saved_for_backward(net, *inputs):
-    """The bytes that a forward pass of `net` keeps for the backward pass, without parameters."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    saved = {}  # by storage, which two saved tensors may share
-
-    def pack(tensor):
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(*inputs)
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters)
-
-
-def dmd2_memory(net, batch, shapes):
-    """An estimate of DMD2's memory in bytes.
-
-    It is the weights of four networks (teacher, `fake_unet`, generator, average), Adam's two moments for two of them, the
-    activations of the network in training, and one block of a network without gradients. In the backward pass gradients replace
-    activations, so only the larger of the two counts.
-    """
-    weights = 4 * sum(parameter.numel() for parameter in net.parameters())
-    activations = saved_for_backward(net, batch[0], 1.0, batch[1])
-    widest = 4 * len(batch[0]) * max(in_channels * side**2 for _, in_channels, side in shapes)
-    return 8 * weights + max(weights, activations + 4 * widest)
-
-
 def time_in_turn(tasks, repeats, device):
     """The median seconds of each part of each task, timed in turn, so that changes in the machine's speed affect all equally."""
     seconds = {name: defaultdict(list) for name in tasks}

@@ -25,8 +25,8 @@ class DryRun(Run):
     """A `Run` that only counts. It traces the script's own loop, locks no folder and writes nothing.
 
     For each level of the student, the loop runs one iteration with a generator update and, if there are such, one without. A batch
-    in many parts (`--grad_accum`) is traced in two: FLOPs are proportional to the images, and a third part takes the memory of
-    the second.
+    in many parts (`--grad_accum`) is traced in two, since a third part takes the memory of the second; its FLOPs are those of the
+    batch in one part.
     """
 
     def __init__(self, args, kind):
@@ -70,6 +70,8 @@ class DryRun(Run):
         args = self.args
         updates = getattr(args, "dfake_gen_update_ratio", 1)
         flops, memory = yield from self.trace_levels(0, self.parts_asked, updates)
+        if self.parts_asked > 2:  # Muon's own products count once per batch, so a traced part of it would give them too much weight
+            flops, _ = yield from self.trace_levels(0, 1, updates)
         if updates > 1:
             flops_between, _ = yield from self.trace_levels(1, 1, updates)  # on `meta` large tensors cost nothing
             flops = (flops + (updates - 1) * flops_between) / updates

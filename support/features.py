@@ -161,7 +161,7 @@ def classifier(dataset, cache, device):
             network.load_state_dict(state["model_state_dict"])
         else:
             train_classifier(network, train_set, Path(cache), fingerprint)
-    barrier()  # over gloo, whose timeout is longer than NCCL's
+    barrier()
     broadcast(network)
     network.eval()
 

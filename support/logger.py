@@ -49,10 +49,13 @@ class Logger:
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since the last were sent
-        self.wandb_run = self.start_wandb(wandb_run_id) if args.wandb and self.writes else None
+        self.wandb_run_id = wandb_run_id
+        self.wandb_run = self.start_wandb() if args.wandb and self.writes else None
+        if self.wandb_run:
+            self.wandb_run_id = self.wandb_run.id
 
-    def start_wandb(self, run_id):
-        """The W&B run, continued if `run_id` is given. If W&B fails, prints that and returns None: training goes on without it."""
+    def start_wandb(self):
+        """The W&B run, that of `wandb_run_id` if there is one. If W&B fails, prints that and returns None: training goes on."""
         args = self.args
         try:
             import wandb  # only if enabled: it takes a second, and need not be installed
@@ -65,7 +68,7 @@ class Logger:
                     mode=args.wandb_mode,
                     dir=args.wandb_dir,
                     config=public(args),
-                    id=run_id,
+                    id=self.wandb_run_id,
                     resume="allow",
                     # W&B records the command line in a run's metadata, but must not if that contains the key.
                     settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
@@ -161,10 +164,6 @@ class Logger:
             options = dict(type="model", aliases=[path.stem])
             with wandb_folders(self.args.wandb_dir):
                 self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **options))
-
-    @property
-    def wandb_run_id(self):
-        return self.wandb_run.id if self.wandb_run else None
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)

@@ -30,7 +30,8 @@ def start(device):
         # threads then sometimes abort the process when they free tensors.
         import torch.distributed.nn  # noqa: F401
 
-        dist.init_process_group(backends(device))
+        # All others wait while rank 0 trains a judge, or writes the pixels of a large ZIP.
+        dist.init_process_group(backends(device), timeout=timedelta(hours=3))
         atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends

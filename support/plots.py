@@ -109,7 +109,7 @@ def plot_comparison(teacher, results, path):
             points = [one["points"] for one in runs]
             if points:
                 middle = [
-                    [median(p[key] for p in moment) for moment in zip(*points, strict=False)] for key in ("minutes", figure_name)
+                    [median(p[key] for p in moment) for moment in zip(*points, strict=True)] for key in ("minutes", figure_name)
                 ]
                 (line,) = axis.plot(*middle, label=name)
                 last = [(p["minutes"], p[figure_name]) for run in points for p in run]

@@ -63,9 +63,9 @@ class Run:
             self.restore()
         if parallel.agree(self.step) != self.step:  # also waits here until all have loaded the checkpoint
             raise UserError("the processes resume from different checkpoints; --output_dir must be one folder for all machines")
-        if not parallel.rank():
-            self.take_folder()
-        self.logger = Logger(self.args, self.step, self.resumed and self.resumed.get("wandb_run_id"))
+        continues = parallel.rank() or self.take_folder()
+        # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
+        self.logger = Logger(self.args, self.step, self.resumed.get("wandb_run_id") if self.resumed and continues else None)
         if self.resumed and not self.done:
             self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
         if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
@@ -109,7 +109,10 @@ class Run:
             torch.get_device_module(self.device).set_rng_state(own.cpu())  # of the current device, which `choose_device` set
 
     def take_folder(self):
-        """Locks the folder: refuses another run's, cleans up after a kill, and renames checkpoints of steps after `step`."""
+        """Locks the folder: refuses another run's, cleans up after a kill, and renames checkpoints of steps after `step`.
+
+        Returns whether this continues the resumed run and does not branch off: in its folder, which holds no later checkpoints.
+        """
         args = self.args
         make_folder("--output_dir", self.folder / "samples")
         with writing(self.folder):
@@ -126,7 +129,8 @@ class Run:
                     f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
                     "resume it with --resume_from_checkpoint latest, or start a new one with --overwrite"
                 )
-            if holds and self.resumed and Path(self.resumed_from).resolve().parent != self.folder.resolve():
+            continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
+            if holds and self.resumed and not continues:
                 raise UserError(
                     f"--output_dir {self.folder} holds another run ({holds[-1][1].name}), not that of {self.resumed_from}; "
                     f"give --output_dir {Path(self.resumed_from).parent}, or a new folder"
@@ -138,6 +142,7 @@ class Run:
                     file.unlink()
                 elif step > self.step:  # from another continuation, which `latest` must not find
                     set_aside(file)
+                    continues = False
             self.cut_metrics()
             # config.yaml is to repeat the run from its start
             afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
@@ -146,6 +151,7 @@ class Run:
             if path.exists() and not holds and path.read_text(encoding="utf-8", errors="replace") != content:
                 set_aside(path)  # the user's own
             path.write_text(content, encoding="utf-8")
+        return continues
 
     def cut_metrics(self):
         """Drops the lines of `metrics.jsonl` after `step`, and an incomplete one."""
@@ -192,6 +198,7 @@ class Run:
         if not self.done:
             self.logger.message(f"stopped after step {self.step}; resume with --resume_from_checkpoint {self.folder / name}")
         self.logger.close()
+        parallel.barrier()  # after the first process that ends with a signal's status, torchrun ends the others at once
         self.stop.end()
         if not parallel.rank():
             self.lock.close()
@@ -223,8 +230,8 @@ class Stop:
     """Ends a loop after the current step: on SIGINT, SIGTERM or SIGHUP (a closed terminal), or after `max_minutes`.
 
     A second SIGINT or SIGTERM ends the process at once, except within a second of the first: torchrun and a scheduler may both
-    forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun `due` asks all processes, so
-    that they stop after the same step.
+    forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored (torchrun starts its processes with the
+    default, even under nohup). Under torchrun `due` asks all processes, so that they stop after the same step.
     """
 
     def __init__(self, max_minutes=None):

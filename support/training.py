@@ -57,16 +57,33 @@ class Muon(torch.optim.Optimizer):
             self.state.update(part.state)  # the moments, for whoever counts them
 
     def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """The states of both parts. Momentum has the shape of its parameter, whatever the memory layout on this device."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        moments = state["muon"]["state"]
+        state["muon"]["state"] = {
+            index: {"momentum_buffer": from_matrix(moments[index]["momentum_buffer"], self.hidden[index])} for index in moments
+        }
+        return state
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             load_optimizer(part, state[name])
+        shapes = dict(zip(self.matrices, self.hidden, strict=True))
+        for matrix, moments in self.parts["muon"].state.items():
+            if moments["momentum_buffer"].dim() > 2:  # older checkpoints have the matrix
+                moments["momentum_buffer"] = as_matrix(moments["momentum_buffer"], shapes[matrix])
 
 
 def as_matrix(tensor, parameter):
     """`tensor`, `[out, ...]`, as a matrix `[out, n]`, its columns in the order in which `parameter`, of its shape, is stored."""
     return (tensor if parameter.is_contiguous() else tensor.movedim(1, -1)).reshape(len(tensor), -1)
+
+
+def from_matrix(matrix, parameter):
+    """The inverse of `as_matrix`: a tensor of the shape of `parameter`."""
+    if parameter.is_contiguous():
+        return matrix.reshape(parameter.shape)
+    return matrix.reshape(parameter.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def load_optimizer(optimizer, state):

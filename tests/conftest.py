@@ -154,3 +154,17 @@ def inception_weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+def saved_for_backward(net, *inputs):
+    """The bytes that a forward pass of `net` keeps for the backward pass, without parameters."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    saved = {}  # by storage, which two saved tensors may share
+
+    def pack(tensor):
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(*inputs)
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in parameters)

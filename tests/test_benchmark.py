@@ -35,7 +35,6 @@ def test_benchmark_tells_speed_ceiling_and_memory(tmp_path):
         assert name in told and rows[name]["images_per_second"] > 0 and rows[name]["share_of_ceiling"] > 0
     assert rows["Heun, 18 steps"]["images_per_second"] < rows["one step"]["images_per_second"]
     assert not find_spec("diffusers") or rows["diffusers step"]["images_per_second"] > 0
-    assert abs(result["dmd2_memory"]["measured"] / result["dmd2_memory"]["counted"] - 1) < 0.15
     assert set(rows["teacher step"]["seconds"]) == {"data and noise", "network", "clipping and optimizer", "average", "logging"}
     operators = result["operators"]
     assert abs(sum(operators.values()) - 1) < 1e-6 and {"convolution", "group_norm", "silu"} <= operators.keys()

@@ -131,6 +131,26 @@ def test_figures_of_two_judges_are_not_compared(compared):
     assert_refused(done, f"{file} and that of the teacher differ for real images")
 
 
+def test_results_of_another_teacher_are_not_taken_for_these(compared):
+    """Not even if it has the same name."""
+    folder, arguments, _ = compared
+    settings = folder / "out" / "settings.json"
+    text = settings.read_text()
+    settings.write_text(text.replace("SHA-256 ", "SHA-256 0"))
+    done = run_script("compare.py", *arguments, "--forward_passes", 24)
+    settings.write_text(text)
+    assert_refused(done, f"{folder / 'out'} holds results for teacher_checkpoint {arguments[4]} (SHA-256 0")
+
+
+def test_a_checkpoint_of_a_stop_is_no_point_of_the_curve(tmp_path, monkeypatch):
+    """All seeds have the same points: a quarter, half, three quarters and all of the run."""
+    rows = [{"frechet_distance": 1.0}, *({"step": step} for step in (230, 460, 500, 690, 917))]
+    monkeypatch.setattr(compare, "measure", lambda *arguments: rows)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 917, "fake_lag": 0.2}\n')
+    result = compare.result_of(None, compare.Namespace(output_dir=tmp_path, seed=0), rows[0])
+    assert [point["step"] for point in result["points"]] == [230, 460, 690, 917]
+
+
 def test_a_run_that_was_stopped_is_gone_on_with(compared):
     """Its last checkpoint and its evaluation are lost: the rest is trained, and the weights come out as before."""
     folder, arguments, _ = compared

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from conftest import saved_for_backward
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model import SimpleUNet
 from networks.song_unet import SongUNet
-from support.costs import count, saved_for_backward
+from support.costs import count
 
 
 def test_counted_arithmetic_is_that_of_the_convolution():

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_NET, run_script, succeed, write_zip
+from conftest import ROOT, TINY, TINY_NET, needs_muon, run_script, saved_for_backward, succeed, write_zip
 from test_config import assert_refused
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +15,7 @@ from model import SimpleUNet
 from networks.song_unet import SongUNet
 from support import config
 from support.config import DMD2, TEACHER, UserError, parse_args
-from support.costs import LiveMemory, saved_for_backward
+from support.costs import LiveMemory
 from support.dry_run import AsOnCuda, on_device
 from support.runs import Run
 from unified_model import UnifiedModel
@@ -133,6 +133,14 @@ def test_grad_accum_is_the_least_that_fits(runs):
     seconds = rows(printed)["tflop"] / 0.04
     assert f"{seconds:.3g} s per iteration, {seconds * 100_000 / 3600:.3g} hours" in printed
     assert "too little even for one image" in succeed("train_dmd2.py", *arguments, "--memory_gb", 1e-4)
+
+
+@needs_muon
+def test_a_batch_in_parts_takes_the_same_arithmetic():
+    """Muon's products count once per batch."""
+    arguments = [*DRY, *TINY_NET, "--optimizer", "muon"]
+    whole, parts = (rows(succeed("train_teacher.py", *arguments, "--grad_accum", n))["tflop"] for n in (1, 8))
+    assert parts == pytest.approx(whole, rel=1e-3)
 
 
 def test_what_is_missing_is_told_as_in_a_real_run(runs, tmp_path, monkeypatch):

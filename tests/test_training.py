@@ -1,3 +1,4 @@
+import copy
 import math
 import platform
 import subprocess
@@ -144,6 +145,47 @@ def test_muon_knows_the_blocks_of_every_network(network):
     torch.testing.assert_close(head.weight.detach(), before * (1 - 1e-5) - 1e-3)  # AdamW's first step has size lr
     with pytest.raises(UserError, match="none of the blocks of Conv2d"):
         Muon(head, 1e-3)
+
+
+@needs_muon
+@pytest.mark.parametrize("layouts", [[torch.contiguous_format, torch.channels_last], [torch.channels_last] * 2])
+def test_muons_momentum_does_not_depend_on_the_memory_layout(layouts):
+    """A network that goes on in another layout, as on another device, makes the same next step."""
+    torch.manual_seed(0)
+    net, other = tiny_unet().to(memory_format=layouts[0]), tiny_unet().to(memory_format=layouts[1])
+    optimizers = [Muon(network, 1e-2) for network in (net, other)]
+    gradients = [[torch.randn_like(parameter) for parameter in net.parameters()] for _ in range(2)]
+
+    def step(network, optimizer, gradients):
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        optimizer_step(optimizer, 1e-2, math.inf)
+
+    step(net, optimizers[0], gradients[0])
+    state = copy.deepcopy(optimizers[0].state_dict())
+    assert state["muon"]["state"][0]["momentum_buffer"].shape == optimizers[0].hidden[0].shape
+    other.load_state_dict(net.state_dict())
+    optimizers[1].load_state_dict(state)
+    for network, optimizer in zip((net, other), optimizers, strict=True):
+        step(network, optimizer, gradients[1])
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)  # Newton-Schulz computes in bfloat16, in another order
+
+
+@needs_muon
+def test_muon_goes_on_from_momentum_that_was_stored_as_matrices():
+    """As in older checkpoints."""
+    net = tiny_unet().to(memory_format=torch.channels_last)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer, other = Muon(net, 1e-2), Muon(net, 1e-2)
+    optimizer_step(optimizer, 1e-2, math.inf)
+    older = {name: part.state_dict() for name, part in optimizer.parts.items()}
+    for state in (older, optimizer.state_dict()):
+        other.load_state_dict(copy.deepcopy(state))
+        for ours, theirs in zip(optimizer.matrices, other.matrices, strict=True):
+            moments = [one.parts["muon"].state[matrix]["momentum_buffer"] for one, matrix in ((optimizer, ours), (other, theirs))]
+            assert torch.equal(*moments)
 
 
 def test_muon_needs_a_torch_that_has_it(monkeypatch):

@@ -321,6 +321,14 @@ def test_a_run_does_not_go_on_in_the_folder_of_another(tmp_path):
     succeed(*TEACHER, *resume, "--output_dir", tmp_path / "three")
 
 
+def test_checkpoints_may_be_links_to_another_disk(tmp_path):
+    succeed(*TEACHER, "--output_dir", tmp_path / "run")
+    final = tmp_path / "run" / "teacher_final.pt"
+    final.symlink_to(final.rename(tmp_path / "large.pt"))
+    succeed(*TEACHER, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", "--step_number", 6)
+    assert load(final)["step"] == 6
+
+
 def test_the_users_own_config_is_kept(tmp_path):
     content = "# my notes\nlr: 3e-4\n"
     (tmp_path / "config.yaml").write_text(content)
@@ -415,7 +423,10 @@ def test_another_thread_count_gives_the_same_images(runs):
 
 
 def test_wandb_run_is_continued(tmp_path):
-    """The id of the run is in the checkpoint, and a resumed run uses it."""
+    """The id of the run is in the checkpoint, and a resumed run uses it, even after a part without W&B.
+
+    W&B drops what is sent for earlier steps than it has. So a run that branches off, here or into another folder, gets a new id.
+    """
     flags = [
         "--wandb",
         "--wandb_mode",
@@ -432,6 +443,14 @@ def test_wandb_run_is_continued(tmp_path):
     ids = {load(file)["wandb_run_id"] for file in (tmp_path / "out").glob("*.pt")}
     folders = list((tmp_path / "w").glob("wandb/offline-run-*"))
     assert len(ids) == 1 and len(folders) == 2 and all(folder.name.endswith(next(iter(ids))) for folder in folders)
+    succeed(*TEACHER, *flags, "--no-wandb", "--step_number", 8, "--resume_from_checkpoint", "latest")
+    assert {load(tmp_path / "out" / "teacher_final.pt")["wandb_run_id"]} == ids
+
+    earlier = tmp_path / "out" / "teacher_checkpoint_step_6.pt"
+    succeed(*TEACHER, *flags, "--step_number", 8, "--resume_from_checkpoint", earlier, "--output_dir", tmp_path / "branch")
+    succeed(*TEACHER, *flags, "--step_number", 8, "--resume_from_checkpoint", earlier)
+    ids |= {load(tmp_path / folder / "teacher_final.pt")["wandb_run_id"] for folder in ("branch", "out")}
+    assert len(ids) == 3
 
 
 def test_bugs_show_their_traceback(tmp_path):
