@@ -8,7 +8,7 @@ Every option of every script, with its default and what it means. `SCRIPT --help
 
 `--config FILE` reads options from YAML: the keys are the flags' names without dashes, and `wandb: {project: ...}` stands for
 `wandb_project: ...`. A flag beats the file, and the file beats the default. A misspelt name is an error. On/off flags have a
-negative: `--no-hflip`.
+negative: `--no-hflip`. Without `--config`, `benchmark.py` reads `configs/mnist0.yaml`.
 
 This page is written by `python -m support.options_page > docs/options.md`; a test compares the two.
 """
@@ -17,12 +17,12 @@ SHARED = {"Training": TRAINING, "Sampling": SAMPLING, "Machine": MACHINE}
 
 def page():
     """The page's text: the options that several scripts share, then those of each script."""
-    shared = [option for options in SHARED.values() for option in options]
     parts = [HEAD]
     for script, options in SCRIPTS.items():
-        also = [f"[{name}](#{name.lower()})" for name, common in SHARED.items() if common[-1] in options]
-        note = f"And those under {', '.join(also)}.\n\n" if also else ""
-        parts.append(f"## {script}\n\n{note}{table([option for option in options if option not in shared])}")
+        also = {name: common for name, common in SHARED.items() if all(option in options for option in common)}
+        note = f"And those under {', '.join(f'[{name}](#{name.lower()})' for name in also)}.\n\n" if also else ""
+        own = [option for option in options if not any(option in common for common in also.values())]
+        parts.append(f"## {script}\n\n{note}{table(own)}")
     parts += [f"## {name}\n\n{table(options)}" for name, options in SHARED.items()]
     return "\n".join(parts)
 
