@@ -69,7 +69,8 @@ def test_pictures_are_shown():
 
 def test_each_promise_names_a_test():
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    rows = [line for line in (ROOT / "docs" / "reliability.md").read_text().splitlines() if line.startswith("| ")][1:]
+    promises = (ROOT / "docs" / "reliability.md").read_text().split("\n## ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 10
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row)
