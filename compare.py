@@ -191,7 +191,7 @@ def result_of(args, options, real):
             "from other options; delete the older one to measure it again"
         )
     last = points[-1]["step"]
-    points = [point for point in points if point["step"] in (*range(0, last, spacing(last)), last)]  # without those of stops
+    points = [point for point in points if point["step"] % spacing(last) == 0 or point["step"] == last]  # without those of stops
     rows = read_metrics(folder / "metrics.jsonl")
     lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
     return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}

@@ -68,10 +68,10 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             load_optimizer(part, state[name])
-        shapes = dict(zip(self.matrices, self.hidden, strict=True))
+        parameters = dict(zip(self.matrices, self.hidden, strict=True))
         for matrix, moments in self.parts["muon"].state.items():
             if moments["momentum_buffer"].dim() > 2:  # older checkpoints have the matrix
-                moments["momentum_buffer"] = as_matrix(moments["momentum_buffer"], shapes[matrix])
+                moments["momentum_buffer"] = as_matrix(moments["momentum_buffer"], parameters[matrix])
 
 
 def as_matrix(tensor, parameter):
@@ -81,9 +81,9 @@ def as_matrix(tensor, parameter):
 
 def from_matrix(matrix, parameter):
     """The inverse of `as_matrix`: a tensor of the shape of `parameter`."""
-    if parameter.is_contiguous():
-        return matrix.reshape(parameter.shape)
-    return matrix.reshape(parameter.movedim(1, -1).shape).movedim(-1, 1)
+    tensor = torch.empty_like(parameter)
+    as_matrix(tensor, parameter).copy_(matrix)  # a view
+    return tensor
 
 
 def load_optimizer(optimizer, state):
