@@ -106,14 +106,13 @@ def plot_comparison(teacher, results, path):
     for axis, figure_name in zip(axes, CURVES, strict=True):
         axis.axhline(teacher[figure_name], color="black", linestyle="--", linewidth=1, label="teacher")
         for name, runs in results.items():
-            points = [one["points"] for one in runs]
+            points = [point for one in runs for point in one["points"]]
             if points:
-                middle = [
-                    [median(p[key] for p in moment) for moment in zip(*points, strict=True)] for key in ("minutes", figure_name)
-                ]
+                moments = [[p for p in points if p["step"] == step] for step in sorted({p["step"] for p in points})]
+                middle = [[median(p[key] for p in moment) for moment in moments] for key in ("minutes", figure_name)]
                 (line,) = axis.plot(*middle, label=name)
-                last = [(p["minutes"], p[figure_name]) for run in points for p in run]
-                axis.plot(*zip(*last, strict=True), ".", color=line.get_color(), markersize=4)
+                single = [[p[key] for p in points] for key in ("minutes", figure_name)]
+                axis.plot(*single, ".", color=line.get_color(), markersize=4)
         axis.set_title(figure_name)
         axis.set_xlabel("minutes of training")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)

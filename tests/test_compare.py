@@ -14,6 +14,7 @@ from test_trust import wait_for
 
 import checkpoint
 import compare
+from support import plots
 from support.config import DMD2, parse_args
 
 
@@ -188,3 +189,13 @@ def test_minutes_become_iterations_by_the_pace_of_a_trial(runs, tmp_path, monkey
     monkeypatch.setattr(compare, "run", trial)
     args = compare.Namespace(minutes=2.0, forward_passes=None)
     assert compare.steps_of(args, tmp_path, options) == 2 * 60 * 80 / 16
+
+
+def test_the_plotted_median_is_over_the_same_step_of_each_seed(tmp_path, monkeypatch):
+    """A seed that has lost a checkpoint leaves the others' points where they are."""
+    figures = dict.fromkeys(plots.CURVES, 1.0)
+    seeds = [{"points": [{"step": step, "minutes": step, **figures} for step in steps]} for steps in ((2, 4), (1, 2, 4), (1, 2, 4))]
+    monkeypatch.setattr(plots, "save", lambda figure, path: lines.extend(figure.axes[0].lines))
+    lines = []
+    plots.plot_comparison(figures, {"one": seeds}, tmp_path / "compare.png")
+    assert list(lines[1].get_xdata()) == [1, 2, 4] and len(lines[2].get_xdata()) == 8
