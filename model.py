@@ -1,7 +1,7 @@
 """The noise schedule, the denoising loss, and the networks: the base class `Denoiser`, and `SimpleUNet`.
 
-The parametrisation is EDM's (Karras et al. 2022, arXiv 2206.00364): images are float32 `[B, C, H, W]` in [-1, 1]; `sigma` is the
-standard deviation of the noise in x = x0 + sigma * n.
+The parametrisation is EDM's (Karras et al. 2022, arXiv 2206.00364): images are float32 `[B, C, H, W]` in [-1, 1];
+`sigma` is the standard deviation of the noise in x = x0 + sigma * n.
 """
 
 import math
@@ -27,7 +27,8 @@ def known_range(net, sigma_min, sigma_max):
 def preconditioning(sigma, sigma_data=0.5):
     """The factors (c_skip, c_out, c_in, c_noise) of EDM eq. 7 and table 1, each of `sigma`'s shape.
 
-    They give the network inputs and targets of unit variance at every noise level, for data of standard deviation `sigma_data`.
+    They give the network inputs and targets of unit variance at every noise level, for data of standard deviation
+    `sigma_data`.
     """
     total = (sigma**2 + sigma_data**2).sqrt()
     c_skip = sigma_data**2 / total**2
@@ -60,32 +61,37 @@ def resolutions(img_resolution, channel_mult):
 class Denoiser(nn.Module):
     """D(x; sigma, class): predicts the clean image (EDM eq. 7). The base class of every network.
 
-    It applies the preconditioning and accepts noise levels and labels in all their forms. A network passes its constructor's
-    arguments to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder to the number of
-    channels there), and defines
+    It applies the preconditioning and accepts noise levels and labels in all their forms. A network passes its
+    constructor's arguments to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder
+    to the number of channels there), and defines
 
-    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise: ln(sigma) / 4,
-        `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: from each resolution in `features`
-        to the encoder's last feature map there; hidden: a tuple of whatever the decoder needs
+    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise:
+    ln(sigma) / 4,
+        `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: from each resolution in
+        `features` to the encoder's last feature map there; hidden: a tuple of whatever the decoder needs
     run_decoder(*hidden) -> F_x, `[B, C, H, W]`
 
-    `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same network.
+    `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same
+    network.
     """
 
     sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which it may be called
 
     def __init__(self, **config):
         super().__init__()
-        self.config = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}
+        self.config = {
+            name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
+        }
         self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
         self.feature_channels = {}
 
     def forward(self, x, sigma, class_labels=None, features=None):
         """The denoised image D(x; sigma), `[B, C, H, W]`.
 
-        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B, label_dim]`; ignored
-        if `label_dim` is 0. features: resolutions, such as [8, 4]. With them it returns (denoised image, list of the encoder's
-        last feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution that the encoder does not have.
+        x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B,
+        label_dim]`; ignored if `label_dim` is 0. features: resolutions, such as [8, 4]. With them it returns (denoised
+        image, list of the encoder's last feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution
+        that the encoder does not have.
         """
         c_skip, c_out, inputs = self.precondition(x, sigma, class_labels, features or [])
         maps, hidden = self.run_encoder(*inputs)
@@ -99,14 +105,16 @@ class Denoiser(nn.Module):
         return [maps[resolution] for resolution in features]
 
     def factors(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at `sigma`, from `preconditioning`. Networks of another parametrisation override it."""
+        """(c_skip, c_out, c_in, c_noise) at `sigma`. Networks of another parametrisation override it."""
         return preconditioning(sigma, self.sigma_data)
 
     def precondition(self, x, sigma, class_labels, features):
         """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
         unknown = [resolution for resolution in features if resolution not in self.feature_channels]
         if unknown:
-            raise ValueError(f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}")
+            raise ValueError(
+                f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}"
+            )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
         if not self.label_dim:
@@ -114,20 +122,22 @@ class Denoiser(nn.Module):
         elif class_labels is None:
             raise ValueError(f"class_labels are missing: the network has {self.label_dim} classes")
         else:
-            class_labels = (F.one_hot(class_labels, self.label_dim) if class_labels.dim() == 1 else class_labels).float()
+            class_labels = (
+                F.one_hot(class_labels, self.label_dim) if class_labels.dim() == 1 else class_labels
+            ).float()
         return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
 def memory_layout(device):
-    """Channels last, which is faster on tensor cores and CPUs. Not on mps: torch has open bugs there (pytorch/pytorch#174345)."""
+    """Channels last, which is faster on tensor cores and CPUs; on mps torch has open bugs with it (pytorch#174345)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def keep_precision(x):
     """A context in which operators compute in the precision of `x`.
 
-    CUDA's autocast would cast bfloat16 to float32 in norms and upsampling, where it brings no gain, and so double the memory
-    that is kept for the backward pass.
+    CUDA's autocast would cast bfloat16 to float32 in norms and upsampling, where it brings no gain, and so double the
+    memory that is kept for the backward pass.
     """
     device = x.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -135,7 +145,7 @@ def keep_precision(x):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast its input and output are bfloat16 on every device; the kernel computes its statistics in float32."""
+    """Under autocast its input and output are bfloat16 on every device, and its statistics float32."""
 
     def forward(self, x):
         with keep_precision(x):
@@ -148,7 +158,7 @@ def group_norm(channels, channels_per_group=16):
 
 
 def zero_init(layer):
-    """Returns `layer` with zeros for parameters. A residual block that ends in it starts as the identity, for stable training."""
+    """`layer` with zeros for parameters. A residual block that ends in it starts as the identity: stable training."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -169,7 +179,9 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).flatten(2).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
         out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(out.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))  # channels last without a copy
+        return x + self.proj(
+            out.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        )  # channels last without a copy
 
 
 class ResBlock(nn.Module):
@@ -241,7 +253,8 @@ class SimpleUNet(Denoiser):
         )
 
         emb_channels = 4 * model_channels
-        # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians per unit.
+        # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians
+        # per unit.
         self.register_buffer("freqs", torch.logspace(-1, 4, model_channels // 2, base=2), persistent=False)
         self.embed_noise = nn.Linear(model_channels, emb_channels)
         self.embed_class = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None

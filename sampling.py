@@ -6,41 +6,45 @@ from itertools import pairwise
 import torch
 
 from model import get_sigmas_karras, known_range
-from support.parallel import gather_rows, own_rows, world_size
 
 
 def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=None):
     """Images of a distilled generator, in one forward pass per noise level of `sigmas` (DMD2 section 4.5).
 
     x = D(sigma_0 z; sigma_0), then for each further level x = D(x + sigma e; sigma) with fresh noise e.
-    noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending; generator: the
-    random generator that draws e (default: torch's own); fresh_noise: e itself instead, a list of `[B, C, H, W]`, one per further
-    level. Returns `[B, C, H, W]`, which may slightly exceed [-1, 1]; `support.images.to_uint8` clamps it. Gradients flow.
+    noise: standard normal z `[B, C, H, W]`; labels: `[B]`; sigmas: the levels that it was trained at, descending;
+    generator: the random generator that draws e (default: torch's own); fresh_noise: e itself instead, a list of `[B,
+    C, H, W]`, one per further level. Returns `[B, C, H, W]`, which may slightly exceed [-1, 1]. Gradients flow.
     """
     x = noise * sigmas[0]
     for index, sigma in enumerate(sigmas):
-        if index:
-            draw = fresh_noise is None
-            e = torch.randn(x.shape, generator=generator, device=(generator or x).device) if draw else fresh_noise[index - 1]
-            x = x + sigma * e.to(x.device)
-        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # len(noise) would fix the batch size in torch.export
+        if index and fresh_noise is not None:
+            x = x + sigma * fresh_noise[index - 1].to(x.device)
+        elif index:
+            x = x + sigma * torch.randn(x.shape, generator=generator, device=(generator or x).device).to(x.device)
+        x = net(
+            x, noise.new_full(noise.shape[:1], sigma), labels
+        )  # len(noise) would fix the batch size in torch.export
     return x
 
 
 def student_sampler(net, noise, labels, sigmas):
-    """`few_step_sampler`, but each image depends only on its own noise and label, not on the batch or the number of processes.
+    """`few_step_sampler`, but each image depends only on its own noise and label, not on its batch.
 
     The fresh noise of an image comes from a random stream whose seed is the bits of its `noise`.
     """
-    levels = len(sigmas) - 1
-    bits = noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist() if levels else []
-    streams = [random_stream(*pair) for pair in bits]
-    draws = [[torch.randn(noise.shape[1:], generator=stream) for stream in streams] for _ in range(levels)]
-    return few_step_sampler(net, noise, labels, sigmas, fresh_noise=[torch.stack(draw) if draw else noise for draw in draws])
+    if len(sigmas) == 1:
+        return few_step_sampler(net, noise, labels, sigmas)
+    streams = [random_stream(*pair) for pair in noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()]
+    fresh_noise = [torch.empty(noise.shape) for _ in sigmas[1:]]
+    for e in fresh_noise:
+        for image, stream in zip(e, streams, strict=True):
+            image.normal_(generator=stream)
+    return few_step_sampler(net, noise, labels, sigmas, fresh_noise=fresh_noise)
 
 
 def spread_levels(num_steps, conditioning_sigma, sigma_min=0.002, rho=7.0):
-    """A list of a student's `num_steps` noise levels, spaced evenly over the schedule from `conditioning_sigma` down."""
+    """A list of a student's `num_steps` noise levels, spaced evenly over the schedule below `conditioning_sigma`."""
     return [conditioning_sigma, *get_sigmas_karras(num_steps + 1, sigma_min, conditioning_sigma, rho)[1:-1].tolist()]
 
 
@@ -51,10 +55,10 @@ def one_step_sampler(net, noise, labels, conditioning_sigma):
 
 @torch.no_grad()
 def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """EDM's deterministic sampler (algorithm 1): Heun's second-order method along dx/dsigma = (x - D(x; sigma)) / sigma.
+    """EDM's deterministic sampler (algorithm 1): Heun's method along dx/dsigma = (x - D(x; sigma)) / sigma.
 
-    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations. The noise
-    levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds.
+    noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations.
+    The noise levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds.
     """
     sigmas = [*get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist(), 0.0]
     x = noise * sigmas[0]
@@ -68,30 +72,16 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
     return x
 
 
-@torch.inference_mode()
-def sample_in_batches(sampler, net, noise, labels, batch_size):
-    """`sampler(net, noise, labels)` on the network's device, `batch_size` images at once. Returns `[B, C, H, W]` on the CPU.
-
-    Under torchrun the processes share the work, and each returns all images.
-    """
-    device = next(net.parameters()).device
-    share = -(-batch_size // world_size())
-    batches = zip(own_rows(noise).split(share), own_rows(labels).split(share), strict=True)
-    return gather_rows(torch.cat([sampler(net, z.to(device), y.to(device)).cpu() for z, y in batches]))
-
-
 def random_stream(seed, index, device="cpu"):
-    """Random generator number `index` of `seed`, or None on `meta`, which has none. torch's CPU generator takes 32 bits of seed."""
-    if torch.device(device).type == "meta":
-        return None
+    """Random generator number `index` of `seed`. torch's CPU generator takes 32 bits of seed."""
     return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)
 
 
 def class_noise(classes, num_samples, shape, seed):
     """Standard normal noise `[len(classes) * num_samples, *shape]` and its labels, class after class, on the CPU.
 
-    An image's noise depends only on `seed`, its class and its index in the class, so subsets and longer runs agree. Without
-    classes the labels are 0, which the network ignores.
+    An image's noise depends only on `seed`, its class and its index in the class, so subsets and longer runs agree.
+    Without classes the labels are 0, which the network ignores.
     """
     classes = list(classes) or [0]
     size = num_samples * math.prod(shape)

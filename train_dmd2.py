@@ -1,146 +1,257 @@
-"""Distil a teacher into a generator of one or a few steps with DMD2 (Yin et al. 2024). Generator and guidance train in turns."""
-
-from support.config import DMD2, UserError, exit_on_error, parse_args
-
-args = exit_on_error(parse_args, DMD2, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+"""Distil a teacher into a generator of one or a few steps with DMD2 (Yin et al. 2024)."""
 
 import copy
 import math
-import sys
-from inspect import signature
 
 import torch
-from torch import nn
 
 import checkpoint
-from data import Batches, check_classes, load_dataset
+from data import DATA, Batches, check_classes, describe, load_dataset
 from guidance import GuidanceModel
+from objectives import F_DIVERGENCES
+from run import RUN, Run
 from sampling import grid_noise, heun_sampler, spread_levels, student_sampler
-from support.device import autocast, choose_device, compile_networks
-from support.dry_run import DryRun, load_teacher
-from support.parallel import broadcast, micro_batches, rank, rows_of, std, total
-from support.runs import Run
-from support.training import BadSteps, accumulate, adamw, build_optimizer, lr_factor, optimizer_step, update_ema
+from support.device import MACHINE, autocast, choose_device, compile_networks
+from support.logger import LOGGING, WANDB
+from support.optimizers import (
+    OPTIMIZATION,
+    BadSteps,
+    adamw,
+    add_means,
+    build_optimizer,
+    lr_factor,
+    optimizer_step,
+    update_ema,
+)
+from support.options import Option, choice, count, flag, nonnegative, number, parse_args, path, positive, share
+from support.processes import broadcast
+from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
+OPTIONS = {
+    "data": [
+        *DATA,
+        Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "the teacher to distil"),
+    ],
+    "the two time scales": [
+        Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
+        Option(
+            "guidance_updates", 1, count, "guidance updates per iteration, on the same images at fresh noise levels"
+        ),
+        Option(
+            "alternate_turns", False, flag, "no guidance update in an iteration that updates the generator (FastGen)"
+        ),
+        Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
+        Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model"),
+        Option("clip_guidance", True, flag, "apply clip_grad_norm to the guidance model too"),
+        Option(
+            "ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then sampled; 0: no average"
+        ),
+        *OPTIMIZATION,
+    ],
+    "generator": [
+        Option(
+            "conditioning_sigma", 80.0, positive, "noise level at which the generator is called; of several, the first"
+        ),
+        Option("student_steps", 1, count, "steps of the generator, at noise levels spaced evenly over the schedule"),
+        Option(
+            "student_sigmas", None, positive, "noise levels of its steps, descending; instead of student_steps", "+"
+        ),
+    ],
+    "noise levels": [
+        Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
+        Option("sigma_min", 0.002, positive, "lowest noise level of the schedule"),
+        Option("sigma_max", 80.0, positive, "highest noise level of the schedule"),
+        Option("rho", 7.0, number(0.1), "shape of the schedule (EDM eq. 5)"),
+        Option("min_step_percent", 0.02, share, "the distribution-matching loss draws from this share of the schedule"),
+        Option("max_step_percent", 0.98, share, "... up to this share"),
+    ],
+    "objective": [
+        Option("objective", "dmd", choice("dmd", "sid"), "of the generator: dmd, or score identity distillation (sid)"),
+        Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
+        Option(
+            "f_divergence",
+            "rkl",
+            choice(*F_DIVERGENCES),
+            "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per part of a batch",
+        ),
+        Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss; none: plain squared error"),
+    ],
+    "GAN on real images (DMD2 section 4.3)": [
+        Option("gan_classifier", False, flag, "add the GAN loss"),
+        Option(
+            "gan_features", "fake", choice("fake", "teacher"), "features for the heads: fake_unet's or the teacher's"
+        ),
+        Option(
+            "gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"
+        ),
+        Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
+        Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's loss"),
+        Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's loss"),
+        Option("diffusion_gan", True, flag, "the heads see noised images, as in the paper"),
+        Option("diffusion_gan_max_timestep", 1000, count, "... noised at this many of the schedule's lowest levels"),
+    ],
+    "run": [Option("output_dir", "./log/checkpoints/dmd2", path, "where checkpoints, metrics and samples go"), *RUN],
+    "machine": MACHINE,
+    "log": LOGGING,
+    "Weights & Biases": WANDB,
+}
 
-def main(args, run=None):
-    """Trains with the options `args` from `parse_args(DMD2, ...)`, as `run` or a new `Run`. Returns the exit status."""
-    # ---- setup ----------------------------------------------------------------------------------------------------------
-    run = run or (DryRun if args.dry_run else Run)(args, "dmd2")
-    args = run.args  # completed by the options of the run that is resumed, if any
-    device = choose_device(args)
-    torch.manual_seed(args.seed)
-    teacher_state = (load_teacher if args.dry_run else checkpoint.load_teacher)(args.teacher_checkpoint)
+
+def check(args):
+    """Raises UserError for options that do not fit together."""
+    for low, high in (("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")):
+        if getattr(args, low) >= getattr(args, high):
+            raise UserError(f"--{low} ({getattr(args, low)}) must be below --{high} ({getattr(args, high)})")
+    if sigmas := args.student_sigmas:
+        if sigmas != sorted(set(sigmas), reverse=True):
+            listed = " ".join(map(str, sigmas))
+            raise UserError(f"--student_sigmas {listed}: must descend, starting with the most noise")
+        if args.student_steps not in (1, len(sigmas)):
+            raise UserError(
+                f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)}; give one of them"
+            )
+    if args.gan_lr and not args.gan_classifier:
+        raise UserError("--gan_lr needs --gan_classifier")
+    if args.alternate_turns and args.dfake_gen_update_ratio == 1:
+        raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
+
+
+def build_model(args, teacher):
+    """The generator and its guidance. Raises UserError for options `args` that do not fit the teacher."""
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
-    teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
     if outside := [sigma for sigma in sigmas if not teacher.sigma_min <= sigma <= teacher.sigma_max]:
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
         known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
         raise UserError(f"--{option} {outside[0]}: {known}")
-    dataset = load_dataset(args.dataset, args.data_dir, teacher.config["img_resolution"], teacher.config["img_channels"], device)
-    class_names = check_classes(args, dataset, teacher_state)
-    batches = Batches(dataset, args.batch_size, args.seed)
+    with as_user_error(f"teacher {args.teacher_checkpoint}"):
+        guidance = GuidanceModel(
+            teacher,
+            num_train_timesteps=args.num_train_timesteps,
+            sigma_min=args.sigma_min,
+            sigma_max=args.sigma_max,
+            sigma_data=teacher.sigma_data,
+            rho=args.rho,
+            min_step_percent=args.min_step_percent,
+            max_step_percent=args.max_step_percent,
+            objective=args.objective,
+            sid_alpha=args.sid_alpha,
+            f_divergence=args.f_divergence,
+            fake_loss_weighting=args.fake_loss_weighting,
+            gan_classifier=args.gan_classifier,
+            gan_features=args.gan_features,
+            gan_resolutions=args.gan_resolutions,
+            diffusion_gan=args.diffusion_gan,
+            diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
+        )
+    return UnifiedModel(guidance, student_sigmas=sigmas).eval()  # turns dropout off, in all its networks alike
 
-    # A resumed head keeps the group width of its norms, even if the teacher's is different.
-    groups = (run.resumed or {}).get("gan_channels_per_group") or teacher.config.get("channels_per_group", 16)
-    options = {name: getattr(args, name) for name in signature(GuidanceModel).parameters if hasattr(args, name)}
-    processes = dict(randint=rows_of(torch.randint), randn=rows_of(torch.randn), total=total)  # same for any number
-    guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, gan_channels_per_group=groups, **options, **processes)
-    model = UnifiedModel(guidance, student_sigmas=sigmas).to(device)
+
+def main(argv=None):
+    """Trains with the options in `argv`, by default those of the command line. Returns the exit status."""
+    # ---- setup ------------------------------------------------------------------------------------------------------
+    run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "dmd2")
+    args = run.args  # completed by the options of the run that is resumed, if any
+    check(args)
+    device = choose_device(args)
+    torch.manual_seed(args.seed)
+    teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
+    teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
+    model = build_model(args, teacher).to(device)
     broadcast(model)
-    model.eval()  # this only turns dropout off, in teacher, generator and fake_unet alike
-    generator = model.feedforward_model
-    ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
-    heads = list(guidance.cls_pred_branch.parameters()) if args.gan_classifier else []
-    optimizer_gan = adamw(heads, args.gan_lr) if args.gan_lr else None
-    optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
-    # A fake_unet per level of the student. One for all would learn the mixture of their images, and each level alone could drift.
-    fake_unets = nn.ModuleList([guidance.fake_unet, *(copy.deepcopy(guidance.fake_unet) for _ in sigmas[1:])])
-    optimizer_guidance = build_optimizer(args.optimizer, fake_unets, args.guidance_lr, [] if optimizer_gan else heads)
-    compile_networks(args, teacher, *fake_unets, generator)
+    guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
+    shape = teacher.config["img_resolution"], teacher.config["img_channels"]
+    dataset = load_dataset(args.dataset, args.data_dir, *shape, device)
+    class_names = check_classes(f"--teacher_checkpoint {args.teacher_checkpoint}", dataset, teacher_state, args.dataset)
+    # The GAN's real images are mirrored if the teacher's were, or its heads would learn that mirrored means generated.
+    batches = Batches(dataset, args.batch_size, args.seed, hflip=bool(teacher_state["config"].get("hflip")))
 
-    parts = {
-        "feedforward_model_state_dict": generator,
-        "ema_state_dict": ema,
-        "guidance_fake_unet_state_dict": fake_unets[0],
-        "optimizer_generator_state_dict": optimizer_generator,
-        "optimizer_guidance_state_dict": optimizer_guidance,
-    }
-    parts |= {f"guidance_fake_unet_{level}_state_dict": net for level, net in enumerate(fake_unets) if level}
-    if args.gan_classifier:
-        parts["guidance_cls_state_dict"] = guidance.cls_pred_branch
-    if optimizer_gan:
-        parts["optimizer_gan_state_dict"] = optimizer_gan
-    facts = dict(model_config=generator.config, class_names=class_names, student_sigmas=sigmas, gan_channels_per_group=groups)
-    run.start(device, batches, parts, **facts)
+    ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
+    heads = guidance.cls_pred_branch if args.gan_classifier else None
+    fake_unet = model.fake_unets if len(sigmas) > 1 else guidance.fake_unet
+    optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
+    optimizer_guidance = build_optimizer(args.optimizer, fake_unet, args.guidance_lr)
+    gan_lr = args.gan_lr or args.guidance_lr
+    optimizer_gan = adamw(heads.parameters(), gan_lr) if heads else None
+    compile_networks(args, teacher, generator, *model.fake_unets)
+
+    run.start(
+        device,
+        batches,
+        {"model_config": generator.config, "class_names": class_names, "student_sigmas": sigmas},
+        feedforward_model=generator,
+        ema=ema,
+        guidance_fake_unet=fake_unet,
+        guidance_cls=heads,
+        optimizer_generator=optimizer_generator,
+        optimizer_guidance=optimizer_guidance,
+        optimizer_gan=optimizer_gan,
+    )
     del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
     bad_steps = BadSteps(args.max_bad_steps, device)
-    logger.message(f"{sum(p.numel() for p in generator.parameters()) / 1e6:.1f} M parameters, {2 + len(sigmas)} networks, {device}")
+    size = sum(p.numel() for p in generator.parameters()) / 1e6
+    data = describe(dataset._replace(class_names=class_names))
+    logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
-    with autocast(args, device):
-        teacher_grid = None if args.dry_run or rank() else heun_sampler(teacher, *grid)  # only rank 0 draws samples
-    seen = None  # intermediate results of the latest generator turn
+    teacher_grid = None  # drawn when it is first needed
+    seen = None  # noised and denoised images of the latest generator turn
 
-    # ---- loop -----------------------------------------------------------------------------------------------------------
+    # ---- loop -------------------------------------------------------------------------------------------------------
     while run.goes_on():
-        real_images, labels = next(batches)  # generated images get the labels of real ones, and so their class proportions
+        real_images, labels = next(batches)  # generated images get the labels of real ones: the same class proportions
         noise = torch.randn_like(real_images)
-        # The student's levels take turns: one has the guidance turns up to the next generator turn, and then that.
-        level = (run.step - 1) // args.dfake_gen_update_ratio % len(sigmas)
-        guidance.fake_unet = fake_unets[level]
-        factor = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+        micro_batches = list(zip(*[part.chunk(args.grad_accum) for part in (noise, labels, real_images)], strict=True))
+        lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+        update_generator = run.step % args.dfake_gen_update_ratio == 0
+        num_guidance_updates = 0 if args.alternate_turns and update_generator else args.guidance_updates
+        # The steps of a student of several take turns: one has all guidance turns up to its generator turn.
+        student_step = math.ceil(run.step / args.dfake_gen_update_ratio) % len(sigmas)
+        metrics, norms, fake_images = {"real_std": real_images.std(0, correction=0).mean()}, {}, []
 
-        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching, and the GAN loss if there are heads.
-        generator_updates = run.step % args.dfake_gen_update_ratio == 0
-        metrics, fake_images = {"real_std": real_images.std(0, correction=0).mean()}, []
-        for z, y in micro_batches(args.grad_accum, noise, labels):
-            if generator_updates:
+        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), and the GAN loss.
+        if update_generator:
+            for z, y, _ in micro_batches:
                 with autocast(args, device):
-                    loss_dict, seen, images = model.generator_turn(z, y, level)
-                loss = loss_dict["loss_dm"]
-                if args.gan_classifier:
-                    loss = loss + args.gen_cls_loss_weight * loss_dict["gen_cls_loss"]
+                    loss_dict, seen, images = model.generator_turn(z, y, student_step)
+                loss = loss_dict["loss_dm"] + args.gen_cls_loss_weight * loss_dict.get("gen_cls_loss", 0.0)
                 (loss / args.grad_accum).backward()
-                accumulate(metrics, loss_dict, args.grad_accum)
-                accumulate(metrics, {name: seen[name] for name in ("dmtrain_gradient_norm", "fake_lag")}, args.grad_accum)
-            else:
-                with torch.no_grad(), autocast(args, device):
-                    images = model.generate_at(z, y, level)
-            fake_images.append(images)
-        norms = {}
-        if generator_updates:
-            norms["generator_grad_norm"] = optimizer_step(optimizer_generator, args.generator_lr * factor, args.clip_grad_norm)
-            metrics["fake_std"] = std(torch.cat(fake_images)).mean()
+                add_means(metrics, loss_dict, args.grad_accum)
+                fake_images.append(images)
+            lr = args.generator_lr * lr_scale
+            norms["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
+            metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
+        else:
+            with torch.no_grad(), autocast(args, device):
+                fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
-        # Guidance turn, on every step: fake_unet learns to denoise generated images, the heads to tell them from real ones.
-        updates = 0 if args.alternate_turns and generator_updates else args.guidance_updates
-        for _ in range(updates):
-            for fake, (y, real) in zip(fake_images, micro_batches(args.grad_accum, labels, real_images), strict=True):
+        # Guidance turn, on every step: fake_unet learns to denoise generated images, the heads to tell real ones.
+        for _ in range(num_guidance_updates):
+            for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
                 with autocast(args, device):
-                    loss_dict, logits = model.guidance_turn(fake, y, real, y)
-                loss = loss_dict["loss_fake_mean"]
-                if args.gan_classifier:
-                    loss = loss + args.cls_loss_weight * loss_dict["guidance_cls_loss"]
+                    loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
+                loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
                 (loss / args.grad_accum).backward()
-                accumulate(metrics, loss_dict | logits, args.grad_accum * updates)
-            most = args.clip_grad_norm if args.clip_guidance else math.inf
-            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * factor, most)
-            if optimizer_gan:
-                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, args.gan_lr * factor, most)
+                add_means(metrics, loss_dict | logits, args.grad_accum * num_guidance_updates)
+            max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
+            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
+            if heads:
+                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
-        if ema and generator_updates:
+        if ema and update_generator:
             # At a constant learning rate the weights fluctuate, so the average covers many updates, from early on.
             update_ema(ema, generator, args.ema_decay, run.step // args.dfake_gen_update_ratio + 1, ramp=2)
         run.step += 1
 
         bad_steps.add(norms)
         if run.step % args.log_every == 0 or run.done:
-            bad_steps.check(run.step, args.output_dir, f"{args.sigma_min} to {args.sigma_max}")
+            bad_steps.check(run.step)
         logger.log(run.step, metrics | norms)
         if logger.wants_samples(run.step):
             with torch.no_grad(), autocast(args, device):
+                if teacher_grid is None:
+                    logger.message(f"drawing {len(grid[0])} images of the teacher, with 35 network evaluations each")
+                    teacher_grid = heun_sampler(teacher, *grid)
                 student_grid = student_sampler(ema or generator, *grid, sigmas)
             logger.samples(run.step, teacher_grid, student_grid, columns=8)
         if seen and logger.wandb_wants("images", run.step):
@@ -151,4 +262,4 @@ def main(args, run=None):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_error(main, args))
+    run_script(main)

@@ -1,81 +1,124 @@
-"""Train the teacher, a denoiser with or without classes, with EDM's loss (Karras et al. 2022). DMD2 uses its averaged weights."""
-
-from support.config import TEACHER, exit_on_error, parse_args
-
-args = exit_on_error(parse_args, TEACHER, __doc__) if __name__ == "__main__" else None  # before torch: --help answers at once
+"""Train the teacher, a denoiser with or without classes, with EDM's loss (Karras et al. 2022)."""
 
 import copy
-import sys
 
 import torch
 
-from data import Batches, check_label_dim, load_dataset
+from data import DATA, Batches, check_label_dim, describe, load_dataset
 from model import SimpleUNet, denoising_loss, memory_layout
-from sampling import grid_noise, heun_sampler, random_stream
-from support.device import autocast, choose_device, compile_networks
-from support.dry_run import DryRun
-from support.parallel import broadcast, micro_batches, rank
-from support.runs import Run
-from support.training import BadSteps, accumulate, build_optimizer, lr_factor, optimizer_step, update_ema
+from run import RUN, Run
+from sampling import grid_noise, heun_sampler
+from support.device import MACHINE, autocast, choose_device, compile_networks
+from support.logger import LOGGING, WANDB
+from support.optimizers import OPTIMIZATION, BadSteps, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
+from support.options import Option, count, flag, number, parse_args, path, positive, share
+from support.processes import broadcast
+from support.script import UserError, as_user_error, run_script
+
+NETWORK = [
+    Option("img_resolution", 32, number(8, 64, whole=True), "side to which the images are resized"),
+    Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own (folder: 3)"),
+    Option(
+        "label_dim", None, number(0, whole=True), "number of classes, 0 to ignore labels; default: the data set's own"
+    ),
+    Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
+    Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
+    Option("num_blocks", 2, count, "residual blocks at each resolution"),
+    Option("attn_resolutions", [16], count, "resolutions with self-attention", "*"),
+    Option("dropout", 0.1, number(0, 0.99), "dropout probability"),
+    Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
+    Option("channels_per_group", 16, count, "least width of the groups in the network's norms"),
+]
+OPTIONS = {
+    "data": [
+        *DATA,
+        Option("hflip", None, flag, "flip half of the images left to right (default: for cifar10 and folder)"),
+    ],
+    "network": NETWORK,
+    "optimization": [
+        Option("lr", 1e-4, positive, "learning rate"),
+        Option("ema_decay", 0.9999, share, "decay of the averaged weights, which are distilled; reached gradually"),
+        Option("P_mean", -1.2, number(), "mean of ln(sigma) in training (EDM)"),
+        Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
+        *OPTIMIZATION,
+    ],
+    "run": [Option("output_dir", "./log/checkpoints/teacher", path, "where checkpoints, metrics and samples go"), *RUN],
+    "machine": MACHINE,
+    "log": LOGGING,
+    "Weights & Biases": WANDB,
+}
 
 
-def main(args):
-    """Trains with the options `args` from `parse_args(TEACHER, ...)`. Returns the exit status."""
-    # ---- setup ----------------------------------------------------------------------------------------------------------
-    run = (DryRun if args.dry_run else Run)(args, "teacher")
+def build_network(args, img_channels, label_dim):
+    """The teacher with the options `args`. Raises UserError for options that do not fit together."""
+    if args.img_channels == 2:
+        raise UserError("--img_channels must be 1 or 3, not 2")
+    sides = [args.img_resolution >> level for level in range(len(args.channel_mult))]
+    if "attn_resolutions" in args.given and (missing := set(args.attn_resolutions) - set(sides)):
+        known = ", ".join(map(str, sides))
+        raise UserError(f"--attn_resolutions {max(missing)}: the network's resolutions are {known}")
+    with as_user_error("the network's options"):
+        return SimpleUNet(
+            img_resolution=args.img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim,
+            model_channels=args.model_channels,
+            channel_mult=args.channel_mult,
+            num_blocks=args.num_blocks,
+            attn_resolutions=[side for side in args.attn_resolutions if side in sides],
+            dropout=args.dropout,
+            sigma_data=args.sigma_data,
+            channels_per_group=args.channels_per_group,
+        )
+
+
+def main(argv=None):
+    """Trains with the options in `argv`, by default those of the command line. Returns the exit status."""
+    # ---- setup ------------------------------------------------------------------------------------------------------
+    run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "teacher")
     args = run.args  # completed by the options of the run that is resumed, if any
+    build_network(args, 1, 1)  # wrong options are told before the data are read
     device = choose_device(args)
     torch.manual_seed(args.seed)
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     class_names = check_label_dim(args, dataset)
-    hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
-    batches = Batches(dataset, args.batch_size, args.seed, hflip)
+    args.hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
+    batches = Batches(dataset, args.batch_size, args.seed, args.hflip)
 
-    net = SimpleUNet(
-        img_resolution=args.img_resolution,
-        img_channels=dataset.images.shape[1],
-        label_dim=len(class_names),
-        model_channels=args.model_channels,
-        channel_mult=args.channel_mult,
-        num_blocks=args.num_blocks,
-        attn_resolutions=args.attn_resolutions,
-        dropout=args.dropout,
-        sigma_data=args.sigma_data,
-        channels_per_group=args.channels_per_group,
-    ).to(device, memory_format=memory_layout(device))
+    net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=memory_layout(device))
     broadcast(net)
+    args.attn_resolutions = net.config[
+        "attn_resolutions"
+    ]  # without defaults that do not occur: config.yaml repeats the run
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = build_optimizer(args.optimizer, net, args.lr)
     compile_networks(args, net)
 
-    parts = {"model_state_dict": net, "ema_state_dict": ema, "optimizer_state_dict": optimizer}
-    run.start(device, batches, parts, model_config=net.config, class_names=class_names)
+    facts = {"model_config": net.config, "class_names": class_names}
+    run.start(device, batches, facts, model=net, ema=ema, optimizer=optimizer)
     logger = run.logger
-    if rank():
-        # Only dropout draws from torch's own stream. It has to differ between processes.
-        torch.manual_seed(args.seed + 1000003 * run.step + rank())
     bad_steps = BadSteps(args.max_bad_steps, device)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    attention = ", ".join(str(side) for side in net.feature_channels if side in args.attn_resolutions) or "no resolution"
-    data = f"{len(dataset.labels)} images, {len(class_names) or 'no'} classes"
+    attention = ", ".join(map(str, net.config["attn_resolutions"])) or "no resolution"
+    data = describe(dataset._replace(class_names=class_names))
     logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {data}, {device}")
     grid = [part.to(device) for part in grid_noise(net.label_dim, dataset.images.shape[1:], args.seed)]
 
-    # ---- loop -----------------------------------------------------------------------------------------------------------
+    # ---- loop -------------------------------------------------------------------------------------------------------
     while run.goes_on():
         images, labels = next(batches)
-        random = random_stream(args.seed, 10**9 + run.step, device)  # far from the epochs' numbers, which shuffle by `seed` too
         # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
-        sigmas = (args.P_mean + args.P_std * torch.randn(len(images), generator=random, device=device)).exp()
-        noise = torch.randn(images.shape, generator=random, device=device)
+        sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
+        noise = torch.randn_like(images)
         metrics = {}
-        for x, y, sigma, n in micro_batches(args.grad_accum, images, labels, sigmas, noise):
+        micro_batches = [part.chunk(args.grad_accum) for part in (images, labels, sigmas, noise)]
+        for x, y, sigma, n in zip(*micro_batches, strict=True):
             noisy = x + sigma[:, None, None, None] * n
             with autocast(args, device):
                 denoised = net(noisy, sigma, y)
             loss = denoising_loss(denoised, x, sigma, args.sigma_data)
             (loss / args.grad_accum).backward()
-            accumulate(metrics, {"loss": loss}, args.grad_accum)
+            add_means(metrics, {"loss": loss}, args.grad_accum)
 
         lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
@@ -84,9 +127,10 @@ def main(args):
 
         bad_steps.add(norms)
         if run.step % args.log_every == 0 or run.done:
-            bad_steps.check(run.step, args.output_dir, f"{sigma.min():.3g} to {sigma.max():.3g}")
+            bad_steps.check(run.step)
         logger.log(run.step, metrics | norms | {"lr": lr})
         if logger.wants_samples(run.step):
+            logger.message(f"drawing {len(grid[0])} images, with 35 network evaluations each")
             with autocast(args, device):
                 sample_grid = heun_sampler(ema, *grid)
             logger.samples(run.step, sample_grid, columns=8)
@@ -98,4 +142,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_error(main, args))
+    run_script(main)

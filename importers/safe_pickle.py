@@ -1,155 +1,116 @@
 """Reads a pickle without running any of it: the objects and calls that it asks for are recorded as data, never made.
 
-Python's own unpickler imports and calls what a pickle names. Even with a restricted `find_class`, it allocates as much memory as
-the pickle asks for. This reader interprets the opcodes that `pickletools` decodes, and cannot import or call anything.
+Python's unpickler imports and calls what a pickle names, and allocates as much memory as it asks for. The one that is
+written in Python is a table of small functions, one per opcode. This reader keeps those that only build plain data,
+replaces those that import, call or hash, and has none of the others.
 """
 
-import pickletools
+import pickle
 import sys
 
-DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
+DICTS = {"collections.OrderedDict", "collections.Counter", "dnnlib.util.EasyDict"}
 SETS = {"builtins.set", "__builtin__.set"}
-# The calls in a harmless file with tensors, numpy scalars and NVIDIA's persistent classes.
-CALLS = {
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_tensor_v2",
-    "torch.storage._load_from_bytes",
-    "torch_utils.persistence._reconstruct_persistent_obj",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-}
-TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
-BYTES = {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
-NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+# The calls in a harmless file with tensors, numpy's numbers, paths, options, and NVIDIA's persistent classes.
+CALLS = """torch._utils._rebuild_parameter torch._utils._rebuild_tensor_v2 torch.storage._load_from_bytes torch.device
+    torch.Size torch_utils.persistence._reconstruct_persistent_obj numpy.dtype numpy.core.multiarray.scalar
+    numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct _codecs.encode
+    argparse.Namespace pathlib.PosixPath"""
+HARMLESS = {*CALLS.split(), *DICTS, *SETS}
+# The opcodes that only build plain data.
+KEPT = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST EMPTY_DICT
+    APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID BININT BININT1 BININT2
+    LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8"""
+
+
+ADVICE = "Save the network's tensors alone: torch.save(net.state_dict(), 'weights.pth')"
 
 
 class Refused(ValueError):
-    """The pickle is not of the harmless kind that `read` accepts."""
-
-
-class Name:
-    """A class or function that the pickle names; not imported."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name):
-        self.name = name
+    """The pickle is not of the harmless kind that `Reader` accepts."""
 
 
 class Record:
-    """A record of the object that calling `made_by` with `args` would make, and of the `state` that it would get."""
+    """A record of a class or function that the pickle names: `made_by`; or of the object that calling it with `args`
+    would make, and of the `state` that it would get."""
 
     __slots__ = ("args", "made_by", "state")
 
-    def __init__(self, made_by, args):
+    def __init__(self, made_by, args=None):
         self.made_by, self.args, self.state = made_by, args, None
 
+    def extend(self, items):
+        """Items of lists and dicts of other classes are not kept."""
 
-def read(data):
-    """What the pickle `data` (bytes) describes: dicts, lists, tuples, text, numbers, bytes and `Record`s; sets come as lists.
+    append = update = extend
 
-    Instances of any class become `Record`s. Raises Refused, with the reason, for a damaged pickle, and for one that names
-    something of Python's standard library or calls a function that is not in the lists above.
+
+class Reader(pickle._Unpickler):
+    """`Reader(file).load()` is what the pickle at this place in the binary `file` describes.
+
+    That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object or storage of a tensor;
+    sets come as lists. Raises Refused for a damaged pickle, and for one that names something of Python's standard
+    library, or calls a function, that is not in the lists above.
     """
-    try:
-        return run(data)
-    except Refused:
-        raise
-    except (ValueError, IndexError, KeyError, AttributeError, TypeError, OverflowError, MemoryError):
-        raise Refused("damaged, or not a pickle") from None
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.storages = {}  # the name of each storage's class, by its key
+
+    def load(self):
+        try:
+            return super().load()
+        except Refused:
+            raise
+        except Exception:  # in damaged bytes any opcode may meet anything
+            raise Refused("damaged, or not a pickle of tensors and plain data") from None
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name.partition(".")[0] in sys.stdlib_module_names and name not in HARMLESS:
+            raise Refused(f"it asks for {name!r:.60}; nothing in it was run")
+        return Record(name)
+
+    def persistent_load(self, pid):
+        _, kind, key, _, _, *view = pid
+        if not isinstance(key, str) or any(part is not None for part in view):
+            raise Refused("it has storages of a kind that torch no longer writes")
+        self.storages[key] = kind.made_by
+        return Record(kind.made_by, key)
+
+    def call(self, called=True):
+        args, name = self.stack.pop(), self.stack.pop().made_by
+        if called and name not in HARMLESS:
+            raise Refused(f"it asks to call {name!r:.60}; nothing in it was run. {ADVICE}")
+        self.append({} if name in DICTS else args[0] if name in SETS else Record(name, args))
+
+    def new(self):
+        self.call(called=False)
+
+    def build(self):
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, dict):
+            target.state = state
+
+    def set_items(self, items=None):
+        items = self.pop_mark() if items is None else items
+        if not all(isinstance(key, (str, int, float)) for key in items[::2]):  # to hash a deep tuple crashes Python
+            raise Refused("it has a dict whose keys are neither text nor numbers")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def set_item(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
 
 
-def run(data):
-    stack, marks, memo = [], [], {}
-
-    def since_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, arg, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                marks.append(len(stack))
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
-            case "EMPTY_DICT":
-                stack.append({})
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = int(opcode.name[-1])
-                stack[-size:] = [tuple(stack[-size:])]
-            case "TUPLE":
-                stack.append(tuple(since_mark()))
-            case "FROZENSET":
-                stack.append(since_mark())
-            case "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            case "APPENDS" | "ADDITEMS":
-                items = since_mark()
-                stack[-1].extend(items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                set_items(stack[-1], [key], [value])
-            case "SETITEMS":
-                items = since_mark()
-                set_items(stack[-1], items[::2], items[1::2])
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
-            case "GLOBAL":
-                stack.append(named(arg.replace(" ", ".")))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                if not isinstance(name, str) or not isinstance(module, str):  # the text of nested lists may be endless
-                    raise Refused("it names something by more than text")
-                stack.append(named(f"{module}.{name}"))
-            case "REDUCE" | "NEWOBJ":
-                args, maker = stack.pop(), stack.pop()
-                stack.append(record(maker.name, args, called=opcode.name == "REDUCE"))
-            case "BUILD":
-                state = stack.pop()
-                stack[-1].state = state
-            case name if name in TEXT | BYTES | NUMBERS:
-                stack.append(arg)
-            case name:
-                raise Refused(f"it has the opcode {name}, which files of this kind do not use")
-
-
-def set_items(target, keys, values):
-    if not all(isinstance(key, (str, int, float)) for key in keys):  # hashing a tuple nested a million deep crashes Python
-        raise Refused("it has a dict whose keys are neither text nor numbers")
-    target.update(zip(keys, values, strict=True))
-
-
-def named(name):
-    if name.partition(".")[0] in sys.stdlib_module_names and name not in DICTS | SETS:
-        raise Refused(f"it asks for {name!r:.60}; nothing in it was run")
-    return Name(name)
-
-
-def record(name, args, called):
-    if name in DICTS and not args:
-        return {}
-    if name in SETS:
-        return args[0]
-    if called and name not in CALLS:
-        raise Refused(f"it asks to call {name!r:.60}; nothing in it was run")
-    return Record(name, args)
+opcodes = pickle._Unpickler.dispatch
+kept = [getattr(pickle, name)[0] for name in KEPT.split()]
+Reader.dispatch = {code: opcodes[code] for code in kept} | {
+    pickle.REDUCE[0]: Reader.call,
+    pickle.NEWOBJ[0]: Reader.new,
+    pickle.BUILD[0]: Reader.build,
+    pickle.SETITEM[0]: Reader.set_item,
+    pickle.SETITEMS[0]: Reader.set_items,
+    pickle.EMPTY_SET[0]: opcodes[pickle.EMPTY_LIST[0]],
+    pickle.ADDITEMS[0]: opcodes[pickle.APPENDS[0]],
+    pickle.FROZENSET[0]: opcodes[pickle.LIST[0]],
+}

@@ -1,7 +1,7 @@
-"""DiffusersUNet: a `UNet2DModel` of the package diffusers, with the noise schedule that it was trained on, as a `Denoiser`.
+"""DiffusersUNet: a `UNet2DModel` of diffusers, with the noise schedule that it was trained on, as a `Denoiser`.
 
-In its training an image x0 was noised to a_t x0 + s_t n, with a_t^2 + s_t^2 = 1, at numbered levels t (DDPM, arXiv 2006.11239).
-Divided by a_t, that is x0 + sigma n with sigma = s_t / a_t. Images and `sigma`: see `model.py`.
+In its training an image x0 was noised to a_t x0 + s_t n, with a_t^2 + s_t^2 = 1, at numbered levels t (DDPM, arXiv
+2006.11239). Divided by a_t, that is x0 + sigma n with sigma = s_t / a_t. Images and `sigma`: see `model.py`.
 """
 
 import math
@@ -9,19 +9,22 @@ import math
 import torch
 
 from model import Denoiser, keep_precision, preconditioning, resolutions
-from support.config import UserError
+from support.script import UserError
 
-BLOCKS = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at each resolution; along a side
 
 
 def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas=None):
     """sigma of every level t, float64 `[num_train_timesteps]`, ascending, of diffusers' schedule with these arguments.
 
-    Raises ValueError for an unknown schedule, and for one whose levels do not rise, or are not above 0 and finite.
+    Raises ValueError for an unknown schedule, for too many levels, and if they do not rise from above 0 to finite.
     """
+    if not 2 <= num_train_timesteps <= MOST_LEVELS:
+        raise ValueError(f"num_train_timesteps {num_train_timesteps}: 2 to {MOST_LEVELS} are supported")
     float64 = dict(dtype=torch.float64, device="cpu")
-    steps = torch.arange(num_train_timesteps + 1, **float64) / num_train_timesteps
     if trained_betas is not None:
         betas = torch.tensor(trained_betas, **float64)
     elif beta_schedule == "linear":
@@ -29,14 +32,16 @@ def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, train
     elif beta_schedule == "scaled_linear":
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **float64) ** 2
     elif beta_schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17
-        a_squared = ((steps + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+        share = torch.arange(num_train_timesteps + 1, **float64) / num_train_timesteps
+        a_squared = ((share + 0.008) / 1.008 * math.pi / 2).cos() ** 2
         betas = (1 - a_squared[1:] / a_squared[:-1]).clamp(max=0.999)
     else:
-        raise ValueError(f"beta_schedule {beta_schedule!r:.60}; linear, scaled_linear and squaredcos_cap_v2 are supported")
+        known = "linear, scaled_linear and squaredcos_cap_v2 are supported"
+        raise ValueError(f"beta_schedule {beta_schedule!r:.60}; {known}")
     a_squared = (1 - betas).cumprod(0)
     sigmas = ((1 - a_squared) / a_squared).sqrt()
-    rising = sigmas.diff(prepend=sigmas.new_zeros(1)) > 0
-    if sigmas.shape != (num_train_timesteps,) or num_train_timesteps < 2 or not rising.all() or not sigmas.isfinite().all():
+    rise = (sigmas.diff(prepend=sigmas.new_zeros(1)) > 0).all() and sigmas.isfinite().all()
+    if sigmas.shape != (num_train_timesteps,) or not rise:
         raise ValueError("the scheduler's noise levels do not rise step by step from above 0 to below infinity")
     return sigmas
 
@@ -48,8 +53,8 @@ class DiffusersUNet(Denoiser):
 
     img_resolution:  side of the square images
     img_channels:    1 or 3
-    label_dim:       number of classes (`num_class_embeds`); 0: unconditional
-    unet:            UNet2DModel's other arguments
+    label_dim:       number of classes; 0: unconditional
+    unet:            UNet2DModel's other arguments; with `num_class_embeds` above `label_dim` if it has a null class
     prediction_type: epsilon, v_prediction (arXiv 2202.00512) or sample
     schedule:        the arguments of `noise_levels`
 
@@ -58,28 +63,24 @@ class DiffusersUNet(Denoiser):
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, unet, prediction_type, schedule):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(network="DiffusersUNet", **arguments)
         try:
             from diffusers import UNet2DModel
         except ImportError:
             raise UserError("this network needs a package that is not installed: pip install diffusers") from None
-        super().__init__(
-            network="DiffusersUNet",
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            unet=unet,
-            prediction_type=prediction_type,
-            schedule=schedule,
-        )
         if prediction_type not in PREDICTIONS:
             raise ValueError(f"prediction_type {prediction_type!r:.60}; {', '.join(PREDICTIONS)} are supported")
         if unet.get("class_embed_type") or unet.get("time_embedding_type", "positional") != "positional":
-            raise ValueError("a UNet2DModel whose time embedding is not positional, or with a class_embed_type, is not supported")
+            raise ValueError("its time embedding is not positional, or it has a class_embed_type: not supported")
         for name in [*unet["down_block_types"], *unet["up_block_types"]]:
-            if name.removeprefix("UNetRes") not in BLOCKS:
-                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(sorted(BLOCKS))}")
+            if name.removeprefix("UNetRes") not in DOWN_BLOCKS + UP_BLOCKS:
+                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(DOWN_BLOCKS + UP_BLOCKS)}")
+        if not 1 <= img_resolution <= MOST_PIXELS or not 1 <= unet.get("layers_per_block", 2) <= MOST_BLOCKS:
+            limits = f"sides of at most {MOST_PIXELS} pixels and 1 to {MOST_BLOCKS} blocks are supported"
+            raise ValueError(f"{img_resolution} pixels, layers_per_block {unet.get('layers_per_block', 2)}: {limits}")
 
-        # With this the denoising loss weights the noise levels as the network's own training did: its prediction error evenly.
+        # With this the denoising loss weights the noise levels as the network's own training did: its error evenly.
         self.sigma_data = math.inf if prediction_type == "epsilon" else 1.0
         self.prediction_type = prediction_type
         log_sigmas = noise_levels(**schedule).log()
@@ -88,17 +89,17 @@ class DiffusersUNet(Denoiser):
         sides = resolutions(img_resolution, unet["block_out_channels"])
         self.feature_channels = dict(zip(sides, unet["block_out_channels"], strict=True))
         shape = dict(sample_size=img_resolution, in_channels=img_channels, out_channels=img_channels)
-        self.unet = UNet2DModel(**unet, **shape, num_class_embeds=label_dim or None)
+        self.unet = UNet2DModel(**{"num_class_embeds": label_dim or None, **shape, **unet})
 
     def timestep(self, sigma):
-        """The t of noise level `sigma`, of any shape, in the network's training; fractional between two of its levels."""
+        """The t of noise level `sigma`, of any shape, in the network's training; fractional between two levels."""
         log_sigma = sigma.clamp(self.sigma_min, self.sigma_max).log()
         below = (log_sigma[..., None] >= self.log_sigmas[1:-1]).sum(-1)
         low, high = self.log_sigmas[below], self.log_sigmas[below + 1]
         return (below + (log_sigma - low) / (high - low)).clamp(0, len(self.log_sigmas) - 1)
 
     def factors(self, sigma):
-        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # v_prediction is EDM's with this, up to the sign
+        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # up to the sign, EDM's is v_prediction
         if self.prediction_type == "epsilon":
             c_skip, c_out = torch.ones_like(sigma), sigma
         elif self.prediction_type == "sample":
@@ -111,7 +112,7 @@ class DiffusersUNet(Denoiser):
         unet = self.unet
         emb = unet.time_embedding(unet.time_proj(c_noise.flatten()))
         if class_labels is not None:
-            emb = emb + class_labels @ unet.class_embedding.weight
+            emb = emb + class_labels @ unet.class_embedding.weight[: self.label_dim]
         h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
         skips = [h]
         for block in unet.down_blocks:

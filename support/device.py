@@ -3,53 +3,76 @@
 import ctypes
 import os
 import platform
+import re
 import sys
-from contextlib import nullcontext
 
 import torch
 
-from support import parallel
-from support.config import UserError
+from support import processes
+from support.options import Option, choice, flag, number
+from support.script import UserError
+
+
+def device_name(value):
+    if value not in ("auto", "cpu", "cuda", "mps") and not re.fullmatch(r"cuda:\d{1,2}", value):
+        raise UserError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
+    return value
+
+
+MACHINE = [
+    Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
+    Option(
+        "device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda, cuda:N or mps (Apple's GPUs; untested)"
+    ),
+    Option(
+        "precision",
+        "tf32",
+        choice("fp32", "tf32", "bf16"),
+        "of the networks; tf32 is fp32 except on CUDA; bf16 is autocast",
+    ),
+    Option("compile", False, flag, "compile the networks with torch.compile: slower to start, then faster"),
+]
 
 
 def choose_device(args):
-    """The torch device of `--device`, set up for `--precision`; under torchrun one GPU per process. Joins torchrun's processes.
+    """The torch device of `--device`, set up for `--precision`. Joins torchrun's processes, which have a GPU each.
 
-    A dry run gets the `meta` device, whatever `--device` is. Raises UserError if the device is not available.
+    Raises UserError if the device is not available.
     """
-    if getattr(args, "dry_run", False):
-        return torch.device("meta")
-    name, processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    name, local_processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and processes > 1:
-        raise UserError(f"--device {name}: {processes} processes need a GPU each; use --device cuda or auto")
-    if name == "cuda" and processes > max(1, torch.cuda.device_count()):
-        raise UserError(f"{processes} processes but only {torch.cuda.device_count()} GPUs; start fewer, or use --device cpu")
-    device = torch.device(f"cuda:{parallel.LOCAL_RANK}" if name == "cuda" else name)
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {args.device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu or auto"
-        )
+    if name.startswith("cuda:") and local_processes > 1:
+        raise UserError(f"--device {name}: {local_processes} processes need a GPU each; use --device cuda or auto")
+    gpus = torch.cuda.device_count()
+    if name == "cuda" and local_processes > max(1, gpus):
+        raise UserError(f"{local_processes} processes but only {gpus} GPUs; start fewer, or use --device cpu")
+    device = torch.device(f"cuda:{processes.LOCAL_RANK}" if name == "cuda" else name)
+    if device.type == "cuda" and device.index >= gpus:
+        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto")
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: torch finds no Apple GPU on this machine; use --device cpu or auto")
-        if args.precision == "bf16" or args.compile or processes > 1:
-            raise UserError("--device mps supports one process in fp32, without --precision bf16, --compile and torchrun")
+        if args.precision == "bf16" or args.compile or local_processes > 1:
+            raise UserError(
+                "--device mps supports one process in fp32, without --precision bf16, --compile and torchrun"
+            )
         print("--device mps: untested; if it fails, please report it and use --device cpu")
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    parallel.start(device)
+    processes.join_processes(device)
     return device
 
 
 def keep_freed_memory():
     """Makes glibc keep the memory of freed tensors for new ones until the process ends. Does nothing without glibc.
 
-    By default glibc returns large blocks to the kernel, which must clear each page when it hands it out again: at every step.
+    By default glibc returns large blocks to the kernel, which must clear each page when it hands it out again: at every
+    step.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # as in malloc.h
@@ -60,11 +83,9 @@ def keep_freed_memory():
 def autocast(args, device):
     """The context in which networks run: bfloat16 with `--precision bf16`.
 
-    It applies to convolutions and matrix products; weights, preconditioning and losses stay in float32. Its cache of cast weights
-    is off: it would reuse weights that were cast without gradients in a pass that needs gradients. On `meta`, `DryRun` casts.
+    It applies to convolutions and matrix products; weights, preconditioning and losses stay in float32. Its cache of
+    cast weights is off: it would reuse weights that were cast without gradients in a pass that needs gradients.
     """
-    if device.type == "meta":
-        return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
 
 
@@ -79,6 +100,6 @@ def compile_networks(args, *networks):
         return
     torch._dynamo.config.cache_size_limit = 64  # one for each network, batch size and kind of pass
     for network in networks:
-        # One compilation per batch size: with dynamic sizes, Inductor skips its optimisation of the layout of convolutions.
+        # One compilation per batch size: with dynamic sizes, Inductor skips its optimisation of convolutions' layouts.
         network.compile(dynamic=False)
         network.encode = torch.compile(network.encode, dynamic=False)

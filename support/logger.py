@@ -11,16 +11,33 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import parallel
-from support.config import public, writing
+from support import processes
 from support.images import save_grid
+from support.options import Option, choice, count, flag, path, public, text
+from support.script import writing
 
-REPORT_AFTER, REPORT_SECONDS = 10, 30  # iterations before the first line of `progress`, and seconds between the next
+LOGGING = [
+    Option("log_every", 50, count, "steps between lines of metrics.jsonl"),
+    Option("sample_every", 1000, count, "steps between sample grids in output_dir/samples"),
+]
+WANDB = [
+    Option("wandb", False, flag, "log to Weights & Biases"),
+    Option("wandb_project", "minimal-dmd", text, "project"),
+    Option("wandb_run_name", None, text, "name of the run"),
+    Option("wandb_mode", "online", choice("online", "offline", "disabled"), "mode"),
+    Option("wandb_dir", "./log/wandb", path, "folder of W&B's local files, including copies of checkpoints"),
+    Option("wandb_key", None, text, "API key; never stored (alternatives: `wandb login`, WANDB_API_KEY)"),
+    Option("wandb_log_every", 50, count, "steps between scalars; if below log_every, it replaces log_every"),
+    Option("wandb_log_images", False, flag, "send noised and denoised images from the losses"),
+    Option("wandb_log_samples", False, flag, "send sample grids"),
+    Option("wandb_sample_every", 1000, count, "steps between images and sample grids"),
+    Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
+]
 
 
 @contextmanager
 def wandb_folders(folder):
-    """A context in which W&B copies the files that it sends to `folder`, not the home folder, unless the environment names one."""
+    """A context in which W&B copies the files that it sends to `folder`, not to the home folder."""
     names = {"WANDB_DATA_DIR": "", "WANDB_CACHE_DIR": "cache"}
     ours = {name: str(Path(folder, part).resolve()) for name, part in names.items() if name not in os.environ}
     os.environ.update(ours)
@@ -40,33 +57,36 @@ class Logger:
     """
 
     def __init__(self, args, start_step=0, wandb_run_id=None):
-        self.args, self.writes = args, parallel.rank() == 0
+        self.args = args
         self.output_dir = Path(args.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
-        silent = None if self.writes else True  # None: tqdm is silent without a terminal
+        silent = None if processes.is_main() else True  # None: tqdm is silent without a terminal
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
         self.sums, self.counts, self.losses = {}, {}, {}
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since the last were sent
         self.wandb_run_id = wandb_run_id
-        self.wandb_run = self.start_wandb() if args.wandb and self.writes else None
+        self.wandb_run = self.start_wandb() if args.wandb and processes.is_main() else None
         if self.wandb_run:
             self.wandb_run_id = self.wandb_run.id
 
     def start_wandb(self):
-        """The W&B run, that of `wandb_run_id` if there is one. If W&B fails, prints that and returns None: training goes on."""
+        """The W&B run, that of `wandb_run_id` if there is one. If W&B fails, returns None: training goes on."""
         args = self.args
+        variables = {"project": "PROJECT", "run_name": "NAME", "mode": "MODE", "dir": "DIR"}
+        chosen = {  # W&B's environment variables beat our defaults
+            "name" if name == "run_name" else name: getattr(args, f"wandb_{name}")
+            for name, variable in variables.items()
+            if f"wandb_{name}" in args.given or f"WANDB_{variable}" not in os.environ
+        }
         try:
             import wandb  # only if enabled: it takes a second, and need not be installed
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
             with wandb_folders(args.wandb_dir):
                 return wandb.init(
-                    project=args.wandb_project,
-                    name=args.wandb_run_name,
-                    mode=args.wandb_mode,
-                    dir=args.wandb_dir,
+                    **chosen,
                     config=public(args),
                     id=self.wandb_run_id,
                     resume="allow",
@@ -79,7 +99,8 @@ class Logger:
 
     def without_wandb(self, error):
         self.wandb_run = None
-        self.message(f"Weights & Biases is now off, training continues: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        self.message(f"Weights & Biases is now off, training continues: {reason}")
 
     def send(self, act):
         """Calls `act(run)` if W&B is on. A failure turns W&B off but never stops the training."""
@@ -90,7 +111,7 @@ class Logger:
                 self.without_wandb(error)
 
     def log(self, step, metrics):
-        """Adds the step's `metrics` (0-dimensional tensors or numbers) to the running means, written every `log_every` steps."""
+        """Adds the step's `metrics` (scalar tensors or numbers) to the means, written every `log_every` steps."""
         for name, value in metrics.items():
             value = value.detach() if torch.is_tensor(value) else value
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -99,41 +120,37 @@ class Logger:
         if step % self.log_every and step != self.args.step_number:
             return
 
-        values = torch.tensor([float(total) / self.counts[name] for name, total in self.sums.items()], dtype=torch.float64)
-        parallel.average([values])
+        values = [float(total) / self.counts[name] for name, total in self.sums.items()]
+        values = torch.tensor(values, dtype=torch.float64)
+        processes.all_mean([values])
         means = dict(zip(self.sums, values.tolist(), strict=True))
         now = time.perf_counter()
         images_per_second = (step - self.last_step) * self.args.batch_size / (now - self.last_time)
         self.sums, self.counts, self.last_step, self.last_time = {}, {}, step, now
-        if not self.writes:
+        if not processes.is_main():
             return
-        row = {"step": step, **means, "images_per_second": round(images_per_second, 1)}
+        row = {"step": step, **means, "images_per_second": float(f"{images_per_second:.6g}")}
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}  # JSON has no NaN
         with writing(self.metrics_path), open(self.metrics_path, "a") as file:
-            print(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}), file=file)  # JSON has no NaN
+            print(json.dumps(row), file=file)
 
-        # Losses that are not new since the last line (the generator's) are shown again, so that columns keep their places.
+        # Losses that are not new since the last line (the generator's) are shown again, so that columns keep their
+        # places.
         self.losses |= {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
         losses = dict(sorted(self.losses.items()))
         self.bar.set_postfix({**losses, "img/s": f"{images_per_second:.0f}"})
         if self.bar.disable:  # no terminal: plain lines for a log file
             left = (self.args.step_number - step) * self.args.batch_size / images_per_second
-            parts = [f"{name} {value}" for name, value in losses.items()]
-            print(
-                f"step {step}/{self.args.step_number}",
-                *parts,
-                f"{images_per_second:.0f} img/s",
-                f"{left:.0f} s left",
-                sep="  ",
-                flush=True,
-            )
+            parts = [f"step {step}/{self.args.step_number}", *(f"{name} {value}" for name, value in losses.items())]
+            print(*parts, f"{images_per_second:.0f} img/s", f"{left:.0f} s left", sep="  ", flush=True)
         self.for_wandb |= row
         if self.wandb_run and step - self.last_wandb_step >= self.args.wandb_log_every:
             self.send(lambda run: run.log(self.for_wandb, step=step))
             self.last_wandb_step, self.for_wandb = step, {}
 
     def wants_samples(self, step):
-        due = step % self.args.sample_every == 0 or step == self.args.step_number or self.wandb_wants("samples", step)
-        return due and self.writes
+        due = step % self.args.sample_every == 0 or step == self.args.step_number
+        return (due or self.wandb_wants("samples", step)) and processes.is_main()
 
     def wandb_wants(self, what, step):
         """Whether W&B is to get `what`, samples or images, at this step."""
@@ -142,52 +159,33 @@ class Logger:
 
     def samples(self, step, *blocks, columns):
         """Writes a sample grid to `samples/`, and sends it to W&B when due."""
-        path = self.output_dir / "samples" / f"step_{step:07d}.png"
-        save_grid(path, *blocks, columns=columns)
+        file = self.output_dir / "samples" / f"step_{step:07d}.png"
+        save_grid(file, *blocks, columns=columns)
         if self.wandb_wants("samples", step):
-            self.send_image(step, "samples", path)
+            self.send_image(step, "samples", file)
 
     def images(self, step, *blocks):
         """Sends the first images of each block to W&B, side by side."""
-        path = self.output_dir / "samples" / "images.png"
-        save_grid(path, *[block[:32] for block in blocks], columns=4)
-        self.send_image(step, "images", path)
+        file = self.output_dir / "samples" / "images.png"
+        save_grid(file, *[block[:32] for block in blocks], columns=4)
+        self.send_image(step, "images", file)
 
-    def send_image(self, step, name, path):
+    def send_image(self, step, name, file):
         import wandb
 
-        self.send(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+        self.send(lambda run: run.log({name: wandb.Image(str(file))}, step=step))
 
-    def artifact(self, path):
-        """Sends the checkpoint at `path` to W&B if that is enabled."""
+    def artifact(self, file):
+        """Sends the checkpoint `file` to W&B if that is enabled."""
         if self.args.wandb_log_checkpoints:
-            options = dict(type="model", aliases=[path.stem])
+            options = dict(type="model", aliases=[file.stem])
             with wandb_folders(self.args.wandb_dir):
-                self.send(lambda run: run.log_artifact(str(path), name=f"{run.id}-checkpoint", **options))
+                self.send(lambda run: run.log_artifact(str(file), name=f"{run.id}-checkpoint", **options))
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
     def close(self):
         self.bar.close()
         self.send(lambda run: run.finish())
-
-
-def progress(numbers, what, unit):
-    """Yields the `numbers`, a range, and reports the time left: early on and then regularly, on a terminal with a bar.
-
-    what: a description of the work; unit: what `numbers` count.
-    """
-    start = reported = time.monotonic()
-    silent = None if parallel.rank() == 0 else True  # None: tqdm is silent without a terminal
-    with tqdm(total=numbers.stop, initial=numbers.start, unit=unit, disable=silent) as bar:
-        for turn, number in enumerate(numbers, 1):
-            yield number
-            done = min(number + numbers.step, numbers.stop)
-            bar.update(done - number)
-            now = time.monotonic()
-            if turn == REPORT_AFTER or (bar.disable and now > reported + REPORT_SECONDS):
-                left = (now - start) / turn * (len(numbers) - turn) / 60
-                bar.write(f"{what}: {unit} {done} of {numbers.stop}, about {left:.1f} minutes left", file=sys.stdout)
-                sys.stdout.flush()
-                reported = now

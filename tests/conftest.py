@@ -29,7 +29,8 @@ processes.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest"])
 def run_script(script, *arguments, cwd=ROOT, env=None):
     """The script as a user runs it; returns the finished process, output captured as text.
 
-    It starts as a fork of a process that has only imported torch, which saves seconds per call; with `env`, as a new process.
+    It starts as a fork of a process that has only imported torch, which saves seconds per call; with `env`, as a new
+    process.
     """
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     if env:
@@ -64,7 +65,9 @@ def torchrun(script, *arguments, cwd=ROOT, env=None):
     """The same under torchrun, in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
 
 
 def metrics(folder):
@@ -73,7 +76,9 @@ def metrics(folder):
 
 def tiny_unet(**changes):
     torch.manual_seed(0)
-    net = SimpleUNet(**{**dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1), **changes})
+    net = SimpleUNet(
+        **{**dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1), **changes}
+    )
     for parameter in net.parameters():  # zero-initialised layers would hide mistakes
         torch.nn.init.normal_(parameter, std=0.1) if parameter.abs().sum() == 0 else None
     return net.eval()
@@ -121,7 +126,9 @@ def write_zip(path, labels=(0, 1, 2, 0, 1, 2), size=16, listed=None, seed=0):
 def runs(tmp_path_factory):
     """A tiny teacher and a tiny generator, trained through the command line; a folder with `teacher/` and `dmd2/`."""
     folder = tmp_path_factory.mktemp("runs")
-    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", folder / "teacher", "--save_every", 2, "--log_every", 1)
+    succeed(
+        "train_teacher.py", *TINY, *TINY_NET, "--output_dir", folder / "teacher", "--save_every", 2, "--log_every", 1
+    )
     teacher = folder / "teacher" / "teacher_final.pt"
     arguments = ["--teacher_checkpoint", teacher, "--output_dir", folder / "dmd2", "--save_every", 2, "--log_every", 1]
     succeed("train_dmd2.py", *TINY, *arguments, "--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", "0.5")
@@ -130,12 +137,23 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def unconditional(tmp_path_factory):
-    """`runs` without classes: trained on `set.zip`, whose images have no labels. The generator has GAN heads and an average."""
+    """`runs` without classes: trained on `set.zip`, whose images have no labels; with GAN heads and an average."""
     folder = tmp_path_factory.mktemp("unconditional")
-    data = ["--dataset", "folder", "--data_dir", write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None})]
+    data = [
+        "--dataset",
+        "folder",
+        "--data_dir",
+        write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None}),
+    ]
     options = [*TINY, *data, "--save_every", 2, "--log_every", 1]
     succeed("train_teacher.py", *options, *TINY_NET, "--output_dir", folder / "teacher")
-    options += ["--teacher_checkpoint", folder / "teacher" / "teacher_final.pt", "--gan_classifier", "--ema_decay", "0.5"]
+    options += [
+        "--teacher_checkpoint",
+        folder / "teacher" / "teacher_final.pt",
+        "--gan_classifier",
+        "--ema_decay",
+        "0.5",
+    ]
     succeed("train_dmd2.py", *options, "--dfake_gen_update_ratio", 2, "--output_dir", folder / "dmd2")
     return folder
 

@@ -3,7 +3,6 @@
 import pickle
 import sys
 import types
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,17 +11,19 @@ import torch.nn.functional as F
 
 import import_teacher
 from model import preconditioning
-from support.config import UserError
+from support.script import UserError
 
 TINY = dict(resolution=8, width=16, mult=(1, 2), blocks=1, attention=(4,), classes=10)
 DDPMPP, NCSNPP = dict(taps=(1, 1)), dict(taps=(1, 3, 3, 1), residual=True, noise_mult=2)
 FULL = dict(resolution=32, width=128, mult=(2, 2, 2), blocks=4, attention=(16,), classes=10)
 
 
-# ---- EDM's network as its files hold it, and what it computes: written here once more, without song_unet.py ----------------
+# ---- EDM's network as its files hold it, and what it computes: written here once more, without networks/ ------------
 
 
-def edm_shapes(resolution, width, mult, blocks, attention, classes, taps, residual=False, noise_mult=1, colours=3, augment=9):
+def edm_shapes(
+    resolution, width, mult, blocks, attention, classes, taps, residual=False, noise_mult=1, colours=3, augment=9
+):
     """The names and shapes of the tensors of EDM's SongUNet, in its order."""
     shapes, emb = {}, 4 * width
 
@@ -178,7 +179,7 @@ def edm_denoise(tensors, x, sigma, labels):
     return c_skip * x + c_out * h
 
 
-# ---- its file -------------------------------------------------------------------------------------------------------------
+# ---- its file -------------------------------------------------------------------------------------------------------
 
 
 class Persistent:
@@ -192,7 +193,7 @@ class Persistent:
 
 
 def module(class_name, tensors, children=(), **state):
-    """`tensors` by dotted names as nested modules; `enc` and `dec` are torch's own ModuleDict, all others NVIDIA's classes."""
+    """`tensors` by dotted names as nested modules; `enc` and `dec` are torch's, the others NVIDIA's classes."""
     own = {name: tensor for name, tensor in tensors.items() if "." not in name}
     buffers = {name: tensor for name, tensor in own.items() if name in ("freqs", "resample_filter")}
     children = dict(children)
@@ -233,7 +234,9 @@ def write_pickle(path, content):
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     easy_dict = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
     stand_ins = {"torch_utils": types.ModuleType("torch_utils"), "dnnlib": types.ModuleType("dnnlib")}
-    stand_ins["torch_utils.persistence"] = types.SimpleNamespace(_reconstruct_persistent_obj=_reconstruct_persistent_obj)
+    stand_ins["torch_utils.persistence"] = types.SimpleNamespace(
+        _reconstruct_persistent_obj=_reconstruct_persistent_obj
+    )
     stand_ins["dnnlib.util"] = types.SimpleNamespace(EasyDict=easy_dict)
     sys.modules.update(stand_ins)
     try:
@@ -252,10 +255,10 @@ def write_edm(path, **changes):
     )
 
 
-def imported(source, folder):
+def imported(source, folder, *arguments):
     """The checkpoint that import_teacher.py makes of `source` in `folder`/imported, by its own main."""
     output = folder / "imported" / f"{source.name}.pt"
-    import_teacher.main(Namespace(source=str(source), output=str(output)))
+    import_teacher.main(["--source", str(source), "--output", str(output), *arguments])
     return output
 
 

@@ -1,88 +1,148 @@
-"""Checkpoints as safetensors files: what `export.py --format safetensors` writes, and who reads it."""
+"""Checkpoints that are damaged, changed or hostile: `check_state`, and what is allocated before it."""
 
-import importlib.util
-import json
+import copy
+import os
+import random
+import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
-from conftest import TINY, run_script, succeed
-from edm_files import DDPMPP, assert_import_refused, edm_tensors, imported
-from test_config import assert_refused
+from conftest import ROOT, tiny_unet
 
 import checkpoint
-from support.config import UserError
-
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("safetensors"), reason="needs safetensors, not installed")
+from support.script import UserError
 
 
-def test_shared_generator_is_used_as_the_checkpoint(runs, tmp_path):
-    """The averaged weights, bit for bit; the same images; a third of the size or less, without optimizer states."""
-    source, shared = runs / "dmd2" / "dmd2_final.pt", tmp_path / "new" / "generator.safetensors"
-    out = succeed("export.py", "--checkpoint", source, "--format", "safetensors", "--output", shared)
-    assert f"wrote {shared}" in out and [file.name for file in shared.parent.iterdir()] == [shared.name]
-    assert shared.stat().st_size < source.stat().st_size / 3
-    state, kept = checkpoint.load(source), checkpoint.load(shared)
-    assert checkpoint.kind(kept) == "dmd2" and kept["config"] == state["config"] and kept["class_names"] == state["class_names"]
-    net, again = checkpoint.load_network(source), checkpoint.load_network(shared)
-    assert type(net) is type(again) and net.config == again.config
-    assert all(torch.equal(tensor, state["ema_state_dict"][name]) for name, tensor in again.state_dict().items())
-    noise, labels = torch.randn(3, 1, 8, 8), torch.tensor([0, 4, 9])
-    assert torch.equal(checkpoint.load_sampler(shared)(noise, labels), checkpoint.load_sampler(source)(noise, labels))
-    arguments = ["--num_samples", 1, "--format", "npz", "--classes", "0,3", "--output_dir"]
-    succeed("generate.py", "--checkpoint", shared, *arguments, tmp_path / "images")
-    assert (tmp_path / "images" / "samples.npz").exists()
+@pytest.fixture(scope="module")
+def states():
+    """A teacher's and a student's, of one network."""
+    net = tiny_unet()
+    shared = {
+        "step": 3,
+        "images_seen": 48,
+        "model_config": net.config,
+        "config": {"lr": 1e-4},
+        "versions": {"torch": "2"},
+    }
+    shared["class_names"] = [str(digit) for digit in range(10)]
+    student = {"feedforward_model_state_dict": net.state_dict(), "student_sigmas": [80.0, 3.0]}
+    return [{"ema_state_dict": net.state_dict(), **shared}, {**student, **shared}]
 
 
-def test_shared_teacher_is_distilled_and_not_resumed(runs, tmp_path):
-    teacher = tmp_path / "teacher.safetensors"
-    checkpoint.save_safetensors(teacher, checkpoint.load(runs / "teacher" / "teacher_final.pt"))
-    assert checkpoint.kind(checkpoint.load(teacher)) == "teacher"
-    succeed("train_dmd2.py", *TINY, "--step_number", 1, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "run")
-    done = run_script("train_teacher.py", *TINY, "--resume_from_checkpoint", teacher, "--output_dir", tmp_path / "other")
-    assert_refused(done, "only weights, to sample or distil; training cannot resume here")
+def refused(state, path):
+    """The message with which the network of `state` is refused; None if it is built."""
+    try:
+        checkpoint.check_state(state)
+        checkpoint.network(state, path)
+    except ValueError as error:  # a UserError is one
+        return str(error)
 
 
-def test_damaged_and_other_files_are_refused(runs, tmp_path):
-    """Cut short anywhere, with other metadata, or from another project: each is refused in one line."""
-    from safetensors.torch import save_file
-
-    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
-    checkpoint.save_safetensors(good, checkpoint.load(runs / "teacher" / "teacher_final.pt"))
-    content = good.read_bytes()
-    for size in (5, 9, 500, len(content) // 2, len(content) - 1):
-        bad.write_bytes(content[:size])
-        with pytest.raises(UserError, match="damaged, or not written by"):
-            checkpoint.load(bad)
-    for metadata in ("no JSON", "[1]", "7", json.dumps({"kind": "teacher", "step": 1, "model_config": 3, "config": {}})):
-        save_file({"x": torch.ones(1)}, bad, {"minimal_dmd2": metadata})
-        with pytest.raises(UserError, match="not written by"):
-            checkpoint.load(bad)
-    save_file({"x": torch.ones(1)}, bad)
-    with pytest.raises(UserError, match=r"not written by export.py; import other networks with import_teacher.py"):
-        checkpoint.load(bad)
-    for already in (good, runs / "teacher" / "teacher_final.pt"):
-        assert_import_refused(already, tmp_path, "already a checkpoint of this project: give it to --teacher_checkpoint as it is")
+STRANGE = [None, True, -1, 2.5, float("nan"), float("inf"), "", "x" * 99, b"x", [], [1], ["a"], {}, {"a": 1}, {1: 2}]
+STRANGE += [10**9, 10**30, [10**9], [80.0, float("nan")], [3.0, 80.0], torch.zeros(3), torch.zeros(1).expand(10**12)]
 
 
-def test_edms_state_dict_as_safetensors(tmp_path):
-    """It is imported like a .pth, with the licence that its metadata states; a damaged one is refused."""
-    from safetensors.torch import save_file
+@pytest.mark.parametrize("seed", range(300))
+def test_a_changed_state_is_refused_or_works(states, seed, tmp_path):
+    """Seeded changes of types, lengths and values at any depth: never another exception, never a hang or gigabytes."""
+    draw = random.Random(seed)
+    state = copy.deepcopy(draw.choice(states))
+    for _ in range(draw.choice([1, 1, 2])):
+        place = state
+        while True:
+            key = draw.choice(list(place))
+            if isinstance(place[key], dict) and place[key] and draw.random() < 0.6:
+                place = place[key]
+            else:
+                break
+        if draw.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = draw.choice(STRANGE)
+    refused(state, tmp_path / "x.pt")
 
-    tensors, source = edm_tensors(**DDPMPP), tmp_path / "a.safetensors"
-    save_file({f"model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, source, {"license": "cc0"})
-    state = checkpoint.load(imported(source, tmp_path))
-    assert state["config"]["licence"] == "cc0" and state["model_config"]["network"] == "SongUNet"
-    assert torch.equal(state["ema_state_dict"]["conv_in.weight"], tensors["enc.8x8_conv.weight"])
-    source.write_bytes(source.read_bytes()[:-1])
-    assert_import_refused(source, tmp_path / "again", "damaged, or not safetensors")
+
+def nested(key, inner, value):
+    return lambda state: state[key].__setitem__(inner, value)
 
 
-def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
+CHANGES = [  # change, part of the message
+    (lambda state: state.pop("step"), "not written by train_teacher.py"),
+    (lambda state: state.update(step=-1), "its step or images_seen is below 0"),
+    (lambda state: state.update(images_seen="many"), "its images_seen is no int"),
+    (lambda state: state.update(class_names=["a", 2] * 5), "its class_names are no texts"),
+    (lambda state: state.update(class_names=["a", "b"]), "2 class_names for 10 classes"),
+    (nested("model_config", "model_channels", 10**7), "above 100000"),
+    (nested("model_config", "img_resolution", 8192), "its img_resolution is not from 1 to 1024"),
+    (nested("model_config", "num_blocks", 10**4), "more than 100 blocks per resolution"),
+    (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
+    (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
+    (lambda state: state["model_config"].pop("channels_per_group"), "of an early version"),
+]
+STUDENTS = [
+    (lambda state: state.pop("student_sigmas"), "of an early version"),
+    (lambda state: state.update(student_sigmas=[80.0, float("nan")]), "not finite noise levels that descend"),
+    (lambda state: state.update(student_sigmas=[3.0, 80.0]), "not finite noise levels that descend"),
+    (nested("feedforward_model_state_dict", "conv_in.bias", torch.zeros(1).expand(8)), "larger than its content"),
+    (nested("feedforward_model_state_dict", "conv_in.bias", [0.0]), "its weights are no tensors"),
+]
 
-    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(UserError, match=r"x.safetensors: needs .* pip install safetensors$"):
-        checkpoint.load(tmp_path / "x.safetensors")
+
+@pytest.mark.parametrize(
+    "kind, change, told", [(i, *row) for i, rows in enumerate((CHANGES, STUDENTS)) for row in rows]
+)
+def test_what_is_wrong_is_named(states, kind, change, told, tmp_path):
+    state = copy.deepcopy(states[kind])
+    assert refused(state, tmp_path / "x.pt") is None
+    change(state)
+    assert told in (refused(state, tmp_path / "x.pt") or "")
+
+
+def bomb(path, what):
+    """A small file that asks for gigabytes."""
+    net = tiny_unet()
+    state = {"ema_state_dict": net.state_dict(), "step": 1, "model_config": dict(net.config), "config": {}}
+    if what == "wide network":
+        state["model_config"] |= {"model_channels": 80_000, "channel_mult": [90_000]}
+    if what == "expanded tensor":
+        state["ema_state_dict"]["conv_in.bias"] = torch.zeros(1).expand(2 * 10**9)
+    if what == "endless list":
+        state["model_config"]["x"] = endless = []
+        endless.append(endless)
+    if what == "many blocks":
+        state["model_config"]["num_blocks"] = 10**9
+    torch.save(state, path)
+    if what == "compressed zeros":
+        with (
+            zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
+            archive.open("zeros", "w", force_zip64=True) as file,
+        ):
+            for _ in range(1000):
+                file.write(bytes(4_000_000))
+
+
+@pytest.mark.parametrize("what", ["wide network", "expanded tensor", "many blocks", "compressed zeros", "endless list"])
+def test_small_files_do_not_take_gigabytes(tmp_path, what):
+    """One line within 20 seconds of computing, and less than 1 GB beyond what torch takes."""
+    bomb(tmp_path / "bomb.pt", what)
+    assert os.path.getsize(tmp_path / "bomb.pt") < 10_000_000
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import checkpoint\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF)\n"
+        "before = used()\n"
+        "try:\n    checkpoint.load_network(sys.argv[2])\n"
+        "except ValueError as error:\n    print(error, file=sys.stderr)\n"
+        "print(used().ru_maxrss - before.ru_maxrss, used().ru_utime - before.ru_utime)\n"
+    )
+    command = [sys.executable, "-c", code, ROOT, tmp_path / "bomb.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and "bomb.pt" in done.stderr, done.stderr
+    memory, seconds = map(float, done.stdout.split())
+    assert memory < 1_000_000 and seconds < 20
+
+
+def test_an_error_of_the_disk_is_told_as_such(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.pt: No such file"):
+        checkpoint.load(tmp_path / "missing.pt")

@@ -1,47 +1,106 @@
 import pytest
 import torch
-from conftest import saved_for_backward
+from conftest import needs_muon, saved_for_backward, tiny_unet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import train_dmd2
+from evaluation.costs import AsOnCuda, count, forward_flops, iteration_flops
+from guidance import GuidanceModel
 from model import SimpleUNet
 from networks.song_unet import SongUNet
-from support.costs import count
+from support.options import parse_args
+from unified_model import UnifiedModel
 
 
-def test_counted_arithmetic_is_that_of_the_convolution():
-    """2 * 16 * 16 products and sums per weight; the memory is that of the result."""
-    x, weight = torch.randn(1, 3, 16, 16), torch.randn(8, 3, 3, 3)
-    flops, memory = count(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
-    assert flops == 2 * 16 * 16 * 8 * 3 * 9 and memory == 4 * 8 * 16 * 16
+def meta(net, *options):
+    """(options of train_dmd2.py, its model on `meta`)."""
+    args = parse_args(train_dmd2.OPTIONS, None, [str(option) for option in options])
+    return args, train_dmd2.build_model(args, net.to("meta")).to("meta")
 
 
-def test_saved_for_backward_counts_each_storage_once():
-    layer, x = torch.nn.Linear(4, 4), torch.randn(5, 4)
-    assert saved_for_backward(torch.nn.Sequential(layer, torch.nn.Sigmoid()), x) == 2 * 4 * 5 * 4  # input and sigmoid, no weights
-    assert saved_for_backward(lambda_module(lambda x: x * x * x), x.requires_grad_()) == 2 * 4 * 5 * 4  # x and x * x
+def test_counted_arithmetic_and_memory_are_those_of_the_convolution():
+    """2 * 16 * 16 products and sums per weight; the memory is that of both results, and then of one."""
+    x, weight = torch.empty(1, 3, 16, 16, device="meta"), torch.empty(8, 3, 3, 3, device="meta")
+    convolve = lambda: torch.nn.functional.conv2d(x, weight, padding=1)  # noqa: E731
+    flops = 2 * 16 * 16 * 8 * 3 * 9
+    assert count(convolve) == (flops, 4 * 8 * 16 * 16)
+    assert count(lambda: convolve() + convolve()) == (2 * flops, 3 * 4 * 8 * 16 * 16)
+    assert count(lambda: [convolve().relu_()[0] for _ in range(3)]) == (3 * flops, 3 * 4 * 8 * 16 * 16)
+    assert count(lambda: [convolve().sum() for _ in range(3)])[1] == 4 * 8 * 16 * 16 + 3 * 4
 
 
-def lambda_module(function):
-    module = torch.nn.Module()
-    module.forward = function
-    return module
+@pytest.mark.parametrize(
+    "options, passes",
+    [
+        ([], 4.4),
+        (["--dfake_gen_update_ratio", 5], 4.8),
+        (["--guidance_updates", 3], 10.4),
+        (["--alternate_turns"], 4.1),
+        (["--student_steps", 2], 4.9),
+        (["--objective", "sid"], 4.6),
+    ],
+)
+def test_an_iterations_passes(options, passes):
+    """As in `unified_model.py`: backward passes count twice, but for inputs that need no gradient."""
+    net = tiny_unet(model_channels=16, channel_mult=(1, 2, 2), img_channels=3)
+    counted = iteration_flops(*meta(net, *options)) / forward_flops(net)
+    assert passes * 0.98 < counted <= passes
+
+
+@needs_muon
+def test_muons_products_count_once_per_batch():
+    ways = (("adamw", 8), ("muon", 8), ("muon", 16))
+    adamw, muon8, muon16 = (
+        iteration_flops(*meta(tiny_unet(), "--optimizer", name, "--batch_size", size)) for name, size in ways
+    )
+    assert muon8 - adamw == pytest.approx(2 * (muon16 - adamw)) and muon8 > 1.1 * adamw
+
+
+@pytest.fixture
+def as_if_cuda(monkeypatch):
+    """Lets CUDA's autocast, and so its rules, work on fake tensors where there is no GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
+
+
+def kept(build, device, side=32):
+    """The bytes that a forward pass keeps. Fused attention has no fake, and the plain one is all float32: left out."""
+    with torch.device(device):
+        net = build(img_resolution=side, attn_resolutions=())
+        net.middle = torch.nn.ModuleList()
+        inputs = torch.empty(512, 3, side, side), torch.ones(512), torch.zeros(512, dtype=torch.long)
+        return saved_for_backward(net, *inputs)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("build", [SimpleUNet, SongUNet])
-def test_bf16_keeps_half_the_memory_on_every_device(monkeypatch, device, build):
-    """On fake tensors, which follow the rules of each device's autocast: next to nothing is kept in float32.
+def test_bf16_keeps_half_the_memory_on_every_device(as_if_cuda, device, build):
+    """CUDA's rules make float32 of group norms and of upsampling, where they are left to them."""
+    with FakeTensorMode():
+        single = kept(build, device)
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            assert 0.45 < kept(build, device) / single < 0.6
 
-    CUDA's rules make float32 of group norms and of upsampling, where they are left to them.
-    """
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
-    kept = []
-    for enabled in (False, True):
-        with FakeTensorMode(), torch.device(device):
-            net = build(attn_resolutions=())  # fused attention has no fake; the plain one is all float32
-            net.middle = torch.nn.ModuleList()
-            inputs = torch.empty(512, 3, 32, 32), torch.ones(512), torch.zeros(512, dtype=torch.long)
-            with torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
-                kept.append(saved_for_backward(net, *inputs))
-    assert 0.45 < kept[1] / kept[0] < 0.6, kept
+
+@pytest.mark.parametrize("build", [SimpleUNet, SongUNet])
+def test_bf16_on_meta_keeps_what_cudas_autocast_keeps(as_if_cuda, build):
+    with AsOnCuda(bf16=True):
+        ours = kept(build, "meta")
+    with FakeTensorMode(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        assert ours == pytest.approx(kept(build, "cuda"), rel=0.005)
+
+
+@pytest.mark.parametrize("build", [SimpleUNet, SongUNet])
+@pytest.mark.parametrize("options", [dict(), dict(gan_classifier=True, f_divergence="js"), dict(objective="sid")])
+def test_no_turn_mixes_devices_or_waits_for_the_gpu(build, options):
+    """On fake tensors of a CUDA device: an operator of two devices, or a value read back, is an error there."""
+    small = dict(img_resolution=16, model_channels=16, num_blocks=1, channel_mult=(1, 2))
+    model = UnifiedModel(GuidanceModel(build(**small), **options))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.guidance_model.to("cuda"), model.feedforward_model.to("cuda")
+        noise, labels = torch.empty(4, 3, 16, 16, device="cuda"), torch.zeros(4, dtype=torch.long, device="cuda")
+        losses, _, images = model.generator_turn(noise, labels)
+        losses |= model.guidance_turn(images, labels, noise, labels)[0]
+        assert {images.device.type, *(loss.device.type for loss in losses.values())} == {"cuda"}
+        with pytest.raises(RuntimeError, match="device"):
+            model.generate(noise, labels.cpu())

@@ -1,4 +1,4 @@
-"""Files that users hand in, damaged at random: each is refused in one line, or only numbers were hit. Never a traceback."""
+"""Files that users hand in, damaged at random: each is refused in one line, or only numbers were hit."""
 
 import numpy as np
 import pytest
@@ -7,38 +7,39 @@ from conftest import ROOT, tiny_unet, write_zip
 from edm_files import DDPMPP, edm_tensors, write_edm
 
 import checkpoint
+import train_teacher
 from data import load_dataset
-from importers.edm import load_edm
-from support.config import TEACHER, UserError, parse_args
+from import_teacher import load
+from support.options import parse_args
+from support.script import UserError
 
 
 def write_checkpoint(path):
     net = tiny_unet()
-    state = {"model_state_dict": net.state_dict(), "ema_state_dict": net.state_dict(), "step": 1, "model_config": net.config}
+    state = {
+        "model_state_dict": net.state_dict(),
+        "ema_state_dict": net.state_dict(),
+        "step": 1,
+        "model_config": net.config,
+    }
     checkpoint.save(path, state | {"config": {}})
-
-
-def write_shared(path):
-    pytest.importorskip("safetensors")
-    write_checkpoint(path.with_suffix(".pt"))
-    checkpoint.save_safetensors(path, checkpoint.load(path.with_suffix(".pt")))
 
 
 KINDS = {  # file -> who writes it, who reads it
     "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
-    "checkpoint.safetensors": (write_shared, checkpoint.load_network),
     "config.yaml": (
         lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()),
-        lambda path: parse_args(TEACHER, "", ["--config", str(path)]),
+        lambda path: parse_args(train_teacher.OPTIONS, "", ["--config", str(path)]),
     ),
     "images.zip": (write_zip, lambda path: load_dataset("folder", path, 16)),
-    "edm.pkl": (write_edm, load_edm),
-    "edm.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path), load_edm),
+    "edm.pkl": (write_edm, load),
+    "edm.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path), load),
+    "old.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path, _use_new_zipfile_serialization=False), load),
 }
 
 
 def damaged(good, random):
-    """`good` with a few bytes changed, or cut short, or with another piece near its end, where a ZIP has its directory."""
+    """`good` with a few bytes changed, cut short, or with another piece near its end, where a ZIP has its directory."""
     bad = bytearray(good)
     match random.integers(3):
         case 0:

@@ -5,27 +5,28 @@ import os
 import pickle
 import re
 import resource
-import runpy
-import shutil
-import sys
+import struct
 import threading
 import time
 import zipfile
+import zlib
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, processes, write_images, write_zip
+from conftest import write_images, write_zip
 from PIL import Image
 from torchvision import datasets
 
-from data import Batches, Dataset, check_classes, check_label_dim, load_dataset
-from support import image_files, logger
-from support.config import UserError
-from support.image_files import resize
-from support.images import to_float, to_uint8
+import data
+import train_teacher
+from data import Batches, Dataset, check_classes, check_label_dim, describe, difference, load_dataset
+from readers import image_files, pixels, torchvision_sets
+from support import progress
+from support.images import resize, to_float, to_uint8
+from support.script import UserError
 
 
 def numbered(n=10):
@@ -90,40 +91,13 @@ def test_flips_are_left_to_right_for_about_half():
     assert torch.equal(images.sum(3), torch.zeros(1000, 1, 2))
 
 
-def test_folder_of_classes(tmp_path):
-    write_images(tmp_path, classes=("dog", "cat"), each=3)
-    dataset = load_dataset("folder", tmp_path, 16)
-    assert dataset.class_names == ["cat", "dog"] and dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    expected = np.asarray(Image.open(tmp_path / "cat" / "2.png"))
-    np.testing.assert_array_equal(dataset.images[2].permute(1, 2, 0), expected)
-    assert load_dataset("folder", tmp_path, 8, img_channels=1).images.shape == (6, 1, 8, 8)
-
-
 def test_only_digits_get_a_border(tmp_path):
     write_images(tmp_path, size=28)
     assert load_dataset("folder", tmp_path, 32).images[0].float().std(dim=(0, 1))[:2].min() > 10
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_colour_modes_are_converted(tmp_path, mode):
-    write_images(tmp_path, classes=("a",), each=1)
-    (tmp_path / "b").mkdir()
-    suffix = "jpg" if mode == "CMYK" else "png"
-    Image.fromarray(np.full((16, 16, 3), 255, np.uint8)).convert(mode).save(tmp_path / "b" / f"0.{suffix}")
-    assert load_dataset("folder", tmp_path, 16).images[1].float().mean() > 250
-
-
-def test_edm_zip(tmp_path):
-    path = write_zip(tmp_path / "set.zip", labels=(2, 0, 1, 1))
-    dataset = load_dataset("folder", path, 16)
-    assert dataset.labels.tolist() == [2, 0, 1, 1] and dataset.class_names == ["0", "1", "2"]
-    with zipfile.ZipFile(path) as archive:
-        expected = np.asarray(Image.open(io.BytesIO(archive.read("00000/img00000001.png"))))
-    np.testing.assert_array_equal(dataset.images[1].permute(1, 2, 0), expected)
-
-
 def fabricated_cifar10(folder, monkeypatch, n=20):
-    """A CIFAR-10 archive of `n` random images, laid out as torchvision expects it, with its checksums put in place of the real."""
+    """A CIFAR-10 archive of `n` random images, laid out as torchvision expects it, without checksums."""
     base = folder / "cifar-10-batches-py"
     base.mkdir()
     random, pixels = np.random.default_rng(0), []
@@ -150,7 +124,7 @@ def test_cifar10_through_torchvision(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, first", [("mnist", "0"), ("fashion_mnist", "T-shirt/top")])
 def test_idx_files_through_torchvision(tmp_path, name, first):
-    """torchvision's raw folder with five images; it looks for all four files, whose checksums count only when it downloads."""
+    """torchvision's raw folder with five images; it looks for all four files, and checks none that is there."""
     raw = tmp_path / {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[name] / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
@@ -173,270 +147,469 @@ def test_missing_download_says_what_to_do(tmp_path, monkeypatch):
     def offline(*arguments, **options):
         raise OSError("no network")
 
-    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", offline)
     with pytest.raises(UserError, match=r"cifar10.*no network.*mnist5k"):
         load_dataset("cifar10", tmp_path, 32)
 
 
-def mixed_sizes(path):
-    write_images(path, each=1)
-    write_images(path / "extra", classes=("x",), each=1, size=24)
-    (path / "extra" / "x" / "0.png").rename(path / "dog" / "big.png")
-    (path / "extra" / "x").rmdir()
-    (path / "extra").rmdir()
+# ---- folders and ZIPs -----------------------------------------------------------------------------------------------
 
 
-def sixteen_bits(path):
-    write_images(path, each=2)
-    Image.fromarray(np.full((16, 16), 20000, np.uint16)).save(path / "cat" / "1.png")
+def picture(shade=0, size=8, kind="PNG", **options):
+    file = io.BytesIO()
+    image = shade if isinstance(shade, Image.Image) else Image.new("L", (size, size), shade)
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
-def empty_class(path):
-    write_images(path, each=2)
-    (path / "bird").mkdir()
+def write_files(path, files, zipped=False):
+    """Writes `files`, name -> content: bytes, text, the shade of an image, or a dict for JSON. Folders end in "/"."""
+    with zipfile.ZipFile(path if zipped else path.with_suffix(".tmp"), "w") as archive:
+        for name, value in files.items():
+            value = picture(value) if type(value) is int else json.dumps(value) if type(value) is dict else value
+            archive.writestr(name, value)
+        if not zipped:
+            archive.extractall(path)
+            path.with_suffix(".tmp").unlink()
+    return path
 
 
-def damaged_zip(path):
-    write_zip(path)
+def read_set(path):
+    """(class names, [(shade, label), ...])"""
+    images, labels, class_names = load_dataset("folder", path, 8)
+    return class_names, list(zip(images[:, 0, 0, 0].tolist(), labels.tolist(), strict=True))
+
+
+def edm(*labels, folder="00000/", **changes):
+    files = {f"{folder}img{index:08d}.png": index for index in range(len(labels))}
+    pairs = [[name.removeprefix("outer/"), label] for name, label in zip(files, labels, strict=True)]
+    top = "outer/" if folder.startswith("outer/") else ""
+    return {**files, f"{top}dataset.json": {"labels": pairs, **changes}}
+
+
+def labels_of(*pairs):
+    return {"dataset.json": {"labels": [[pair.split()[0], json.loads(pair.split()[1])] for pair in pairs]}}
+
+
+CAT_DOG = (["cat", "dog"], [(1, 0), (2, 0), (3, 1)])
+PETS = {"dog/a.png": 3, "cat/a.png": 1, "cat/b.png": 2}
+LITTER = ["cat/._a.png", "__MACOSX/cat/._b.png", "dog/@eaDir/a.png", ".git/a.png", "cat/.ipynb_checkpoints/c.png"]
+JSON = "dataset.json"
+LAYOUTS = {  # what lies there, what is read, what is said about files that are left out
+    "class folders": (PETS, *CAT_DOG, ""),
+    "folders in them": ({"dog/a/b.png": 3, "cat/a/c.png": 1, "cat/a.png": 2}, *CAT_DOG, ""),
+    "numbers": ({"10/a.png": 1, "2/a.png": 2, "0/a.png": 3}, ["0", "2", "10"], [(3, 0), (2, 1), (1, 2)], ""),
+    "numbers, words": ({"b/a.png": 1, "10/a.png": 2, "9/a.png": 3}, ["9", "10", "b"], [(3, 0), (2, 1), (1, 2)], ""),
+    "an outer folder": ({f"pets/{name}": shade for name, shade in PETS.items()}, *CAT_DOG, ""),
+    "images alone": ({"1.png": 1, "2.png": 2}, [], [(1, 0), (2, 0)], ""),
+    "and empty folders": ({"1.png": 1, "x.png/": "", "notes/a.txt": ""}, [], [(1, 0)], r"1 in no .* \(.txt\)$"),
+    "beside": (PETS | {"5.png": 5, "6.png": 6}, *CAT_DOG, "2 beside the class folders$"),
+    "unknown": (PETS | {"cat/a.heic": b"", "cat/b.eps": b""}, *CAT_DOG, r"1 in no .*\(.eps\), 1 in no .*\(.heic\)$"),
+    "litter": (PETS | dict.fromkeys(LITTER, 9), *CAT_DOG, r"\d hidden or of the system$"),
+    "a folder called x.png": (PETS | {"cat/x.png/": ""}, *CAT_DOG, ""),
+    "no train and test": ({"test/a.png": 2, "apple/a.png": 1}, ["apple", "test"], [(1, 0), (2, 1)], ""),
+    "EDM": (edm(1, 0, 1), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
+    "EDM, one down": (edm(1, 0, 1, folder="outer/00000/"), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
+    "EDM, flat": (edm(1, 0, 1, folder="outer/"), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
+    "EDM, two folders": (edm(1, labels=None) | {"00001/img00000001.png": 5}, [], [(0, 0), (5, 0)], ""),
+    "EDM, labels null": (edm(1, 0, labels=None), [], [(0, 0), (1, 0)], ""),
+    "EDM, no labels": (edm(1, 0) | {"dataset.json": {}}, [], [(0, 0), (1, 0)], ""),
+    "EDM, no json": ({"00000/img00000000.png": 1, "00001/img00000001.png": 2}, [], [(1, 0), (2, 0)], ""),
+    "backslashes": (
+        PETS | labels_of("dog\\a.png 0", "cat\\a.png 1", "cat/b.png 1"),
+        ["0", "1"],
+        [(1, 1), (2, 1), (3, 0)],
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_read(tmp_path, capsys, layout, zipped):
+    files, class_names, found, skipped = LAYOUTS[layout]
+    names, pairs = read_set(write_files(tmp_path / "set", files, zipped))
+    said = capsys.readouterr().out
+    assert names == class_names and sorted(pairs) == sorted(found)
+    assert pairs == found or JSON in files  # whose images come in the order of the ZIP
+    assert re.search(f"set: files skipped: {skipped}", said) if skipped else not said
+
+
+def test_names_with_backslashes_in_a_zip(tmp_path):
+    files = {name.replace("/", "\\"): shade for name, shade in PETS.items()}
+    assert read_set(write_files(tmp_path / "a.zip", files, True)) == CAT_DOG
+    files |= labels_of("dog/a.png 1", "cat/a.png 0", "cat\\b.png 0")
+    assert read_set(write_files(tmp_path / "b.zip", files, True))[1] == [(3, 1), (1, 0), (2, 0)]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, capsys):
+    """A class is a link, and holds links to itself, to the whole, to nothing; and a FIFO, which would block."""
+    write_files(tmp_path, {"set/dog/a.png": 3, "elsewhere/a.png": 1, "elsewhere/deep/b.png": 2})
+    (tmp_path / "set" / "cat").symlink_to(tmp_path / "elsewhere")
+    for name, target in (("self", "elsewhere"), ("all", "set"), ("gone.png", "nowhere")):
+        (tmp_path / "elsewhere" / name).symlink_to(tmp_path / target)
+    os.mkfifo(tmp_path / "elsewhere" / "pipe.png")
+    names, pairs = read_set(tmp_path / "set")
+    assert (names, pairs) == CAT_DOG
+    assert capsys.readouterr().out.endswith("files skipped: 2 that are no files (broken links?)\n")
+
+
+@pytest.mark.parametrize("suffix", ["ppm", "pgm", "jfif", "JPG", "webp", "avif", "jp2", "tga", "tiff", "bmp", "gif"])
+def test_formats(tmp_path, suffix):
+    kind = Image.registered_extensions().get(f".{suffix.lower()}")
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {suffix}")
+    files = {f"a/1.{suffix}": picture(77, kind=kind), f"b/1.{suffix}": picture(200, kind=kind)}
+    path = write_files(tmp_path / "set", files)
+    np.testing.assert_allclose([shade for shade, _ in read_set(path)[1]], [77, 200], atol=2)
+
+
+def half_transparent(mode):
+    """Black at the left, and at the right a transparent colour that is black too, or grey where one is transparent."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (4, 0, 8, 8))
+    if mode in ("RGB", "L"):
+        image.paste((60, 60, 60, 255), (4, 0, 8, 8))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "kind", ["RGBA PNG", "LA PNG", "P PNG", "RGB PNG", "L PNG", "RGBA GIF", "RGBA WEBP", "RGBA TIFF"]
+)
+def test_transparent_pixels_are_white(tmp_path, capsys, kind, channels):
+    mode, kind = kind.split()
+    options = {"RGB": {"transparency": (60, 60, 60)}, "L": {"transparency": 60}}.get(mode, {})
+    content = picture(half_transparent(mode), kind=kind, **options, **({"lossless": True} if kind == "WEBP" else {}))
+    path = write_files(tmp_path / "set", {"a.png": content, "b.png": 0})
+    images = load_dataset("folder", path, 8, channels).images
+    assert torch.equal(images[0], torch.tensor([0] * 4 + [255] * 4, dtype=torch.uint8).expand(channels, 8, 8))
+    assert images[1].max() == 0
+    assert f"{path}: 1 of 2 images have transparent pixels; these are shown on white" in capsys.readouterr().out
+
+
+def test_opaque_images_with_an_alpha_channel_are_as_they_are(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    path = write_files(tmp_path / "set", {"a.png": picture(Image.fromarray(pixels))})
+    np.testing.assert_array_equal(load_dataset("folder", path, 8).images[0].permute(1, 2, 0), pixels[..., :3])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr"])
+def test_colour_modes_are_converted(tmp_path, mode):
+    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    content = picture(Image.new("RGB", (8, 8), "white").convert(mode), kind=kind)
+    assert load_dataset("folder", write_files(tmp_path / "set", {"a.png": content}), 8).images.float().mean() > 250
+
+
+# EXIF 2.3: where the stored quarters 3 2 / 0 0 are seen
+ORIENTATIONS = {1: "32/00", 2: "23/00", 3: "00/23", 4: "00/32", 5: "30/20", 6: "03/02", 7: "02/03", 8: "20/30"}
+
+
+@pytest.mark.parametrize("orientation, seen", ORIENTATIONS.items())
+def test_images_are_turned_as_their_camera_says(tmp_path, orientation, seen):
+    stored = np.kron(np.array([[240, 160], [0, 0]]), np.ones((8, 8))).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    content = picture(Image.fromarray(stored), kind="JPEG", quality=100, exif=exif)
+    path = write_files(tmp_path / "set", {"a.jpg": content})
+    quarters = load_dataset("folder", path, 16, 1).images[0, 0, 4::8, 4::8].float() / 80
+    assert "/".join("".join(str(round(value)) for value in row) for row in quarters.tolist()) == seen
+
+
+def wide_png():
+    """A PNG that says that it has 13,300 x 13,300 pixels."""
+    content = picture()
+    header = content[12:16] + struct.pack(">II", 13_300, 13_300) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def damaged(path, where=100):
     content = bytearray(path.read_bytes())
-    content[100] ^= 1  # in the first image
+    content[where] ^= 1  # in the first file
     path.write_bytes(content)
 
 
-def no_images_in_zip(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("dataset.json", json.dumps({"labels": []}))
+def zeros(path, name, size, method=zipfile.ZIP_DEFLATED):
+    """A ZIP that holds a thousand times its size or more."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr(name, bytes(size))
+        archive.writestr("b.png", picture())
 
 
-def broken_image(path):
-    write_images(path, each=2)
-    (path / "cat" / "1.png").write_bytes(b"not a picture")
+PAIR = {"a.png": 1, "b.png": 2}
+REFUSED = [  # files, or what writes them, and the message
+    (lambda p: p.mkdir(), "no images; it needs one subfolder of images per class"),
+    (lambda p: p.write_bytes(b"neither"), "neither a folder nor a ZIP"),
+    (os.mkfifo, "neither a folder nor a ZIP"),
+    (PAIR | {"b.png": b"not a picture"}, "set/b.png: not a readable image"),
+    (PAIR | {"b.png": picture(255)[:45]}, "set/b.png: not a readable image"),
+    (PAIR | {"b.png": picture(Image.new("RGB", (8, 8)), kind="EPS")}, "set/b.png: not a readable image"),
+    (PAIR | {"b.png": picture(Image.new("I;16", (8, 8), 20000))}, "set/b.png: I;16 pixels of more than 8"),
+    (PAIR | {"b.png": picture(1, size=9)}, "images differ in size .a.png is 8x8, b.png is 9x9"),
+    ({"a.png": picture(Image.new("L", (8, 9)))}, "images are 8x9; they must be square"),
+    ({"a.png": wide_png()}, r"set/a.png: not a readable image \(.*exceeds limit of 100000000 pixels"),
+    (lambda p: zeros(p, "a.png", 201_000_000), "a.png: larger than 200 MB"),
+    (lambda p: zeros(p, "dataset.json", 2_000_000), "dataset.json: larger than 1 MB"),
+    (PETS | {"bird/": ""}, "class bird has no images"),
+    ({"train/a.png": 1, "Test/a.png": 2}, "its folders, Test, train, are no classes"),
+    ({"only/a.png": 1}, "only one class"),
+    (PETS | {"cat/dataset.json": {}}, "cat/dataset.json is not read; .* at the top"),
+    (lambda p: write_zip(p, labels=(0, 0, 0)), "only one class"),
+    (lambda p: write_zip(p, labels=(0, 2, 0)), "class 1 has no images"),
+    (lambda p: write_zip(p, labels=(0, 1, -1)), "the label -1"),
+    (lambda p: write_zip(p, labels=(0, 2_000_000_000, 0)), "the label 2000000000"),
+    (PAIR | {JSON: {"labels": [[1, 0]]}}, "pairs of file name and class index"),
+    (PAIR | {JSON: "[]"}, "pairs of file name and class index"),
+    (PAIR | {JSON: "[" * 100_000}, "pairs of file name and class index"),
+    (PAIR | labels_of("a.png 0"), "gives b.png the label None"),
+    (PAIR | labels_of("a.png 0", "b.png true"), "gives b.png the label True"),
+    (PAIR | labels_of('a.png "0"', 'b.png "1"'), "gives a.png the label '0'"),
+    (PAIR | labels_of("a.png 0", "b.png 1", "a.png 1"), "gives a.png more than one label"),
+    (labels_of(), "no images"),
+    (lambda p: write_files(p, {"../a.png": 1}, True), "unsafe file name"),
+    (lambda p: write_files(p, {"/a.png": 1}, True), "unsafe file name"),
+    (lambda p: damaged(write_zip(p)), "img00000000.png: not a readable file"),
+    (lambda p: zeros(p, "a.png", 100, zipfile.ZIP_LZMA), "a.png is compressed in an unusual way"),
+    (lambda p: zeros(p, "a.png", 100, zipfile.ZIP_BZIP2), "a.png is compressed in an unusual way"),
+]
 
 
-def truncated_image(path):
-    write_images(path, each=2)
-    file = path / "cat" / "1.png"
-    file.write_bytes(file.read_bytes()[:200])
+@pytest.mark.parametrize("make, message", REFUSED)
+def test_wrong_folders_and_zips_are_refused(tmp_path, make, message):
+    path, out = tmp_path / "set", tmp_path / "out"
+    make(path) if callable(make) else write_files(path, make)
+    arguments = f"--dataset folder --data_dir {path} --output_dir {out} --device cpu"
+    with pytest.raises(UserError, match=message) as refusal:
+        train_teacher.main(arguments.split())
+    assert "\n" not in str(refusal.value) and str(path) in str(refusal.value) and not out.exists()
 
 
-def program_as_image(path):
-    """PostScript, which Pillow would hand to Ghostscript."""
-    write_images(path, each=2)
-    image = Image.open(path / "cat" / "1.png")
-    image.save(path / "cat" / "1.png", "EPS")
+# ---- classes --------------------------------------------------------------------------------------------------------
 
 
-def nested_labels(path):
-    write_images(path, each=2)
-    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
-        archive.write(path / "cat" / "1.png", "1.png")
-        archive.writestr("dataset.json", "[" * 100_000)
-    shutil.rmtree(path)
-    path.with_suffix(".zip").rename(path)
+def named(*names, counts=None):
+    counts = counts or [1] * len(names) or [1]
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    return Dataset(torch.zeros(len(labels), 1, 8, 8), labels, list(names))
+
+
+def test_the_classes_are_described():
+    assert describe(named("cat", "dog", counts=[3, 1])) == "4 images, 2 classes: cat 3, dog 1"
+    assert describe(named("cat", "dog", counts=[3])) == "3 images, 2 classes: cat 3, dog 0"
+    assert describe(named()) == "1 images, no classes"
+    many = named(*map(str, range(100)), counts=[5] * 70 + [2] + [5] * 29)
+    assert describe(many) == "497 images, 100 classes: 0 5, 1 5, 2 5, 3 5, 4 5, ..., fewest 70 2"
+
+
+def test_the_number_of_classes():
+    args = Namespace(label_dim=None, data_dir="set")
+    assert check_label_dim(args, named("cat", "dog")) == ["cat", "dog"] and check_label_dim(args, named()) == []
+    assert check_label_dim(Namespace(label_dim=0, data_dir="set"), named("cat", "dog", "eel", counts=[1, 1])) == []
+    with pytest.raises(UserError, match="--label_dim 3: the data set has no classes"):
+        check_label_dim(Namespace(label_dim=3), named())
+    with pytest.raises(UserError, match=r"set: only one class \(cat\).*--label_dim 0"):
+        check_label_dim(args, named("cat"))
+    with pytest.raises(UserError, match="set: class eel has no images"):
+        check_label_dim(args, named("cat", "dog", "eel", counts=[1, 1]))
+
+
+DIGITS = [str(number) for number in range(12)]
+BY_VALUE, BY_TEXT = " ".join(DIGITS), " ".join(sorted(DIGITS))  # the second: 0, 1, 10, 11, 2, ...
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "ours, theirs, name, taught_on, message",
     [
-        (lambda p: p.mkdir(), "no images"),
-        (program_as_image, r"cat/1.png: not a readable image"),
-        (nested_labels, "pairs of file name and class index"),
-        (lambda p: write_images(p, classes=("only",)), "only one class"),
-        (mixed_sizes, r"differ in size.*16x16.*24x24"),
-        (broken_image, r"cat/1.png: not a readable image"),
-        (truncated_image, r"cat/1.png: not a readable image"),
-        (sixteen_bits, r"cat/1.png: I;16 pixels"),
-        (empty_class, "class bird has no images"),
-        (damaged_zip, "not a readable"),
-        (lambda p: write_zip(p, labels=(0, 2, 0)), "class 1 has no images"),
-        (lambda p: write_zip(p, labels=(0, 2_000_000_000, 0)), "label 2000000000"),
-        (lambda p: write_zip(p, listed={"labels": [[1, 0]]}), "pairs of file name and class index"),
-        (lambda p: p.write_bytes(b"neither"), "neither a folder nor a ZIP"),
-        (lambda p: write_zip(p, listed=[]), "pairs of file name and class index"),
-        (no_images_in_zip, "no images"),
-        (lambda p: write_zip(p, listed={"labels": [["00000/img00000000.png", 0]]}), "img00000001.png the label None"),
-        (lambda p: write_zip(p, labels=(0, 1, -1)), "label -1"),
-        (lambda p: write_zip(p, labels=(0, 0, 0)), "only one class"),
+        ("cat dog", "cat dog", "folder", "folder", None),
+        ("cat dog", "0 1", "folder", "folder", None),
+        ("0 1", "cat dog", "folder", "cifar10", None),
+        ("1 2", "0 1", "folder", "folder", None),
+        ("cat dog", "", "folder", "folder", None),
+        ("0 1", "cat dog", "mnist", "cifar10", "it knows the classes cat, dog; the data set has 0, 1"),
+        ("dog eel", "cat dog", "folder", "folder", "it knows the classes cat, dog; the data set has dog, eel"),
+        ("cat dog", "dog cat", "folder", "folder", "it knows the classes dog, cat; the data set has cat, dog"),
+        (
+            BY_VALUE,
+            BY_TEXT,
+            "folder",
+            "folder",
+            r"\(from number 2 on\) 10, 11, 2, 3, 4; the data set has 2, 3, 4, 5, 6",
+        ),
+        (
+            BY_TEXT,
+            BY_VALUE,
+            "folder",
+            "folder",
+            r"\(from number 2 on\) 2, 3, 4, 5, 6; the data set has 10, 11, 2, 3, 4",
+        ),
+        ("cat", "cat dog", "folder", "folder", "knows 2 classes; the data set folder has 1"),
+        ("", "cat dog", "folder", "folder", "knows 2 classes; the data set folder has none"),
     ],
 )
-def test_wrong_folders_and_zips_are_refused(tmp_path, monkeypatch, capsys, make, message):
-    """The real script runs in this process, since a new process would import torch every time."""
-    make(tmp_path / "data")
-    out = tmp_path / "out"
-    arguments = ["--dataset", "folder", "--data_dir", str(tmp_path / "data"), "--output_dir", str(out), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["train_teacher.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "train_teacher.py"), run_name="__main__")
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
-    assert lines[0].startswith("train_teacher.py: error: ") and not out.exists()
+def test_only_the_classes_of_the_network_are_taken(ours, theirs, name, taught_on, message):
+    ours, theirs = ours.split(), theirs.split()
+    state = {
+        "class_names": theirs,
+        "model_config": {"label_dim": len(theirs or ours)},
+        "config": {"dataset": taught_on},
+    }
+    if message:
+        with pytest.raises(UserError, match=f"^--teacher_checkpoint t.pt: .*{message}$"):
+            check_classes("--teacher_checkpoint t.pt", named(*ours), state, name)
+        assert difference(ours, theirs)
+    else:
+        assert check_classes("t.pt", named(*ours), state, name) == (theirs or ours)
+    assert check_classes("t.pt", named(*ours), {"model_config": {"label_dim": 0}}, name) == []
 
 
-@pytest.mark.parametrize("name", ["../escape.png", "/root.png"])
-def test_zip_with_unsafe_names_is_refused(tmp_path, name):
-    path = write_zip(tmp_path / "set.zip")
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(name, b"")
-    with pytest.raises(UserError, match="unsafe file name"):
-        load_dataset("folder", path, 16)
+def test_a_class_without_images_is_not_distilled():
+    state = {"class_names": ["cat", "dog"], "model_config": {"label_dim": 2}, "config": {}}
+    with pytest.raises(UserError, match="class dog has no images"):
+        check_classes("t.pt", named("cat", "dog", counts=[2]), state, "folder")
+    assert difference(["cat"], ["cat"]) == ""
+    assert difference(["a", "b"], ["a"]) == "it knows the classes a; the data set has a, b"
 
 
-# ---- without classes --------------------------------------------------------------------------------------------------------
+# ---- large data sets ------------------------------------------------------------------------------------------------
 
 
-def test_images_without_classes(tmp_path):
-    """A folder of images alone, and ZIPs with no labels, with null for them, with no dataset.json: zeros, and no names."""
-    write_images(tmp_path / "set", classes=("a",), each=6)
-    flat = tmp_path / "set" / "a"
-    (flat / "notes.txt").write_text("no image")
-    (flat / ".thumbnails").mkdir()
-    Image.new("RGB", (4, 4)).save(flat / ".thumbnails" / "small.png")
-    found = {"folder": load_dataset("folder", flat, 16)}
-    for name, listed in (("empty", {}), ("null", {"labels": None}), ("labels", None)):
-        found[name] = load_dataset("folder", write_zip(tmp_path / f"{name}.zip", listed=listed), 16)
-    with zipfile.ZipFile(tmp_path / "null.zip") as archive, zipfile.ZipFile(tmp_path / "none.zip", "w") as bare:
-        for name in archive.namelist()[:-1]:  # the last is dataset.json
-            bare.writestr(name, archive.read(name))
-    found["none"] = load_dataset("folder", tmp_path / "none.zip", 16)
-    labelled = found.pop("labels")
-    for name, dataset in found.items():
-        assert dataset.labels.tolist() == [0] * 6 and dataset.labels.dtype == torch.int64 and dataset.class_names == [], name
-        assert torch.equal(dataset.images, labelled.images) or name == "folder"
-    np.testing.assert_array_equal(found["folder"].images[5].permute(1, 2, 0), np.asarray(Image.open(flat / "5.png")))
-
-
-def test_a_teacher_without_classes_takes_any_data_and_one_with_classes_none_without():
-    names = ["cat", "dog"]
-    plain, pets = (Dataset(torch.zeros(2, 1, 8, 8), torch.arange(len(n)), n) for n in ([], names))
-    gap = pets._replace(class_names=[*names, "eel"])
-    args = Namespace(label_dim=None, data_dir="set", dataset="folder", teacher_checkpoint="t.pt")
-    assert check_label_dim(args, pets) == names and check_label_dim(args, plain) == []
-    none, three = (Namespace(label_dim=number, data_dir="set") for number in (0, 3))
-    assert all(check_label_dim(none, dataset) == [] for dataset in (plain, pets, gap))
-    assert all(check_classes(args, dataset, {"model_config": {"label_dim": 0}}) == [] for dataset in (plain, pets, gap))
-    with pytest.raises(UserError, match="--label_dim 3: the data set has no classes"):
-        check_label_dim(three, plain)
-    with pytest.raises(UserError, match=r"set: only one class \(cat\).*--label_dim 0"):
-        check_label_dim(args, pets._replace(class_names=["cat"]))
-    for check in (check_label_dim, lambda *both: check_classes(*both, {"model_config": {"label_dim": 3}, "config": {}})):
-        with pytest.raises(UserError, match="set: class eel has no images"):
-            check(args, gap)
-    with pytest.raises(UserError, match=r"t\.pt: knows 3 classes; the data set folder has none"):
-        check_classes(args, plain, {"model_config": {"label_dim": 3}})
-
-
-# ---- large data sets --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def large(tmp_path, monkeypatch):
-    """A ZIP of images of three classes, 16x16, that counts as large."""
+@pytest.fixture(params=["folder", "zip"])
+def large(request, tmp_path, monkeypatch):
+    """A data set of seven images, 16x16, of three classes, that counts as large: a ZIP in EDM's layout, or a folder."""
     monkeypatch.setattr(image_files, "LARGE", 0)
-    monkeypatch.setattr(image_files, "CHUNK", 3)
-    return write_zip(tmp_path / "set.zip", labels=(2, 0, 1, 1, 0, 2, 2))
+    path = write_zip(tmp_path / "set.zip", labels=(2, 0, 1, 1, 0, 2, 2))
+    if request.param == "zip":
+        return path
+    zipfile.ZipFile(path).extractall(tmp_path / "set")
+    path.unlink()
+    return tmp_path / "set"
 
 
-def files_beside(path):
-    return sorted(file.name for file in path.parent.iterdir() if file != path)
+def beside(path):
+    return [file.name for file in path.parent.iterdir() if file != path]
 
 
-@pytest.mark.parametrize("resolution, channels", [(16, None), (8, 1), (12, 3)])
-def test_a_large_zip_is_the_same_from_its_file_of_pixels(large, monkeypatch, capsys, resolution, channels):
-    """The mapped pixels of a large ZIP equal those of the same ZIP read as a small one; the second start does not open the ZIP."""
+@pytest.mark.parametrize("resolution, channels", [(16, 3), (8, 1), (12, 3)])
+def test_a_large_set_is_the_same_from_its_file_of_pixels(large, monkeypatch, capsys, resolution, channels):
+    """The mapped pixels equal those read into memory, where they never are; the second start decodes nothing."""
+    monkeypatch.setattr(image_files, "in_memory", None)
+    monkeypatch.setattr(pixels, "in_memory", None)
     first = load_dataset("folder", large, resolution, channels)
-    told = capsys.readouterr().out
-    kept = f"set_pixels_{resolution}x{channels or 3}.bin"
-    assert f"writing its 7 images as pixels to {large.parent / kept}, only once" in told and files_beside(large) == [kept]
-    monkeypatch.setattr(zipfile, "ZipFile", None)
+    (kept,) = beside(large)
+    assert re.fullmatch(rf"{large.name}_pixels_{resolution}x{channels}_[0-9a-f]{{16}}\.npy", kept)
+    assert f"writing its 7 images as pixels to {large.parent / kept}, only once" in capsys.readouterr().out
+    monkeypatch.setattr(pixels, "read_image", None)
     second = load_dataset("folder", large, resolution, channels)
     assert capsys.readouterr().out == ""
+    assert not (maps := Path("/proc/self/maps")).exists() or maps.read_text().count(kept) == 2
     monkeypatch.undo()
-    (large.parent / kept).rename(large.parent / "elsewhere")
+    (large.parent / kept).unlink()
     small = load_dataset("folder", large, resolution, channels)
-    assert files_beside(large) == ["elsewhere"] and small.labels.tolist() == [2, 0, 1, 1, 0, 2, 2]
+    assert beside(large) == [] and small.labels.tolist() == [2, 0, 1, 1, 0, 2, 2]
     for dataset in (first, second):
         assert torch.equal(dataset.images, small.images) and torch.equal(dataset.labels, small.labels)
         assert dataset.class_names == small.class_names == ["0", "1", "2"] and dataset.images.is_contiguous()
 
 
-def test_a_large_zip_without_labels(large):
-    write_zip(large, listed={"labels": None})
-    for _ in range(2):
-        dataset = load_dataset("folder", large, 16)
-        assert dataset.class_names == [] and dataset.labels.tolist() == [0] * 6
+@pytest.mark.parametrize("large", ["folder"], indirect=True)
+def test_labels_are_read_anew_and_pixels_when_images_change(large):
+    load_dataset("folder", large, 16)
+    before = beside(large)
+    listed = json.loads((large / "dataset.json").read_text())["labels"]
+    changed = {"labels": [[name, 2 - label] for name, label in listed]}
+    (large / "dataset.json").write_text(json.dumps(changed))
+    assert load_dataset("folder", large, 16).labels.tolist() == [0, 2, 1, 1, 2, 0, 0] and beside(large) == before
+    (large / "00000" / "img00000003.png").write_bytes(picture(9, size=16))
+    assert load_dataset("folder", large, 16).images[3].unique().tolist() == [9]
+    assert beside(large) != before and len(beside(large)) == 1
+    (large / "00000" / "img00000007.png").write_bytes(picture(10, size=16))
+    (large / "dataset.json").unlink()
+    assert len(load_dataset("folder", large, 16).images) == 8 and len(beside(large)) == 1
 
 
-def test_pixels_of_another_zip_or_of_half_a_file_are_not_used(large, tmp_path):
-    """The file is written again if the ZIP's size or time changes, or if the file is cut short or belongs to another ZIP."""
-    kept = tmp_path / "set_pixels_16x3.bin"
+@pytest.mark.parametrize("large", ["zip"], indirect=True)
+def test_pixels_of_another_zip_or_of_half_a_file_are_not_used(large):
     before = load_dataset("folder", large, 16).images.clone()
+    (first,) = beside(large)
+    os.utime(large, ns=(0, 1))  # its content is the same, as in a copy
+    load_dataset("folder", large, 16)
+    assert beside(large) == [first]
     write_zip(large, labels=(0, 1, 0, 1, 0, 1, 0), seed=1)
     changed = load_dataset("folder", large, 16)
     changed = changed._replace(images=changed.images.clone())  # the file under the mapped ones is damaged below
     assert not torch.equal(changed.images, before) and changed.class_names == ["0", "1"]
+    (second,) = beside(large)
+    assert second != first
+    kept = large.with_name(second)
     good = kept.read_bytes()
-    for content in (b"", b"text", good[:-1], good + b"x", good[:4096] + bytes(4096), b"[]" + good[2:], b"{}" + good[2:]):
+    other = io.BytesIO()
+    np.save(other, np.zeros((7, 3, 16, 16), np.int8))
+    for content in (b"", b"text", good[:-1], bytes(50) + good[50:], good.replace(b"(7,", b"(6,"), other.getvalue()):
         kept.write_bytes(content)
         assert torch.equal(load_dataset("folder", large, 16).images, changed.images)
         assert kept.read_bytes() == good
-    os.utime(large, ns=(0, 1))
-    assert torch.equal(load_dataset("folder", large, 16).images, changed.images)
-    assert kept.read_bytes() != good and kept.read_bytes()[4096:] == good[4096:]
 
 
-def test_pixels_are_kept_whole_or_not_at_all(large, monkeypatch):
-    """If a damaged image or a full disk stops the second chunk, nothing is left beside the ZIP, and the next start works."""
-    read_image, calls = image_files.read_image, []
+def test_pixels_are_kept_whole_or_not_at_all(large, monkeypatch, capsys):
+    """If an interrupt, a damaged image or a full disk stops it, nothing is left; nor is what a killed start left."""
+    read_image, calls = pixels.read_image, []
 
-    def stopped(file, name, channels):
-        calls.append(name)
+    def stopped(*arguments):
+        calls.append(arguments)
         if len(calls) == 5:
             raise error
-        return read_image(file, name, channels)
+        return read_image(*arguments)
 
-    monkeypatch.setattr(image_files, "read_image", stopped)
+    monkeypatch.setattr(pixels, "read_image", stopped)
     for error in (KeyboardInterrupt(), UserError("damaged")):
         calls.clear()
         with pytest.raises(type(error)):
             load_dataset("folder", large, 16)
-        assert files_beside(large) == []
+        assert beside(large) == []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))  # the limit of a file's size stands for a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))  # the limit of a file's size stands for a full disk
     try:
-        with pytest.raises(UserError, match=r"set_pixels_16x3\.bin: could not be written: File too large"):
-            load_dataset("folder", large, 16)
+        images = load_dataset("folder", large, 16).images
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert files_beside(large) == []
-    (large.parent / "set_pixels_16x3.bin.tmp").write_bytes(b"what a killed run left")
-    assert len(load_dataset("folder", large, 16).labels) == 7 and files_beside(large) == ["set_pixels_16x3.bin"]
+    assert re.search(r"\.npy: could not be written \(File too large\): images are read at", capsys.readouterr().out)
+    assert beside(large) == []
+    large.with_name(f"{large.name}_pixels_16x3_0123.npy.1.tmp").write_bytes(b"what a killed start left")
+    assert torch.equal(load_dataset("folder", large, 16).images, images) and len(beside(large)) == 1
 
 
-def test_where_pixels_cannot_be_kept_they_are_in_memory(large, capsys):
-    (large.parent / "set_pixels_16x3.bin.tmp").mkdir()  # acts as a folder that cannot be written to, even for root
-    images = load_dataset("folder", large, 16).images
-    assert "its pixels cannot be cached beside it (Is a directory)" in capsys.readouterr().out
-    assert files_beside(large) == ["set_pixels_16x3.bin.tmp"]
-    (large.parent / "set_pixels_16x3.bin.tmp").rmdir()
-    assert torch.equal(load_dataset("folder", large, 16).images, images)
-
-
-def test_two_starts_at_once_write_one_file(large, monkeypatch, capsys):
-    """The second waits for the first, and uses its file."""
-    first, second = (threading.Thread(target=load_dataset, args=("folder", large, 16)) for _ in range(2))
-    read_image = image_files.read_image
+def test_two_starts_at_once(large, monkeypatch, capsys):
+    """Both have whole images, and one file remains."""
+    results, read_image = [], pixels.read_image
+    first, second = (threading.Thread(target=lambda: results.append(read_set(large))) for _ in range(2))
 
     def slowly(*arguments):
         if not second.ident:
             second.start()
-        time.sleep(0.05)
+        time.sleep(0.02)
         return read_image(*arguments)
 
-    monkeypatch.setattr(image_files, "read_image", slowly)
+    monkeypatch.setattr(pixels, "read_image", slowly)
     first.start()
     first.join()
     second.join()
-    assert capsys.readouterr().out.count("writing its 7 images") == 1 and files_beside(large) == ["set_pixels_16x3.bin"]
+    monkeypatch.undo()
+    (kept,) = beside(large)
+    assert kept.endswith(".npy") and "could not" not in capsys.readouterr().out
+    assert results == [read_set(large)] * 2
+
+
+def test_a_set_of_large_files_is_cached_too(tmp_path, monkeypatch):
+    """Decoding them takes longest where the images are made small."""
+    monkeypatch.setattr(image_files, "LARGE", 20_000)
+    path = write_images(tmp_path / "set", each=1, size=128)
+    load_dataset("folder", path, 8)
+    assert len(beside(path)) == 1
+    small = write_images(tmp_path / "small" / "set", each=1)
+    load_dataset("folder", small, 8)
+    assert not beside(small)
 
 
 def test_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
@@ -444,75 +617,31 @@ def test_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
     write_images(tmp_path / "set", each=3)
     for path in (write_zip(tmp_path / "set.zip"), tmp_path / "set"):
         assert len(load_dataset("folder", path, 8).labels) == 6
-        monkeypatch.setattr(image_files, "read_image", None)
-        with pytest.raises(UserError, match=f"{path}: 6 images of 16x16 are 0.0 GB of pixels; at most 0 GB"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{path}: 6 images of 16x16 are 0.0 GB of"):
+            patch.setattr(pixels, "read_image", None)
             load_dataset("folder", path, 16)
-        monkeypatch.undo()
-        monkeypatch.setattr(image_files, "MOST", 6 * 16 * 16 * 3 - 1)
 
 
-def test_reading_a_large_set_tells_how_long_it_takes(large, monkeypatch, capsys):
-    monkeypatch.setattr(logger, "REPORT_AFTER", 2)
-    load_dataset("folder", large, 16)
-    assert re.search(r"reading .*set.zip: image 6 of 7, about \d+\.\d minutes left", capsys.readouterr().out)
+def test_reading_tells_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    path = write_zip(tmp_path / "set.zip")
+    load_dataset("folder", path, 16)
+    assert not capsys.readouterr().out  # it takes no time
+    monkeypatch.setattr(progress, "REPORT_AFTER", -1)
+    load_dataset("folder", path, 16)
+    assert re.fullmatch(r"reading .*set.zip: image 1 of 6, about \d+\.\d minutes left\n", capsys.readouterr().out)
 
 
 def test_batches_of_a_large_set_are_those_of_a_small_one(large, monkeypatch):
     """The images stay on the CPU, also with a GPU, for which the device `meta` stands."""
     mapped = load_dataset("folder", large, 16)
-    assert mapped.images.untyped_storage().nbytes() == mapped.images.nbytes
-    batches = [Batches(dataset, 4, seed=1, hflip=True) for dataset in (mapped, mapped._replace(images=mapped.images.clone()))]
+    both = (mapped, mapped._replace(images=mapped.images.clone()))
+    ours, theirs = (Batches(dataset, 4, seed=1, hflip=True) for dataset in both)
     for _ in range(5):
-        ours, theirs = map(next, batches)
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        for mine, other in zip(next(ours), next(theirs), strict=True):
+            assert torch.equal(mine, other)
+    assert load_dataset("folder", large, 16, device="meta").images.device.type == "meta"
+    monkeypatch.setattr(data, "LARGE", 0)
     elsewhere = load_dataset("folder", large, 16, device="meta")
     assert elsewhere.images.device.type == "cpu" and elsewhere.labels.device.type == "meta"
     images, labels = next(Batches(elsewhere, 4, seed=1, hflip=True))
     assert images.shape == (4, 3, 16, 16) and images.device.type == labels.device.type == "meta"
-    monkeypatch.undo()
-    assert load_dataset("folder", large, 8, device="meta").images.device.type == "meta"  # small: on the device
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_second_start_takes_little_memory_and_time(tmp_path):
-    """5,000 images, 61 MB of pixels: mapped, with a batch drawn from them, the process grows by less than a third of that."""
-    shades = [io.BytesIO() for _ in range(250)]
-    for shade, file in enumerate(shades):
-        Image.new("L", (64, 64), shade).save(file, "PNG")
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for index in range(5000):
-            archive.writestr(f"{index:08d}.png", shades[index % 250].getvalue())
-        archive.writestr("dataset.json", json.dumps({"labels": [[f"{i:08d}.png", i % 10] for i in range(5000)]}))
-    costs = []
-    for _ in range(2):
-        receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(target=cost_of_a_start, args=(tmp_path / "set.zip", sender))
-        process.start()
-        sender.close()
-        costs.append(receiver.recv())
-        process.join()
-    (*_, first), (peak, own, second) = costs
-    assert max(peak, own) < 5000 * 64 * 64 * 3 / 3 and second < first / 3, costs
-
-
-def cost_of_a_start(path, sender):
-    """Sends the bytes by which loading a large ZIP grows this process, those of a batch without mapped files, and seconds."""
-
-    def kilobytes(name):
-        return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-
-    image_files.LARGE = 1e6
-    peak, own, start = kilobytes("VmHWM"), kilobytes("RssAnon"), time.perf_counter()
-    dataset = load_dataset("folder", path, 64)
-    peak = kilobytes("VmHWM") - peak
-    images, labels = next(Batches(dataset, 16, seed=0))
-    sender.send((1024 * peak, 1024 * (kilobytes("RssAnon") - own), time.perf_counter() - start))
-    assert torch.equal((images[:, 0, 0, 0] * 127.5 + 127.5).round().long() % 10, labels)
-
-
-def test_classes_of_another_teacher_are_refused_by_name():
-    dataset = Dataset(None, torch.tensor([0, 1, 2]), ["cat", "dog", "owl"])
-    teacher = {"class_names": ["a", "b", "c"], "model_config": {"label_dim": 3}, "config": {"dataset": "folder"}}
-    args = Namespace(teacher_checkpoint="t.pt", dataset="folder", data_dir="set")
-    with pytest.raises(UserError, match=r"learnt the classes a, b, c of folder; the data set folder has cat, dog, owl$"):
-        check_classes(args, dataset, teacher)

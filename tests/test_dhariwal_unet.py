@@ -1,4 +1,4 @@
-"""DhariwalUNet against numbers that NVIDIA's own class gave (NVlabs/edm, training/networks.py) for weights made by a formula."""
+"""DhariwalUNet against numbers that NVIDIA's class gave (NVlabs/edm, training/networks.py) for weights by a formula."""
 
 import hashlib
 import math
@@ -9,18 +9,15 @@ import torch
 from edm_files import assert_import_refused, edm_network, imported, write_pickle
 
 import checkpoint
-from guidance import GuidanceModel
 from importers.edm import edm_name
 from networks.dhariwal_unet import DhariwalUNet
-from networks.song_unet import lowpass
-from support.config import UserError
-from unified_model import UnifiedModel
+from networks.unet import lowpass
 
 SMALL = dict(img_resolution=16, model_channels=64, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,))
 
 
 def formula(name, shape):
-    """Numbers that depend on a tensor's name alone, of a size that keeps activations near 1; no random generator is needed."""
+    """Numbers that depend on a tensor's name alone, of a size that keeps activations near 1."""
     index = torch.arange(math.prod(shape), dtype=torch.float64)
     waves = (index**2 * 0.6180339887 + zlib.crc32(name.encode()) % 1000).cos().reshape(shape) * 2**0.5
     if len(shape) == 1:
@@ -41,7 +38,7 @@ def adm_tensors(**changes):
 
 
 def write_adm(path, **changes):
-    source = "# This work is licensed under a Creative Commons\n# Attribution-NonCommercial-ShareAlike 4.0 International License."
+    source = "# licensed under a Creative Commons\n# Attribution-NonCommercial-ShareAlike 4.0 International License."
     return write_pickle(path, {"ema": edm_network(adm_tensors(**changes), unet="DhariwalUNet", source=source)})
 
 
@@ -73,7 +70,7 @@ def test_imported_network_computes_what_nvidias_does(tmp_path, classes):
 
 
 def test_default_is_the_published_imagenet_network():
-    """295.9 M parameters; the names and shapes of all 541 tensors are those of NVIDIA's class, whose digest is given."""
+    """295.9 M parameters; the names and shapes of all 541 tensors are those of NVIDIA's class, by their digest."""
     with torch.device("meta"):
         net = DhariwalUNet()
     tensors = sorted(f"{edm_name(name, net.config)} {list(tensor.shape)}" for name, tensor in net.state_dict().items())
@@ -82,14 +79,21 @@ def test_default_is_the_published_imagenet_network():
     assert hashlib.sha256("\n".join(tensors).encode()).hexdigest() == digest
     assert net.feature_channels == {64: 192, 32: 384, 16: 576, 8: 768}
     assert [block.attention.num_heads for block in net.encoder[3][1:]] == [12] * 3
-    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.GroupNorm)} == {1e-5}  # too small to show above
+    assert {module.eps for module in net.modules() if isinstance(module, torch.nn.GroupNorm)} == {
+        1e-5
+    }  # too small to show above
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_architecture_is_told_by_the_tensors(tmp_path, suffix):
-    """Another depth, width and number of channels; a narrow level without heads; dropout, which no tensor shows; the licence."""
+    """Another depth, width, number of channels; a level without heads; dropout, which no tensor shows; the licence."""
     changes = dict(
-        channel_mult=(1, 3, 2), model_channels=32, num_blocks=2, attn_resolutions=(16, 8, 4), img_channels=1, label_dim=0
+        channel_mult=(1, 3, 2),
+        model_channels=32,
+        num_blocks=2,
+        attn_resolutions=(16, 8, 4),
+        img_channels=1,
+        label_dim=0,
     )
     source = write_adm(tmp_path / "a.pkl", **changes)
     if suffix == ".pth":
@@ -97,7 +101,13 @@ def test_architecture_is_told_by_the_tensors(tmp_path, suffix):
         torch.save({f"model.{name}": tensor for name, tensor in adm_tensors(**changes).items()}, source)
     state = checkpoint.load(imported(source, tmp_path))
     known = {"network": "DhariwalUNet", "img_resolution": 16, "channel_mult_emb": 4, "sigma_data": 0.5}
-    expected = {**known, **changes, "channel_mult": [1, 3, 2], "attn_resolutions": [8, 4], "dropout": 0.11}  # 32 channels: no head
+    expected = {
+        **known,
+        **changes,
+        "channel_mult": [1, 3, 2],
+        "attn_resolutions": [8, 4],
+        "dropout": 0.11,
+    }  # 32 channels: no head
     assert state["model_config"] == {**expected, "dropout": 0.11 if suffix == ".pkl" else 0.1}
     assert state["config"]["licence"] == ("CC BY-NC-SA 4.0" if suffix == ".pkl" else None)
 
@@ -109,34 +119,8 @@ def test_other_tensors_are_refused(tmp_path):
         ({"u": torch.ones(3)}, "tensor 'u' does not belong to DhariwalUNet (1 such)"),
         ({"out_norm.bias": torch.ones(3)}, "tensor out_norm.bias has shape [3], not [64]"),
         ({filter_name: torch.ones(1, 1, 4, 4) / 16}, f"tensor {filter_name} is not the low-pass of [1, 1]"),
+        ({"enc.8x8_aux_skip.weight": torch.ones(1)}, "with layers aux_skip; only those of DDPM++ and NCSN++"),
+        ({"dec.16x16_aux_up.resample_filter": torch.ones(1)}, "with layers aux_up; only those of DDPM++ and NCSN++"),
     ):
         torch.save({**tensors, **changes}, tmp_path / "a.pth")
         assert_import_refused(tmp_path / "a.pth", tmp_path, message)
-
-
-def test_call_signature_and_distillation(tmp_path):
-    """Features with and without the decoder; both turns with GAN heads; refusals of the constructor."""
-    torch.manual_seed(0)
-    net = DhariwalUNet(**SMALL, label_dim=4).eval()
-    x, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 0])
-    both, maps = net(x, 2.0, labels, features=[8, 16])
-    torch.testing.assert_close(both, net(x, 2.0, torch.nn.functional.one_hot(labels, 4)))
-    torch.testing.assert_close(net.encode(x, 2.0, labels, [8, 16]), maps)
-    assert [feature.shape[1:] for feature in maps] == [(128, 8, 8), (64, 16, 16)]
-    model = UnifiedModel(GuidanceModel(net, gan_classifier=True, gan_resolutions=[8, 16])).eval()
-    losses, _, images = model.generator_turn(x, labels)
-    sum(losses.values()).backward()
-    assert all(p.grad is not None for p in model.feedforward_model.parameters())
-    losses, _ = model.guidance_turn(images, labels, x, labels)
-    sum(losses.values()).backward()
-    assert all(p.grad is not None for p in model.guidance_model.fake_unet.parameters())
-    with pytest.raises(ValueError, match="halved"):
-        DhariwalUNet(img_resolution=20)
-
-
-def test_layers_that_ours_lacks_are_refused(tmp_path):
-    """EDM's code can also build encoders and decoders that no published network has."""
-    for name in ("enc.8x8_aux_skip.weight", "dec.16x16_aux_up.resample_filter"):
-        torch.save({**adm_tensors(), name: torch.ones(1, 1, 2, 2)}, tmp_path / "a.pth")
-        with pytest.raises(UserError, match=r"with layers aux_(skip|up); only those of DDPM\+\+ and NCSN\+\+"):
-            imported(tmp_path / "a.pth", tmp_path)

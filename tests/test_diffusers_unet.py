@@ -10,21 +10,21 @@ import pytest
 import torch
 from conftest import needs_muon, run_script, succeed, write_images
 from edm_files import assert_import_refused, imported
-from test_config import assert_refused
+from test_options import assert_refused
 
 import checkpoint
 from guidance import GuidanceModel
+from import_teacher import load
 from model import denoising_loss
 from networks.diffusers_unet import DiffusersUNet, noise_levels
 from sampling import heun_sampler
-from support.config import UserError
-from support.training import Muon
+from support.optimizers import Muon
+from support.script import UserError
 
 MISSING = [name for name in ("diffusers", "safetensors") if not importlib.util.find_spec(name)]
 needs_diffusers = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}, not installed")
 
 UNET = dict(
-    sample_size=8,
     block_out_channels=(16, 32),
     layers_per_block=1,
     norm_num_groups=8,
@@ -36,14 +36,18 @@ LINEAR = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4,
 
 
 def write_folder(folder, scheduler=None, card=None, **changes):
-    """A UNet2DModel with random weights, saved with its scheduler as diffusers saves a pipeline; returns (folder, model)."""
+    """A random UNet2DModel, saved with its scheduler as diffusers saves a pipeline; returns (folder, model)."""
     from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
-    model = UNet2DModel(**{**UNET, **changes}).eval()
+    model = UNet2DModel(**{"sample_size": 8, **UNET, **changes}).eval()
     model.save_pretrained(folder / "unet")
     DDPMScheduler(**(scheduler or {})).save_pretrained(folder / "scheduler")
-    index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    index = {
+        "_class_name": "DDPMPipeline",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
     (folder / "model_index.json").write_text(json.dumps(index))
     if card:
         (folder / "README.md").write_text(card)
@@ -59,7 +63,7 @@ def schedulers_sigmas(scheduler):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("classes", [None, 5])
 def test_denoises_as_the_model_predicts(tmp_path, classes, prediction_type):
-    """Against diffusers' own forward pass and the scheduler's own sums, at whole levels t; one-hot labels; only the encoder."""
+    """Against diffusers' forward pass and the scheduler's sums, at whole levels t; the encoder alone."""
     from diffusers import DDPMScheduler
 
     folder, model = write_folder(tmp_path / "a", dict(prediction_type=prediction_type), num_class_embeds=classes)
@@ -99,9 +103,9 @@ def test_encoder_alone_does_not_run_the_decoder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_ddim_is_eulers_method(tmp_path, beta_schedule, prediction_type):
-    """diffusers' DDIM without noise or clipping, from its noise to its image, is Euler's method along dx/dsigma at its levels.
+    """diffusers' DDIM without noise or clipping is Euler's method along dx/dsigma at its levels.
 
-    With y = x_t / a_t DDIM's step is y' = y + (sigma' - sigma) eps, and eps = (y - D) / sigma: the same but for rounding.
+    With y = x_t / a_t DDIM's step is y' = y + (sigma' - sigma) eps, with eps = (y - D) / sigma.
     """
     from diffusers import DDIMScheduler
 
@@ -130,16 +134,20 @@ def test_levels_are_those_of_the_betas(trained):
         schedule |= dict(trained_betas=betas, beta_end=0.9)
     expected = [(1 / math.prod(1 - beta for beta in betas[: n + 1]) - 1) ** 0.5 for n in range(3)]
     torch.testing.assert_close(noise_levels(**schedule), torch.tensor(expected, dtype=torch.float64))
-    for wrong in (dict(beta_start=-0.1), dict(beta_end=1.0), dict(num_train_timesteps=1), dict(beta_schedule="sigmoid")):
-        with pytest.raises(ValueError, match=r"do not rise|beta_schedule 'sigmoid'"):
+    for wrong in (
+        dict(beta_start=-0.1),
+        dict(beta_end=1.0),
+        dict(num_train_timesteps=400_000_000),
+        dict(beta_schedule="sigmoid"),
+    ):
+        with pytest.raises(ValueError, match=r"do not rise|400000000: 2 to 100000 are|beta_schedule 'sigmoid'"):
             noise_levels(**{**LINEAR, **wrong})
 
 
 @needs_diffusers
 def test_timestep_between_levels_and_beyond():
-    """Half way in ln(sigma) is half way in t; outside the schedule it stays at the ends, which bound the samplers and guidance."""
-    unet = {name: value for name, value in UNET.items() if name != "sample_size"}
-    net = DiffusersUNet(8, 3, 0, unet, "epsilon", LINEAR)
+    """Half way in ln(sigma) is half way in t; outside, t stays at the ends, which bound samplers and guidance."""
+    net = DiffusersUNet(8, 3, 0, UNET, "epsilon", LINEAR)
     sigmas = noise_levels(**LINEAR)
     middle = (sigmas[1:] * sigmas[:-1]).sqrt().float()
     torch.testing.assert_close(net.timestep(middle), torch.arange(999) + 0.5, rtol=0, atol=5e-3)
@@ -155,8 +163,7 @@ def test_timestep_between_levels_and_beyond():
 def test_denoising_loss_is_that_of_the_prediction(prediction_type):
     """The weight makes it the plain squared error of eps or of v, as in the network's own training."""
     torch.manual_seed(0)
-    unet = {name: value for name, value in UNET.items() if name != "sample_size"}
-    net = DiffusersUNet(8, 3, 0, unet, prediction_type, LINEAR).eval()
+    net = DiffusersUNet(8, 3, 0, UNET, prediction_type, LINEAR).eval()
     images, noise, sigma = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.02, 0.5, 3.0, 50.0])
     scale = (1 + sigma**2).sqrt()[:, None, None, None]
     noisy = images + sigma[:, None, None, None] * noise
@@ -189,30 +196,28 @@ def test_imported_and_distilled_by_command_line(tmp_path):
     out = succeed("import_teacher.py", "--source", folder, "--output", teacher)
     assert "found DiffusersUNet, 0.2 M parameters, 8x8, 2 classes, licence: apache-2.0" in out
     images = write_images(tmp_path / "images", size=8)
-    arguments = ["--teacher_checkpoint", teacher, "--dataset", "folder", "--data_dir", images, "--output_dir", tmp_path / "run"]
-    arguments += ["--batch_size", 4, "--step_number", 2, "--dfake_gen_update_ratio", 1, "--device", "cpu"]
-    succeed("train_dmd2.py", *arguments, "--gan_classifier", "--gan_resolutions", 8, 4)
-    net = checkpoint.load_network(tmp_path / "run" / "dmd2_final.pt")
+    arguments = (
+        f"--teacher_checkpoint {teacher} --dataset folder --data_dir {images} --batch_size 4 --device cpu".split()
+    )
+    run = ["--step_number", 2, "--dfake_gen_update_ratio", 1, "--output_dir", tmp_path / "run"]
+    succeed("train_dmd2.py", *arguments, *run, "--gan_classifier", "--gan_resolutions", 8, 4)
+    generator = tmp_path / "run" / "dmd2_final.pt"
+    net = checkpoint.load_network(generator)
     assert isinstance(net, DiffusersUNet)
     assert heun_sampler(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), num_steps=3).isfinite().all()
-    succeed("generate.py", "--checkpoint", tmp_path / "run" / "dmd2_final.pt", "--output_dir", tmp_path / "out", "--num_samples", 1)
-    done = run_script(
-        "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--conditioning_sigma", 200, "--output_dir", tmp_path / "other"
-    )
-    assert_refused(done, "--conditioning_sigma 200.0: the teacher knows noise from 0.01 to 157.4")
-    done = run_script(
-        "train_dmd2.py", *arguments[:6], "--batch_size", 4, "--student_sigmas", 80, 0.001, "--output_dir", tmp_path / "other"
-    )
-    assert_refused(done, "--student_sigmas 0.001: the teacher knows noise from 0.01 to 157.4")
+    succeed("generate.py", "--checkpoint", generator, "--output_dir", tmp_path / "out", "--num_samples", 1)
+    for option, values in (("--conditioning_sigma", ["200.0"]), ("--student_sigmas", ["80", "0.001"])):
+        done = run_script("train_dmd2.py", *arguments, option, *values, "--output_dir", tmp_path / "other")
+        assert_refused(done, f"{option} {values[-1]}: the teacher knows noise from 0.01 to 157.4")
 
 
 @needs_diffusers
 def test_older_folders(tmp_path):
-    """Files without subfolders, the attention's former names, no prediction_type, a head for all channels; without classes."""
+    """No subfolders, the attention's former names, no prediction_type, a head for all channels; no classes."""
     from safetensors.torch import load_file, save_file
 
     folder, model = write_folder(tmp_path / "a", attention_head_dim=None)
-    old = tmp_path / "cifar10-old"
+    old = tmp_path / "old"
     old.mkdir()
     former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -225,11 +230,60 @@ def test_older_folders(tmp_path):
     del scheduler["prediction_type"], scheduler["trained_betas"]
     (old / "scheduler_config.json").write_text(json.dumps(scheduler))
     state = checkpoint.load(imported(old, tmp_path))
-    assert state["class_names"] == [] and state["config"]["dataset"] == "cifar10" and state["config"]["licence"] is None
+    assert state["class_names"] == [] and state["config"]["licence"] is None
     net, x = checkpoint.network(state, "x.pt"), torch.randn(2, 3, 8, 8)
     sigma = net.sigma_max
     expected = x - sigma * model(x / (1 + sigma**2) ** 0.5, 999).sample
     torch.testing.assert_close(net(x, sigma), expected.detach(), rtol=0, atol=1e-3)
+
+
+@needs_diffusers
+def test_averaged_weights_of_the_training_script(tmp_path):
+    """`checkpoint-500/{unet, unet_ema}` with the scheduler beside it: the average is taken, and a line says so."""
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    folder, model = write_folder(tmp_path / "run")
+    inside = folder / "checkpoint-500"
+    inside.mkdir()
+    (folder / "unet").rename(inside / "unet")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    EMAModel(model.parameters(), model_cls=UNet2DModel, model_config=model.config).save_pretrained(inside / "unet_ema")
+    found = load(inside)
+    assert torch.equal(found.state["unet.conv_in.weight"], model.conv_in.weight)
+    assert found.notes == ["its `unet_ema` was taken, the averaged weights", f"its scheduler is {folder / 'scheduler'}"]
+
+
+@needs_diffusers
+@pytest.mark.parametrize("options", [{}, dict(variant="fp16"), dict(max_shard_size="100KB")], ids=str)
+def test_variants_and_shards(tmp_path, options):
+    folder, model = write_folder(tmp_path / "a")
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole.unlink()
+    model.save_pretrained(folder / "unet", **options)
+    assert whole.exists() == (not options)
+    found = load(folder)
+    assert torch.equal(found.state["unet.conv_in.weight"], model.conv_in.weight)
+    assert found.notes == ["its weights are those of the variant fp16"] * ("variant" in options)
+
+
+@needs_diffusers
+def test_null_class(tmp_path):
+    """Of K + 1 classes the last may be the null class of guidance: K names make the others the classes."""
+    folder, model = write_folder(tmp_path / "a", num_class_embeds=3)
+    assert (
+        "3 classes; if the last is a null class of guidance, name the others with --class_names" in load(folder).notes
+    )
+    net = checkpoint.load_network(output := imported(folder, tmp_path, "--class_names", "cat,dog"))
+    assert net.label_dim == 2 and checkpoint.load(output)["class_names"] == ["cat", "dog"]
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 0])
+    expected = x - net.sigma_max * model(x / (1 + net.sigma_max**2) ** 0.5, 999, class_labels=labels).sample
+    torch.testing.assert_close(net(x, net.sigma_max, labels), expected.detach(), rtol=0, atol=1e-3)
+    assert torch.equal(net.unet.class_embedding.weight[2], model.class_embedding.weight[2])
+    with pytest.raises(UserError, match="--class_names has 4 different names; the network has 3 classes"):
+        imported(folder, tmp_path / "other", "--class_names", "a,b,c,d")
 
 
 def change(file, **entries):
@@ -251,26 +305,47 @@ def cut_short(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def two_variants(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.with_suffix(".fp16.safetensors").write_bytes(path.read_bytes())
+    path.rename(path.with_suffix(".non_ema.safetensors"))
+
+
 UNET_JSON, SCHEDULER_JSON = "unet/config.json", "scheduler/scheduler_config.json"
 WRONG = {  # change of the folder, part of the one-line message
     "pickle": (only_bin, "no diffusion_pytorch_model.safetensors"),
     "weights cut short": (cut_short, "damaged, or not safetensors"),
     "no scheduler": (lambda folder: (folder / SCHEDULER_JSON).unlink(), "scheduler_config.json: No such file"),
     "no JSON": (lambda folder: (folder / UNET_JSON).write_text("[1"), "config.json is damaged"),
-    "latents": (change("model_index.json", vqvae=["diffusers", "VQModel"]), "a pipeline with vqvae; only UNet2DModel on pixels"),
-    "other network": (change(UNET_JSON, _class_name="DiTTransformer2DModel"), "the network is a 'DiTTransformer2DModel'"),
-    "other argument": (change(UNET_JSON, speed=3), "not a UNet2DModel that diffusers can build"),
+    "latents": (
+        change("model_index.json", vqvae=["diffusers", "VQModel"]),
+        "a pipeline with vqvae; only UNet2DModel on pixels",
+    ),
+    "other network": (
+        change(UNET_JSON, _class_name="DiTTransformer2DModel"),
+        "the network is a 'DiTTransformer2DModel'",
+    ),
+    "other argument": (change(UNET_JSON, speed=3), "unexpected keyword argument 'speed'"),
     "other widths": (change(UNET_JSON, block_out_channels=[16, 64]), "has shape [32], not [64]"),
     "a block more": (change(UNET_JSON, layers_per_block=2), "no tensor "),
     "a block less": (change(UNET_JSON, mid_block_type=None), "does not belong to UNet2DModel"),
-    "skip blocks": (change(UNET_JSON, down_block_types=["SkipDownBlock2D", "DownBlock2D"]), "blocks of type 'SkipDownBlock2D'"),
+    "skip blocks": (
+        change(UNET_JSON, down_block_types=["SkipDownBlock2D", "DownBlock2D"]),
+        "blocks of type 'SkipDownBlock2D'",
+    ),
     "fourier": (change(UNET_JSON, time_embedding_type="fourier"), "time embedding is not positional"),
     "variances": (change(UNET_JSON, out_channels=6), "out_channels 6 with in_channels 3: predicted variances"),
     "not square": (change(UNET_JSON, sample_size=[8, 16]), "sample_size [8, 16]"),
-    "no size": (change(UNET_JSON, sample_size="gone"), "its configuration has no 'sample_size'"),
-    "flow matching": (change(SCHEDULER_JSON, beta_schedule="gone", _class_name="FlowMatch"), "'FlowMatch', has no beta_schedule"),
+    "no size": (change(UNET_JSON, sample_size="gone"), "no 'sample_size'"),
+    "flow matching": (
+        change(SCHEDULER_JSON, beta_schedule="gone", _class_name="FlowMatch"),
+        "'FlowMatch', has no beta_schedule",
+    ),
     "no signal": (change(SCHEDULER_JSON, rescale_betas_zero_snr=True), "rescale_betas_zero_snr is not supported"),
     "other prediction": (change(SCHEDULER_JSON, prediction_type="flow"), "prediction_type 'flow'"),
+    "many blocks": (change(UNET_JSON, layers_per_block=10**9), "layers_per_block 1000000000: sides of at most 1024"),
+    "large images": (change(UNET_JSON, sample_size=8192), "8192 pixels, layers_per_block 1: sides of at most 1024"),
+    "two variants": (two_variants, "variants fp16, non_ema of the weights; rename one"),
     "levels that fall": (change(SCHEDULER_JSON, trained_betas=[-0.5] * 1000), "noise levels do not rise"),
 }
 
@@ -297,8 +372,7 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
 @needs_diffusers
 @needs_muon
 def test_muon_knows_the_blocks():
-    unet = {name: value for name, value in UNET.items() if name != "sample_size"}
-    net = DiffusersUNet(8, 3, 0, unet, "epsilon", LINEAR)
+    net = DiffusersUNet(8, 3, 0, UNET, "epsilon", LINEAR)
     hidden = {id(p) for p in Muon(net, 1e-3).hidden}
     names = {name for name, p in net.named_parameters() if id(p) in hidden}
     inside = ("unet.down_blocks", "unet.mid_block", "unet.up_blocks")

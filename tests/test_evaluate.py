@@ -1,20 +1,25 @@
 """evaluate.py as a user runs it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_NET, run_script, succeed, write_images, write_zip
+from conftest import run_script, succeed, write_images, write_zip
 from PIL import Image
-from test_config import assert_refused
+from test_options import assert_refused
 
+import checkpoint
 import evaluate
 from data import load_dataset
-from support import features, image_files
-from support.config import EVALUATE, parse_args
-from support.metrics import BETTER, best, frechet_distance, statistics, verdict
-from support.plots import training_minutes
+from evaluation import features
+from evaluation.metrics import BETTER, best, frechet_distance, statistics, verdict, with_root
+from evaluation.plots import training_minutes
+from evaluation.results import read_results, write_results
+from readers import image_files
+from support.options import parse_args
+from support.script import UserError
 
 CLASSES = [str(i) for i in range(10)]
 
@@ -29,15 +34,19 @@ def result(folder):
 
 
 def test_a_folder_beside_its_teacher(runs, tmp_path):
-    """Every checkpoint of the run: figures with their noise on equal numbers of images, the verdict, the best one, the pictures."""
+    """Each checkpoint of the run: metrics and noise on equal numbers of images, the verdict, the best, pictures."""
     data = [*classes_of(tmp_path), "--features", "classifier", "--num_samples", 45]
     teacher = runs / "teacher" / "teacher_final.pt"
-    text = succeed("evaluate.py", "--checkpoint", runs / "dmd2", "--teacher_checkpoint", teacher, *data)
+    command = ["--checkpoint", runs / "dmd2", "--teacher_checkpoint", teacher, *data]
+    # Jupyter's, in an environment without Jupyter's packages.
+    text = succeed("evaluate.py", *command, env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     found = result(tmp_path)
     real, taught, *students = found["rows"]
-    assert [row["name"] for row in found["rows"]] == ["real, held out", "teacher, step 4", "dmd2, step 2", "dmd2, step 4"]
+    names = ["real, held out", "teacher, step 4", "dmd2, step 2", "dmd2, step 4"]
+    assert [row["name"] for row in found["rows"]] == names
     assert [row.get("evaluations") for row in found["rows"]] == [None, 3, 1, 1]
-    assert found["images_per_figure"] == 20 and [row["images"] for row in found["rows"]] == [20, 40, 40, 40]  # a fifth is held out
+    assert found["images_per_metric"] == 20  # a fifth is held out
+    assert [row["images"] for row in found["rows"]] == [20, 40, 40, 40]
     for row in found["rows"]:
         assert BETTER.keys() <= row.keys() and row["noise"].keys() == BETTER.keys()
         assert all(f"{row[name]:.4g} +- " in text for name in BETTER)
@@ -50,110 +59,150 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(BETTER)
     assert told == verdict(chosen, taught, real)
     training, held_out = features.split(load_dataset("folder", tmp_path / "set", 8, 1, "cpu"))
-    small = [statistics(features.pixels(part.images)[1]) for part in (held_out, training)]
-    assert real["pixel_frechet_distance"] == pytest.approx(frechet_distance(*small), rel=1e-4)
+    small = [features.averaged_pixels(part.images) for part in (held_out, training)]
+    distance = frechet_distance(small[0], with_root(*statistics(small[1])))
+    assert real["pixel_frechet_distance"] == pytest.approx(distance, rel=1e-4)
     assert "worse than its teacher in" in text and "as good as its teacher in" in text
     pictures = {"evaluation.png", "comparison.png", "diversity.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", *pictures}
     shown = Image.open(tmp_path / "out" / "diversity.png")
     assert shown.size == (8 * (3 * 8 * 10 + 2 * 8), 8 * 8 * 10)  # 8x8 images of one class from each of three
-    assert (tmp_path / "set_judge_8x1.pt").exists()
+    assert (tmp_path / "set_classifier_8x1.pt").exists()
 
     done = run_script("evaluate.py", "--checkpoint", teacher, "--teacher_checkpoint", students[0]["checkpoint"], *data)
     assert_refused(done, "a generator")
-    succeed("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out")
+    curves = ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out"]
+    succeed("evaluate.py", *curves)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *data), "no checkpoints in this folder")
+    assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, "--plot"), "metrics.jsonl: missing, or holds no")
+    done = run_script("evaluate.py", "--checkpoint", teacher, "--inception_score", *data)
+    assert_refused(done, "--inception_score needs --features inception")
     done = run_script("evaluate.py", "--checkpoint", teacher, "--dataset", "folder", cwd=tmp_path)  # where no ./data is
     assert_refused(done, "data: neither a folder nor a ZIP")
 
 
-def test_a_run_that_has_not_logged_yet(runs, tmp_path):
-    """Its metrics.jsonl is empty."""
-    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "run", "--step_number", 1, "--log_every", 2)
-    (tmp_path / "run" / "metrics.jsonl").write_text("")
-    options = [*classes_of(tmp_path, each=2), "--num_samples", 4, "--steps", 1, "--features", "classifier"]
-    text = succeed("evaluate.py", "--checkpoint", tmp_path / "run" / "teacher_final.pt", *options)
-    assert "\nrecall" in text and "\nminutes" not in text
+def test_results_outlive_a_report_that_fails(runs, tmp_path, monkeypatch):
+    """They are written before they are told. This run's metrics.jsonl is damaged, and has a step without speed."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "teacher_final.pt").write_bytes((runs / "teacher" / "teacher_final.pt").read_bytes())
+    lines = ['{"step": 2, "images_per_second": 0.0}', "\0\0", '{"step": 4, "images_per_second": 32.0}']
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+
+    def unwritable(rows):
+        raise UnicodeEncodeError("ascii", "\u00e9", 0, 1, "a terminal that cannot write it")
+
+    monkeypatch.setattr(evaluate, "print_table", unwritable)
+    options = ["--checkpoint", folder, *classes_of(tmp_path, each=2), "--num_samples", 4, "--features", "classifier"]
+    with pytest.raises(UnicodeEncodeError):
+        evaluate.main([*map(str, options), "--device", "cpu"])
+    assert result(tmp_path)["rows"][-1]["minutes"] == pytest.approx(4 * 16 / 32 / 60)
 
 
 def test_minutes_of_training_add_up_line_by_line():
-    """600 images at 10 per second are a minute, 600 more at 5 two more. A checkpoint between two lines counts up to the first."""
-    rows = [{"step": 6, "images_per_second": 10.0}, {"step": 12, "images_per_second": 5.0}]
-    assert [training_minutes(rows, 100, step) for step in (3, 6, 10, 12)] == [0.0, 1.0, 1.0, 3.0]
+    """600 images at 10 per second are a minute, 600 more at 5 two. Between two lines the first counts."""
+    rows = [{"step": step, "images_per_second": speed} for step, speed in ((6, 10.0), (9, 0.0), (10, None), (12, 5.0))]
+    assert [training_minutes(rows, 100, step) for step in (3, 6, 11, 12)] == [0.0, 1.0, 1.0, 3.0]
+
+
+def test_results_are_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    assert read_results(path) is None
+    write_results(path, {"rows": [1]})
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(-1, b""))  # a full disk
+    with pytest.raises(UserError, match=r"results\.json: .* is intact"):
+        write_results(path, {"rows": [2]})
+    assert read_results(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
+    for damaged in (path.read_bytes()[:8], b"\xff", b"[1]", b"[" * 100_000):
+        path.write_bytes(damaged)
+        assert read_results(path) is None
 
 
 @pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
 def test_without_classes(unconditional, tmp_path, inception_weights, features):
-    """Without labels, figures of labels are left out. A classifier gives features, and a judge is trained, only with classes."""
+    """Without labels, metrics of labels are left out. A classifier is trained only for its features."""
     student, teacher = unconditional / "dmd2" / "dmd2_final.pt", unconditional / "teacher" / "teacher_final.pt"
-    options = ["--checkpoint", student, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", "--num_samples", 20]
-    options += ["--features", features, "--steps", 2]
-    if features == "inception":
-        options += ["--inception_weights", inception_weights]
+    options = ["--checkpoint", student, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out"]
+    options += ["--num_samples", 20, "--features", features, "--steps", 2, "--inception_weights", inception_weights]
     if features == "classifier":
-        assert_refused(run_script("evaluate.py", *options), "set.zip has no classes to train one on; use --features inception")
+        assert_refused(run_script("evaluate.py", *options), "set.zip has no classes to train one on; use --features")
         assert not (tmp_path / "out").exists()
         options += [*classes_of(tmp_path, each=5)]
     text = succeed("evaluate.py", *options)
     found = result(tmp_path)
     names = BETTER.keys() - {"own_label", "within_class_spread"}
-    assert all(row["noise"].keys() == names and names <= row.keys() for row in found["rows"]) and len(found["rows"]) == 3
+    assert len(found["rows"]) == 3 and all(row["noise"].keys() == names <= row.keys() for row in found["rows"])
     assert not any(name in text for name in ("own_label", "within_class_spread", "class "))
     told = found["verdict"]
     assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(names)
-    assert ("judge: " in text) == (features == "classifier") == (found["judge_accuracy"] is not None)
+    classified = features == "classifier"
+    assert ("a classifier, trained" in text) == classified == (found["classifier_accuracy"] is not None)
     same = [row["frechet_distance"] == row["pixel_frechet_distance"] for row in found["rows"]]
     assert all(same) if features == "pixels" else not any(same)
     shown = Image.open(tmp_path / "out" / "comparison.png")
     assert shown.size == (8 * 2 * 10, 8 * 20 * 10)  # ten rows of two images of the teacher's, each over the student's
-    assert not list(unconditional.glob("*judge*"))
+    assert not list(unconditional.glob("*classifier*"))
 
 
-def test_with_classes_on_data_without_is_refused(runs, unconditional, tmp_path):
+def test_data_that_do_not_fit_the_model_are_refused(runs, unconditional, tmp_path):
     data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
-    done = run_script("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", *data)
-    assert_refused(done, "--dataset folder has no classes; ")
+    student = runs / "dmd2" / "dmd2_final.pt"
+    assert_refused(run_script("evaluate.py", "--checkpoint", student, *data), f"{student}: knows 10 classes")
+    state = checkpoint.load(student) | {"class_names": ["automobile", *CLASSES[1:]]}
+    state["config"]["dataset"] = "cifar10"
+    checkpoint.save(tmp_path / "cars.pt", state)
+    data = ["--dataset", "mnist5k", "--output_dir", tmp_path / "out"]
+    assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path / "cars.pt", *data), "automobile")
+    state["config"]["data_dir"] = str(tmp_path / "theirs")  # is not made
+    checkpoint.save(tmp_path / "theirs.pt", state)
+    done = run_script("evaluate.py", "--checkpoint", tmp_path / "theirs.pt", "--output_dir", tmp_path / "out")
+    assert_refused(done, "which is not here: give --data_dir")
+    assert not (tmp_path / "theirs").exists()
     write_images(tmp_path / "few", classes=("a",), each=19, size=8)
-    data = ["--dataset", "folder", "--data_dir", tmp_path / "few" / "a", "--output_dir", tmp_path / "out", "--features", "pixels"]
-    done = run_script("evaluate.py", "--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", *data)
+    data = ["--dataset", "folder", "--data_dir", tmp_path / "few" / "a", "--output_dir", tmp_path / "out"]
+    student = unconditional / "dmd2" / "dmd2_final.pt"
+    done = run_script("evaluate.py", "--checkpoint", student, *data, "--features", "pixels")
     assert_refused(done, "only 19 images: too few")
 
 
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):
     """A large set is memory-mapped: a subset of the right size is used, the same at each call."""
-    path = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
+    data = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
     monkeypatch.setattr(image_files, "LARGE", 0)
     monkeypatch.setattr(evaluate, "MOST_REAL", 50)
-    student = unconditional / "dmd2" / "dmd2_final.pt"
-    flags = ["--checkpoint", student, "--dataset", "folder", "--data_dir", path, "--features", "pixels", "--num_samples", 20]
-    for name in ("a", "b"):
-        evaluate.main(parse_args(EVALUATE, "", [*map(str, flags), "--device", "cpu", "--output_dir", str(tmp_path / name)]))
+    options = ["--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", "--dataset", "folder", "--data_dir", data]
+    options += ["--features", "pixels", "--num_samples", 20, "--device", "cpu", "--output_dir", tmp_path / "out"]
+    rows = []
+    for _ in range(2):
+        evaluate.main([*map(str, options)])
         assert "real images: 50 of 60, a fixed random subset" in capsys.readouterr().out
-    rows = [json.loads((tmp_path / name / "evaluation.json").read_text())["rows"][0] for name in ("a", "b")]
+        rows.append(result(tmp_path)["rows"][0])
     assert rows[0] == rows[1] and rows[0]["images"] == 10
 
 
-def test_fid_of_several_draws_against_published_statistics(runs, tmp_path, inception_weights):
-    """EDM's protocol: each draw is compared with mu and sigma, and the least counts; the score; both kinds of features."""
-    random = np.random.default_rng(0)
-    mu, root = random.normal(size=2048), random.normal(size=(2048, 20)) / 20
-    np.savez(tmp_path / "published.npz", mu=mu, sigma=root @ root.T)
-    options = [*classes_of(tmp_path, each=5), "--inception_weights", inception_weights, "--num_samples", 12, "--repeats", 3]
-    options += ["--inception_score", "--fid_reference", tmp_path / "published.npz"]
-    text = succeed("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", *options)
+@pytest.mark.parametrize("published", [True, False])
+def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
+    """EDM's protocol: each draw is compared with all real images, the least counts. Each image is looked at once."""
+    seen, see = [], features.inception(str(inception_weights), torch.device("cpu"))
+    monkeypatch.setattr(features, "inception", lambda *arguments: lambda images: seen.append(images) or see(images))
+    options = [*classes_of(tmp_path, each=3), "--num_samples", 5, "--repeats", 2, "--inception_score"]
+    options += ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--device", "cpu"]
+    if published:
+        random = np.random.default_rng(0)
+        mu, root = random.normal(size=2048), random.normal(size=(2048, 20)) / 20
+        np.savez(tmp_path / "published.npz", mu=mu, sigma=root @ root.T)
+        options += ["--fid_reference", tmp_path / "published.npz"]
+    evaluate.main([*map(str, options)])
     row = result(tmp_path)["rows"][-1]
-    assert len(row["fid_draws"]) == 3 == len(set(row["fid_draws"])) and row["fid"] == min(row["fid_draws"])
-    assert row["inception_score"] >= 1 and row["images"] == 30 and "own_label" in text  # three parts of the ten held out
-    # mu is far from any feature of random weights: most of the distance is |m1 - m2|^2, less than half of it is the covariances
-    assert np.square(mu).sum() / 2 < row["fid"] < 3 * np.square(mu).sum()
-
-
-def test_fid_without_published_statistics_is_against_all_real_images(runs, tmp_path, inception_weights):
-    options = [*classes_of(tmp_path, each=2), "--inception_weights", inception_weights, "--num_samples", 6]
-    succeed("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", *options)
-    row = result(tmp_path)["rows"][-1]
-    assert row["fid_draws"] == [row["fid"]] and row["fid"] > 0
+    assert [len(images) for images in seen] == [24, 6, 10]  # real, held out, generated
+    assert row["fid"] == min(row["fid_draws"]) < max(row["fid_draws"]) and row["inception_score"] >= 1
+    if published:  # mu is far from the features: |m1 - m2|^2 is most of the distance, the covariances less than half
+        assert np.square(mu).sum() / 2 < row["fid"] < 3 * np.square(mu).sum()
+    else:
+        real = with_root(*statistics(see(torch.cat(seen[:2]))[0]))
+        draws = [frechet_distance(draw, real) for draw in see(seen[2])[0].split(5)]
+        assert row["fid_draws"] == pytest.approx(draws, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,10 +210,10 @@ def test_fid_without_published_statistics_is_against_all_real_images(runs, tmp_p
     [
         (None, "No such file"),
         (b"text", "needs an .npz file"),
-        ({"mu": np.zeros(3)}, "needs an .npz file"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, "do not match"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, "3 features; Inception has 2048"),
-        ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "needs an .npz file"),
+        ({"mu": np.zeros(2048)}, "needs an .npz file"),
+        ({"mu": np.zeros(2048), "sigma": np.zeros((2, 2))}, "these are [2048] and [2, 2]"),
+        ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "it holds more than numbers"),
+        ({"mu": np.zeros(10**7), "sigma": np.zeros((1, 1))}, "it unpacks to more"),
     ],
 )
 def test_unfit_statistics_are_refused(runs, tmp_path, content, message):
@@ -173,30 +222,35 @@ def test_unfit_statistics_are_refused(runs, tmp_path, content, message):
         np.savez(path, **content)
     elif content:
         path.write_bytes(content)
-    done = run_script("evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--fid_reference", path, cwd=tmp_path)
+    done = run_script(
+        "evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--fid_reference", path, cwd=tmp_path
+    )
     assert_refused(done, message)
     assert str(path) in done.stderr
 
 
-def test_an_image_depends_on_its_number_alone(runs, tmp_path):
-    """Images depend neither on the batch nor on their number: the second of three draws of 4 is images 4 to 7 of a draw of 12."""
-    drawn = []
+def test_an_image_depends_on_its_number_alone(runs):
+    """Images depend neither on the batch nor on their number: the second of three draws of 4 is images 4 to 7 of 12."""
+    drawn, cpu = [], torch.device("cpu")
     for samples, repeats, batch_size in ((12, 1, 5), (4, 3, 12)):
         flags = ["--num_samples", samples, "--repeats", repeats, "--batch_size", batch_size, "--device", "cpu"]
-        args = parse_args(EVALUATE, "", ["--checkpoint", str(runs / "dmd2" / "dmd2_final.pt"), *map(str, flags)])
-        models = evaluate.load_models(args, runs / "dmd2" / "dmd2_final.pt", torch.device("cpu"))
-        drawn.append((evaluate.generate(args, models, (1, 8, 8)), models[0]["images"]))
-        assert models[0]["sampler"](models[0]["net"], torch.zeros(1, 1, 8, 8), torch.tensor([0])).dtype == torch.uint8
-    assert torch.equal(drawn[0][0], drawn[1][0]) and len(drawn[0][0].unique()) > 3
+        flags += ["--checkpoint", runs / "dmd2" / "dmd2_final.pt"]
+        args = parse_args(evaluate.OPTIONS, "", [*map(str, flags)])
+        (model,) = evaluate.load_models(args, cpu)
+        labels = evaluate.generate(args, [model], (1, 8, 8), cpu)
+        drawn.append((labels, model.images))
+        assert model.images.dtype == torch.uint8 and model.seconds > 0
+    assert torch.equal(drawn[0][0], drawn[1][0]) and len(labels.unique()) > 3
     assert (drawn[0][1].int() - drawn[1][1].int()).abs().max() <= 1
 
-    model = models[0] | {"images": [], "sampler": lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape)}
-    labels = evaluate.generate(args, [model], (1, 8, 8))
-    assert torch.equal(model["images"][:, 0, 0, 0], labels)
+    model.sampler = lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape) / 10
+    assert torch.equal(evaluate.generate(args, [model], (1, 8, 8), cpu), labels)
+    assert torch.equal(model.images[:, 0, 0, 0], (labels / 10 * 127.5 + 127.5).round().to(torch.uint8))
 
 
 def test_fid_reference_is_what_it_says(tmp_path):
-    features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
-    mean, covariance = statistics(features)
+    seen = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
+    mean, covariance = statistics(seen)
     np.savez(tmp_path / "a.npz", mu=mean.numpy(), sigma=covariance.numpy())
-    assert frechet_distance(statistics(features), evaluate.read_fid_reference(tmp_path / "a.npz", 4)) == pytest.approx(0, abs=1e-6)
+    read = with_root(*evaluate.read_fid_reference(tmp_path / "a.npz", 4))
+    assert frechet_distance(seen, read) == pytest.approx(0, abs=1e-6)

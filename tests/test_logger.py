@@ -7,15 +7,16 @@ import torch
 from conftest import metrics
 
 from support import logger
-from support.config import TEACHER, parse_args
+from support.options import parse_args
+from train_teacher import OPTIONS
 
 
 def test_a_line_holds_the_means_of_what_each_step_had(tmp_path, monkeypatch):
-    """Steps 1 to 4, then 5 to 8; `b` comes every second step, as in a run in which the generator is not trained each time."""
+    """Steps 1 to 4, then 5 to 8; `b` comes every second step, as the generator's losses do."""
     clock = iter([100.0, 102.0, 110.0])
     monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     options = ["--output_dir", str(tmp_path), "--log_every", "4", "--step_number", "8", "--batch_size", "16"]
-    log = logger.Logger(parse_args(TEACHER, "", options))
+    log = logger.Logger(parse_args(OPTIONS, "", options))
     for step in range(1, 9):
         log.log(step, {"a": torch.tensor(float(step))} | ({"b": 10.0 * step} if step % 2 == 0 else {}))
     log.close()
@@ -25,7 +26,7 @@ def test_a_line_holds_the_means_of_what_each_step_had(tmp_path, monkeypatch):
 
 
 def test_what_is_not_finite_is_null(tmp_path):
-    log = logger.Logger(parse_args(TEACHER, "", ["--output_dir", str(tmp_path), "--log_every", "1"]))
+    log = logger.Logger(parse_args(OPTIONS, "", ["--output_dir", str(tmp_path), "--log_every", "1"]))
     log.log(1, {"a": torch.tensor(float("nan")), "b": 1.0})
     log.close()
     (row,) = metrics(tmp_path)

@@ -1,14 +1,14 @@
-"""The figures against closed forms, and against failures planted in real digits: docs/evaluation.md's table of what sees what."""
-
-import math
+"""The metrics against closed forms, and against failures planted in real digits: the table of docs/evaluation.md."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from data import load_dataset
-from support import features, metrics
+from evaluation import features, metrics
 
 CPU = torch.device("cpu")
 
@@ -17,34 +17,44 @@ def normal(n, d, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- closed forms -----------------------------------------------------------------------------------------------------------
+def frechet(a, b):
+    return metrics.frechet_distance(a, metrics.with_root(*metrics.statistics(b)))
+
+
+def neighbours(real, fake, ks):
+    return metrics.neighbour_metrics(real, fake, metrics.radii(real, *ks), ks)
+
+
+# ---- closed forms ---------------------------------------------------------------------------------------------------
 
 
 def test_frechet_distance_of_gaussians():
-    """Of diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2; of rotated ones the same; and torch-fidelity's figure."""
-    mean, s1, s2 = (
-        torch.tensor([1.0, -2.0, 0.5]).double(),
-        torch.tensor([1.0, 2.0, 0.1]).double(),
-        torch.tensor([3.0, 2.0, 0.0]).double(),
-    )
+    """Of diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2; of rotated ones the same."""
+    mean, s1, s2 = torch.tensor([[1.0, -2.0, 0.5], [1.0, 2.0, 0.1], [3.0, 2.0, 0.0]]).double()
+    white = normal(500, 3) - normal(500, 3).mean(0)
+    white = white @ torch.linalg.inv(torch.linalg.cholesky(white.T.cov())).T  # covariance 1, mean 0
     rotation = torch.linalg.qr(normal(3, 3)).Q
-    ours = mean, rotation @ torch.diag(s1**2) @ rotation.T
-    theirs = torch.zeros(3).double(), rotation @ torch.diag(s2**2) @ rotation.T
+    ours, theirs = (white * s1) @ rotation.T + mean, (white * s2) @ rotation.T
     expected = mean.square().sum() + (s1 - s2).square().sum()
-    assert metrics.frechet_distance(ours, theirs) == pytest.approx(expected.item(), rel=1e-6)
-    assert metrics.frechet_distance(theirs, ours) == pytest.approx(expected.item(), rel=1e-6)
-    assert metrics.frechet_distance(ours, ours) == pytest.approx(0, abs=1e-9)
+    assert frechet(ours, theirs) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet(theirs, ours) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet(ours, ours) == pytest.approx(0, abs=1e-9)
 
 
 def test_frechet_distance_is_torch_fidelitys():
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
     a, b = normal(300, 20) * torch.linspace(0.1, 3, 20), normal(200, 20, 1) + 0.3
     published = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
-    ours = metrics.frechet_distance(metrics.statistics(a), metrics.statistics(b))
-    assert ours == pytest.approx(published[KEY_METRIC_FID], rel=1e-6)
-    few = metrics.frechet_distance(metrics.statistics(a[:5]), metrics.statistics(b))  # a covariance of rank 4
-    assert math.isfinite(few) and few > ours
+    assert frechet(a, b) == pytest.approx(published[KEY_METRIC_FID], rel=1e-6)
+    few = fid_statistics_to_metric(fid_features_to_statistics(a[:5]), fid_features_to_statistics(b), verbose=False)
+    assert frechet(a[:5].float(), b) == pytest.approx(few[KEY_METRIC_FID], rel=1e-6)  # a covariance of rank 4
+
+
+def test_the_root_of_the_references_covariance_is_computed_once(monkeypatch):
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or eigh(matrix))
+    reference = reference_of(normal(500, 6))
+    metrics.measure_with_noise(seen_of(normal(100, 6, 1)), torch.zeros(100, dtype=torch.long), reference, 50)
+    assert len(calls) == 2  # of the features and of the averaged pixels
 
 
 def test_distances_of_close_images_far_from_zero():
@@ -60,31 +70,41 @@ def test_precision_recall_density_coverage_on_a_line():
     fake = torch.tensor([0.5, 1.5, 4.5, 30])[:, None]
     # inside real balls: 0.5 of 0 and 1; 1.5 of 1 and 2; 4.5 of 10 alone; 30 of none
     # fake balls have radii 1, 1, 3, 25.5: reaching 0, 1 | 1, 2 | 2, 3 | 10
-    assert metrics.precision_recall(real, fake, k=1) == (0.75, 1.0)
-    density, coverage = metrics.density_coverage(real, fake, k=1)
-    assert density == pytest.approx(5 / 4) and coverage == pytest.approx(4 / 5)  # 3 has nothing within 1
+    expected = {"precision": 0.75, "recall": 1.0, "density": 5 / 4, "coverage": 4 / 5}  # 3 has nothing within 1
+    assert neighbours(real, fake, (1, 1)) == pytest.approx(expected)
+    # Each k has its own metrics: the second real neighbours lie at 2, 1, 1, 2 and 8, and 4.5 is in the ball of 3 too.
+    assert neighbours(real, fake, (1, 2)) == pytest.approx(expected | {"density": 8 / 8, "coverage": 1.0})
+    assert neighbours(real, fake, (2, 1))["density"] == 5 / 4
+    # A ball contains its surface, and a lone image is its own neighbour.
+    assert neighbours(real[2:], real[:2], (1, 1))["recall"] == 1 / 3
+    assert neighbours(real[:2], torch.tensor([[2.0]]), (1, 1)) == {
+        "precision": 1,
+        "recall": 0,
+        "density": 1,
+        "coverage": 0.5,
+    }
 
 
-def test_figures_that_compare_all_with_all_do_not_depend_on_the_blocks(monkeypatch):
+def test_neighbours_do_not_depend_on_the_blocks(monkeypatch):
     real, fake = normal(150, 4), normal(130, 4, 1) * 0.8
-    whole = metrics.precision_recall(real, fake), metrics.density_coverage(real, fake)
+    whole = neighbours(real, fake, (3, 5))
     monkeypatch.setattr(metrics, "BLOCK", 7)
-    assert (metrics.precision_recall(real, fake), metrics.density_coverage(real, fake)) == whole
+    assert neighbours(real, fake, (3, 5)) == whole
 
 
-def test_recall_is_torch_fidelitys():
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
+def test_precision_and_recall_are_torch_fidelitys():
     real, fake = normal(150, 4).float(), normal(130, 4, 1).float() * 0.8
     published = prc_features_to_metric(fake, real, verbose=False, prc_neighborhood=3)
-    ours = metrics.precision_recall(real, fake)
-    assert ours == pytest.approx((published[KEY_METRIC_PRECISION], published[KEY_METRIC_RECALL]), abs=0.01)
+    ours = neighbours(real, fake, (3, 5))
+    assert ours["precision"] == pytest.approx(published[KEY_METRIC_PRECISION], abs=0.01)
+    assert ours["recall"] == pytest.approx(published[KEY_METRIC_RECALL], abs=0.01)
 
 
 def test_within_class_spread_is_the_variance_around_each_classs_mean():
-    pixels = torch.tensor([[0.0, 0], [2, 0], [5, 5], [5, 9], [7, 7]])
+    """Of uint8 pixels in the units of [-1, 1]."""
+    images = torch.tensor([[0, 0], [2, 0], [255, 5], [255, 9], [7, 7]]).to(torch.uint8).reshape(5, 1, 1, 2)
     labels = torch.tensor([0, 0, 1, 1, 2])  # the third class has one image
-    assert metrics.within_class_spread(pixels, labels) == pytest.approx((2 + 8) / 2)
+    assert metrics.within_class_spread(images, labels) == pytest.approx((2 + 8) / 2 / 127.5**2)
 
 
 def row(noise=0.01, **changes):
@@ -110,82 +130,73 @@ def test_the_best_checkpoint_is_not_the_one_that_draws_prototypes():
     assert metrics.best([good, good | {"frechet_distance": 2.9}]) == 1
 
 
-# ---- noise ------------------------------------------------------------------------------------------------------------------
+# ---- noise ----------------------------------------------------------------------------------------------------------
 
 
 def seen_of(points, logits=None):
-    return {
-        "features": points,
-        "neighbours": points,
-        "pixels": points,
-        "small": points,
-        "logits": torch.zeros(len(points), 2) if logits is None else logits,
-    }
+    images = (128 + 30 * points).clamp(0, 255).to(torch.uint8)
+    logits = torch.zeros(len(points), 2) if logits is None else logits
+    return {"features": points, "neighbours": points, "small": points, "images": images, "logits": logits}
 
 
 def reference_of(points):
-    pair = metrics.statistics(points)
-    return {"features": pair, "small": pair, "neighbours": points, "training": points, "copied_below": torch.tensor(0.1)}
+    return metrics.reference(seen_of(points), seen_of(points + 0.02))
 
 
 def test_noise_is_the_spread_of_the_figure_over_draws():
-    """Against the real spread over 12 draws of 400 points: within a factor of two for each figure."""
+    """Against the real spread over 12 draws of 400 points: within a factor of two for each metric."""
     reference, labels = reference_of(normal(2000, 6)), torch.zeros(400, dtype=torch.long)
     draws = [normal(400, 6, seed) * 0.9 for seed in range(1, 13)]
     logits = [F.one_hot((draw[:, 0] > 0).long(), 2).double() for draw in draws]
-    told = [metrics.figures_with_noise(seen_of(d, l), labels, reference, 400) for d, l in zip(draws, logits, strict=True)]
+    rows = [
+        metrics.measure_with_noise(seen_of(d, l), labels, reference, 400) for d, l in zip(draws, logits, strict=True)
+    ]
     for name in metrics.BETTER:
-        spread = np.std([values[name] for values, _ in told], ddof=1)
-        noise = np.mean([noise[name] for _, noise in told])
+        spread = np.std([row[name] for row in rows], ddof=1)
+        noise = np.mean([row["noise"][name] for row in rows])
         assert (spread == 0 and noise == 0) or 0.5 < noise / spread < 2, (name, spread, noise)
 
 
-def test_more_images_make_less_noise_and_leave_the_figure():
-    """1,600 images in parts of 400: the figures are of 400 images each, so that they compare; their noise is half."""
+def test_more_images_make_less_noise_and_leave_the_metric():
+    """1,600 images in parts of 400: the metrics are of 400 images each, so that they compare; their noise is half."""
     reference = reference_of(normal(2000, 6))
     few, many = (
-        metrics.figures_with_noise(seen_of(normal(n, 6, 1)), torch.zeros(n, dtype=torch.long), reference, 400) for n in (400, 1600)
+        metrics.measure_with_noise(seen_of(normal(n, 6, 1)), torch.zeros(n, dtype=torch.long), reference, 400)
+        for n in (400, 1700)
     )
+    assert few["images"] == 400 and many["images"] == 1600  # the last 100 make no part
     for name in ("frechet_distance", "recall", "within_class_spread"):
-        assert abs(few[0][name] - many[0][name]) < 4 * few[1][name]
-        assert 0.25 < many[1][name] / few[1][name] < 0.9
+        assert abs(few[name] - many[name]) < 4 * few["noise"][name]
+        assert 0.25 < many["noise"][name] / few["noise"][name] < 0.9
 
 
-def test_without_the_judges_logits_there_are_no_figures_of_labels():
+def test_without_logits_there_are_no_metrics_of_labels():
     """As for a network without classes; the others are what they were, and a verdict is on those that there are."""
     reference, labels = reference_of(normal(500, 6)), torch.zeros(100, dtype=torch.long)
     whole = seen_of(normal(100, 6, 1))
     part = {name: rows for name, rows in whole.items() if name != "logits"}
-    (values, noise), (fewer, _) = (metrics.figures_with_noise(seen, labels, reference, 100) for seen in (part, whole))
-    assert values == {name: value for name, value in fewer.items() if name not in ("own_label", "within_class_spread")}
-    rows = [{**values, "noise": noise}] * 3
-    assert metrics.verdict(*rows) == {"better": [], "worse": [], "as good": list(values)} and metrics.best(rows) == 0
+    fewer, all_metrics = (metrics.measure_with_noise(seen, labels, reference, 100) for seen in (part, whole))
+    names = [name for name in metrics.BETTER if name not in ("own_label", "within_class_spread")]
+    assert fewer == {name: all_metrics[name] for name in ("images", *names)} | {"noise": fewer["noise"]}
+    rows = [fewer] * 3
+    assert metrics.verdict(*rows) == {"better": [], "worse": [], "as good": names} and metrics.best(rows) == 0
 
 
-# ---- planted failures -------------------------------------------------------------------------------------------------------
+# ---- planted failures -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The judge's view of real digits, the reference, and the held-out digits."""
+    """What sees digits, the reference, the training set and the held-out digits."""
     dataset = load_dataset("mnist5k", "unused", 16)
-    judge, _ = features.classifier(dataset, tmp_path_factory.mktemp("judge") / "judge.pt", CPU)
+    classifier, _ = features.classifier(dataset, tmp_path_factory.mktemp("classifier") / "classifier.pt", CPU)
 
     def see(images):
-        judged, logits = judge(images)
-        pixels, small = features.pixels(images)
-        return {"features": judged, "neighbours": small, "logits": logits, "pixels": pixels, "small": small}
+        small, (classified, logits) = features.averaged_pixels(images), classifier(images)
+        return {"features": classified, "neighbours": small, "logits": logits, "images": images, "small": small}
 
     training, held_out = features.split(dataset)
-    real, held_out_small = see(training.images), features.pixels(held_out.images)[1]
-    reference = {
-        "features": metrics.statistics(real["features"]),
-        "small": metrics.statistics(real["small"]),
-        "neighbours": real["neighbours"],
-        "training": real["small"],
-        "copied_below": metrics.nearest(held_out_small, real["small"]).quantile(0.01),
-    }
-    return see, reference, training, held_out
+    return see, metrics.reference(see(training.images), see(held_out.images)), training, held_out
 
 
 def ten_images(images, labels, training):
@@ -222,62 +233,44 @@ def copies(images, labels, training):
     return training.images[-len(labels) :], training.labels[-len(labels) :]
 
 
-ALL = set(metrics.BETTER)
-FAILURES = {  # what is done -> the figures that must see it, and those that must not (the others do, faintly)
-    ten_images: ("recall coverage frechet_distance pixel_frechet_distance within_class_spread", "precision own_label near_copies"),
-    towards_the_mean: (
-        "recall density pixel_frechet_distance within_class_spread",
-        "frechet_distance precision coverage own_label near_copies",
-    ),
-    blurred: (
-        "recall density coverage frechet_distance pixel_frechet_distance within_class_spread own_label",
-        "precision near_copies",
-    ),
-    swapped_labels: (
-        "own_label within_class_spread",
-        "precision recall density coverage frechet_distance pixel_frechet_distance near_copies",
-    ),
-    one_class_missing: (
-        "coverage frechet_distance pixel_frechet_distance",
-        "precision density own_label within_class_spread near_copies",
-    ),
-    copies: (
-        "near_copies",
-        "precision recall density coverage frechet_distance pixel_frechet_distance own_label within_class_spread",
-    ),
+FAILURES = {  # what is done -> the metrics that must see it; all others must not
+    ten_images: "recall coverage frechet_distance pixel_frechet_distance within_class_spread",
+    towards_the_mean: "recall density pixel_frechet_distance within_class_spread",
+    blurred: "recall density coverage frechet_distance pixel_frechet_distance within_class_spread own_label",
+    swapped_labels: "own_label within_class_spread",
+    one_class_missing: "coverage frechet_distance pixel_frechet_distance",
+    copies: "near_copies",
 }
+FAINTLY = {ten_images: {"density"}, one_class_missing: {"recall"}}  # seen, but not clearly
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", FAILURES)
 def test_planted_failures_are_seen(digits, plant):
-    """By the figures that docs/evaluation.md says see them, by more than four times the noise; the others find nothing worse."""
+    """By the metrics that docs/evaluation.md names, by more than four times the noise; the others find nothing."""
     see, reference, training, held_out = digits
-    real, planted = (
-        measured(see, reference, *of)
-        for of in ((held_out.images, held_out.labels), plant(held_out.images, held_out.labels, training))
-    )
-    seen_by, blind = (set(names.split()) for names in FAILURES[plant])
-    for name in seen_by:
-        assert worse_by(planted, real, name) > 4, name
-    for name in blind:
-        assert worse_by(planted, real, name) < 3, name
+    truth = held_out.images, held_out.labels
+    real, planted = (measured(see, reference, *images) for images in (truth, plant(*truth, training)))
+    for name in metrics.BETTER.keys() - FAINTLY.get(plant, set()):
+        worse = worse_by(planted, real, name)
+        assert worse > 4 if name in FAILURES[plant].split() else worse < 3, (name, worse)
 
 
 @pytest.mark.slow
 def test_two_halves_of_the_real_digits_are_equal(digits):
     see, reference, _, held_out = digits
-    halves = [measured(see, reference, held_out.images[half], held_out.labels[half]) for half in torch.arange(1000).chunk(2)]
+    halves = [
+        measured(see, reference, held_out.images[half], held_out.labels[half]) for half in torch.arange(1000).chunk(2)
+    ]
     assert metrics.verdict(*halves, halves[1]) == {"better": [], "worse": [], "as good": list(metrics.BETTER)}
 
 
 def measured(see, reference, images, labels):
-    values, noise = metrics.figures_with_noise(see(images), labels, reference, len(labels))
-    return {**values, "noise": noise}
+    return metrics.measure_with_noise(see(images), labels, reference, len(labels))
 
 
 def worse_by(row, real, name):
-    """How many standard deviations of its noise a figure is worse than that of real images."""
+    """How many standard deviations of its noise a metric is worse than that of real images."""
     better = metrics.BETTER[name]
     gap = {min: row[name] - real[name], max: real[name] - row[name], None: abs(row[name] - real[name])}[better]
     return gap / max((row["noise"][name] ** 2 + real["noise"][name] ** 2) ** 0.5, 1e-9)

@@ -14,7 +14,7 @@ def test_karras_sigmas_follow_edm_equation_5():
 
 
 def test_preconditioning_keeps_unit_variance_at_every_sigma():
-    """With data of variance sigma_data^2: input c_in (x0 + sigma n) and target (x0 - c_skip x) / c_out have variance 1."""
+    """Input c_in (x0 + sigma n) and target (x0 - c_skip x) / c_out have variance 1 for data of sigma_data^2."""
     sigma, sigma_data = torch.logspace(-3, 2, 40), 0.7
     c_skip, c_out, c_in, c_noise = preconditioning(sigma, sigma_data)
     torch.testing.assert_close(c_in**2 * (sigma_data**2 + sigma**2), torch.ones(40))
@@ -65,14 +65,16 @@ def test_any_width_can_attend(width):
 
 
 def test_attention_is_softmax_attention_a_head():
-    """Each head of 64 channels: the values, weighted by softmax(q k / 8); the heads' results side by side, then projected."""
+    """Each head of 64 channels: the values weighted by softmax(q k / 8); the heads side by side, projected."""
     torch.manual_seed(0)
     layer, x = Attention(128, channels_per_group=16), torch.randn(2, 128, 3, 5).to(memory_format=torch.channels_last)
     torch.nn.init.normal_(layer.proj.weight, std=0.1)
     q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, dim=1)
     heads = [slice(0, 64), slice(64, 128)]
     weights = [torch.einsum("bci,bcj->bij", q[:, head], k[:, head]).div(8).softmax(-1) for head in heads]
-    mixed = torch.cat([torch.einsum("bij,bcj->bci", w, v[:, head]) for w, head in zip(weights, heads, strict=True)], dim=1)
+    mixed = torch.cat(
+        [torch.einsum("bij,bcj->bci", w, v[:, head]) for w, head in zip(weights, heads, strict=True)], dim=1
+    )
     torch.testing.assert_close(layer(x), x + layer.proj(mixed.reshape(x.shape)), rtol=1e-4, atol=1e-5)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -90,7 +92,9 @@ def test_resolutions_config_and_features(resolution, channels):
     assert torch.equal(both, out)
     assert [feature.shape for feature in maps] == [(2, net.feature_channels[side], side, side) for side in sides]
     assert all(torch.equal(a, b) for a, b in zip(net.encode(x, sigma, labels, sides), maps, strict=True))
-    with pytest.raises(ValueError, match=rf"no feature map at resolution 5; the encoder has \[{resolution}, {resolution // 2}\]"):
+    with pytest.raises(
+        ValueError, match=rf"no feature map at resolution 5; the encoder has \[{resolution}, {resolution // 2}\]"
+    ):
         net.encode(x, sigma, labels, [5])
 
 
@@ -117,13 +121,15 @@ def test_a_network_without_classes_takes_no_labels():
 
 
 def test_groups_of_the_norms():
-    """As wide as asked for, or somewhat wider; narrower only where there are too few channels; never more than 32 of them."""
+    """As wide as asked for or somewhat wider; narrower only with too few channels; never more than 32 groups."""
     assert [group_norm(channels).num_groups for channels in (8, 16, 32, 64, 128, 1024)] == [1, 1, 2, 4, 8, 32]
     assert [group_norm(channels, 4).num_groups for channels in (8, 32, 128, 256)] == [2, 8, 32, 32]
     for channels in range(8, 1100, 8):
         assert channels // group_norm(channels).num_groups >= min(16, channels)
     tight, wide = (tiny_unet(model_channels=32, attn_resolutions=[4], channels_per_group=width) for width in (4, 16))
-    groups = [{m.num_channels // m.num_groups for m in net.modules() if hasattr(m, "num_groups")} for net in (tight, wide)]
+    groups = [
+        {m.num_channels // m.num_groups for m in net.modules() if hasattr(m, "num_groups")} for net in (tight, wide)
+    ]
     assert max(groups[0]) < 16 <= min(groups[1])
 
 

@@ -1,18 +1,14 @@
-"""The page of `export.py --page` in a headless Chromium, driven through its debugging pipe (--remote-debugging-pipe)."""
+"""The page of `export.py --page` in a headless Chromium, driven through its debugging pipe."""
 
-import base64
 import functools
 import http.server
 import json
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +16,10 @@ import torch
 from conftest import succeed, tiny_unet
 from test_export import needs_onnx, write_generator
 
+from extras import page
 from sampling import class_noise, few_step_sampler
-from support import page
-from support.config import UserError
 from support.images import to_uint8
+from support.script import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
@@ -49,7 +45,7 @@ def served(folder):
 @contextmanager
 def opened(url, profile, size=(960, 1000)):
     """Opens `url` in Chromium; gives a function `call(method, **parameters)` of the page's DevTools protocol."""
-    (read_here, written), (read, write_here) = os.pipe(), os.pipe()  # Chromium reads its descriptor 3 and writes to 4
+    (read_here, written), (read, write_here) = os.pipe(), os.pipe()  # Chromium reads descriptor 3, writes to 4
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", "about:blank"]
     wrapped = ["bash", "-c", f'exec "$@" 3<&{read} 4>&{written}', "bash", *command]  # sh takes one digit
     browser = subprocess.Popen(wrapped, pass_fds=(read, written), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,7 +55,9 @@ def opened(url, profile, size=(960, 1000)):
 
             def call(method, session=None, **parameters):
                 call.number += 1
-                message = {"id": call.number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
+                message = {"id": call.number, "method": method, "params": parameters} | (
+                    {"sessionId": session} if session else {}
+                )
                 questions.write(json.dumps(message).encode() + b"\0")
                 questions.flush()
                 while (answer := receive()).get("id") != call.number:
@@ -115,43 +113,26 @@ def canvas(call, name):
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory):
     """onnxruntime-web, as npm's package holds it."""
-    found = page.find_runtime()
-    if not found:
-        pytest.skip("npm cannot fetch onnxruntime-web")
     folder = tmp_path_factory.mktemp("onnxruntime-web")
-    (folder / "dist").mkdir()
-    for name, content in found.items():
-        (folder / "dist" / name).write_bytes(content)
+    for name, content in (page.find_runtime() or pytest.skip("npm cannot fetch onnxruntime-web")).items():
+        (folder / name).write_bytes(content)
     return folder
 
 
 @pytest.mark.slow
 @needs_onnx
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-@pytest.mark.parametrize(
-    "build, sigmas, about, buttons, images",
-    [
-        (
-            lambda: tiny_unet(label_dim=3),
-            [40.0],
-            "8x8 pixels, grey · 3 classes · 1 network evaluation per image · trained for 7 steps",
-            ["class 0", "class 1", "class 2"],
-            30,
-        ),
-        (
-            lambda: tiny_unet(label_dim=0, img_channels=3, channel_mult=(1,)),
-            [80.0, 2.0],
-            "8x8 pixels, colour · 2 network evaluations per image · trained for 7 steps",
-            ["draw"],
-            100,
-        ),
-    ],
-    ids=["grey, with classes, one step", "colour, without classes, two steps"],
-)
-def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, build, sigmas, about, buttons, images):
-    net = build()
+@pytest.mark.parametrize("classes, channels, sigmas, images", [(3, 1, [40.0], 30), (0, 3, [80.0, 2.0], 100)])
+def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels, sigmas, images):
+    net = tiny_unet(label_dim=classes, img_channels=channels)
+    about = "8x8 pixels, grey · 3 classes · 1 network evaluation per image · trained for 7 steps"
+    if not classes:
+        about = "8x8 pixels, colour · 2 network evaluations per image · trained for 7 steps"
+    buttons = [f"class {label}" for label in range(classes)] or ["draw"]
     generator, folder = write_generator(tmp_path / "x.pt", net, sigmas=sigmas), tmp_path / "page"
-    assert "python -m http.server" in succeed("export.py", "--checkpoint", generator, "--page", folder, "--ort", runtime)
+    assert "python -m http.server" in succeed(
+        "export.py", "--checkpoint", generator, "--page", folder, "--ort", runtime
+    )
     assert {path.name for path in folder.iterdir()} == {"generator.onnx", *(path.name for path in page.files(folder))}
 
     noise, labels = class_noise(range(net.label_dim) or [0], 2, (net.config["img_channels"], 8, 8), seed=3)
@@ -166,7 +147,9 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, build, sigmas, abo
         evaluate(call, "page.ready")  # the first sample and the grid have been drawn
         assert evaluate(call, "document.getElementById('about').textContent") == about
         assert evaluate(call, "document.querySelectorAll('#grid canvas').length") == images
-        assert evaluate(call, "document.getElementById('pace').textContent").startswith(f"{images} of {images} images, ")
+        assert evaluate(call, "document.getElementById('pace').textContent").startswith(
+            f"{images} of {images} images, "
+        )
         names = evaluate(call, "[...document.querySelectorAll('#grid span')].map((span) => span.textContent)")
         assert names == (buttons if net.label_dim else [])
 
@@ -179,7 +162,10 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, build, sigmas, abo
             assert (drawn[..., 3] == 255).all() and drawn[..., 0].std() > 3
 
         # a click draws a new sample; the slider walks from its noise to another
-        assert evaluate(call, "[...document.querySelectorAll('#classes button')].map((button) => button.textContent)") == buttons
+        assert (
+            evaluate(call, "[...document.querySelectorAll('#classes button')].map((button) => button.textContent)")
+            == buttons
+        )
         before = canvas(call, "to")
         evaluate(call, "document.querySelector('#classes button:last-child').click()")
         until(call, "document.querySelector('#classes button:last-child').getAttribute('aria-pressed') === 'true'")
@@ -190,7 +176,9 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, build, sigmas, abo
         for place, end in ((0.5, None), (1, "to"), (0, "from")):
             evaluate(call, f"(() => {{ slider.value = {place}; slider.dispatchEvent(new Event('input')); }})()")
             until(call, "page.idle()")
-            differences = [np.abs(canvas(call, "image").astype(int) - canvas(call, name)).max() for name in ("from", "to")]
+            differences = [
+                np.abs(canvas(call, "image").astype(int) - canvas(call, name)).max() for name in ("from", "to")
+            ]
             assert min(differences) > 1 if end is None else differences[("from", "to").index(end)] <= 1
 
 
@@ -202,11 +190,13 @@ def test_the_walk_keeps_to_the_sphere(tmp_path):
     script = f"{function}; console.log(JSON.stringify([0, 0.25, 0.5, 1].map((t) => slerp([3, 0], [0, 3], t))))"
     done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
     angles = np.pi / 2 * np.array([0, 0.25, 0.5, 1])
-    np.testing.assert_allclose(json.loads(done.stdout), 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1), atol=1e-12)
+    np.testing.assert_allclose(
+        json.loads(done.stdout), 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1), atol=1e-12
+    )
 
 
-def test_where_npm_fails_the_page_names_the_public_source(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_the_runtime_comes_from_a_folder_from_npm_or_from_its_public_source(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))  # without npm
     assert page.find_runtime() is None
     page.write(tmp_path, {"class_names": ["</script>"]}, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generator.json", "index.html"]
@@ -214,37 +204,13 @@ def test_where_npm_fails_the_page_names_the_public_source(tmp_path, monkeypatch,
     assert facts == {"class_names": ["</script>"], "runtime": page.PUBLIC}
     assert f"the page loads it from {page.PUBLIC}" in capsys.readouterr().out
 
-
-def test_a_folder_of_the_runtime_is_taken_or_refused(tmp_path):
     (tmp_path / "dist").mkdir()
     for name in page.RUNTIME:
         with pytest.raises(UserError, match=f"--ort {tmp_path}: needs {page.RUNTIME[0]}"):
             page.find_runtime(tmp_path)
         (tmp_path / "dist" / name).write_bytes(name.encode())
-    assert page.find_runtime(tmp_path) == page.find_runtime(tmp_path / "dist") == {name: name.encode() for name in page.RUNTIME}
-    page.write(tmp_path, {}, page.find_runtime(tmp_path))
+    content = {name: name.encode() for name in page.RUNTIME}
+    assert page.find_runtime(tmp_path) == page.find_runtime(tmp_path / "dist") == content
+    page.write(tmp_path, {}, content)
     assert json.loads((tmp_path / "generator.json").read_text()) == {"runtime": "./"}
     assert all((tmp_path / name).read_bytes() == name.encode() for name in page.RUNTIME)
-
-
-def photograph(folder, picture):
-    """Writes a PNG of the page in `folder`, with the slider part of the way. docs/page.png was made by
-
-    PYTHONPATH=. python tests/test_page.py PAGE docs/page.png
-    """
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        served(folder) as url,
-        opened(url, profile) as call,
-    ):
-        until(call, "Boolean(window.page)")
-        evaluate(call, "page.ready")
-        evaluate(call, "(() => { slider.value = 0.4; slider.dispatchEvent(new Event('input')); })()")
-        until(call, "page.idle()")
-        clip = {"x": 0, "y": 0, "width": 960, "height": evaluate(call, "document.documentElement.scrollHeight"), "scale": 1}
-        answer = call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
-        Path(picture).write_bytes(base64.b64decode(answer["data"]))
-
-
-if __name__ == "__main__":
-    photograph(*sys.argv[1:])

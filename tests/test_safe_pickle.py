@@ -8,7 +8,7 @@ import pytest
 import torch
 from edm_files import assert_import_refused, edm_network, with_parameter, write_pickle
 
-from importers import safe_pickle
+from importers.safe_pickle import Reader
 
 
 class Call:
@@ -21,16 +21,16 @@ class Call:
         return self.call
 
 
-def hostile_bytes(command):
+def hostile_bytes(command, zipped=True):
     """What torch.save writes of an object that runs `command` where it is loaded without `weights_only`."""
     buffer = io.BytesIO()
-    torch.save(Call(os.system, command), buffer)
+    torch.save(Call(os.system, command), buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
 def hostile_storage(command):
     """A whole network, one of whose parameters has hostile bytes where a tensor's numbers belong."""
-    storage = Call(torch.storage._load_from_bytes, hostile_bytes(command))
+    storage = Call(torch.storage._load_from_bytes, hostile_bytes(command, zipped=False))
     return {"ema": with_parameter(Call(torch._utils._rebuild_tensor_v2, storage, 0, (1,), (1,), False, {}))}
 
 
@@ -38,12 +38,17 @@ def opcodes(*parts):
     return b"\x80\x04" + b"".join(parts) + b"."
 
 
+DAMAGED = "damaged, or not a pickle"
 HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line message
     "call": (lambda command: Call(os.system, command), "system'; nothing in it was run"),
     "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
-    "beside a network": (lambda command: {"ema": edm_network({}), "x": [{"y": Call(os.system, command)}]}, "system'; nothing"),
-    "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "it asks to call 'torch.serialization.load'"),
-    "tensor's bytes": (hostile_storage, "it holds more than tensors, or is damaged; nothing in it was run"),
+    "beside a network": (
+        lambda command: {"ema": edm_network({}), "x": [{"y": Call(os.system, command)}]},
+        "'; nothing",
+    ),
+    "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "call 'torch.serialization.load'"),
+    "torch's file": (lambda command: hostile_bytes(command), "system'; nothing in it was run"),
+    "tensor's bytes": (hostile_storage, "system'; nothing in it was run"),
     "state": (
         lambda command: opcodes(b"cfunctools\npartial\n)\x81(cos\nsystem\n", pickle.dumps((command,))[2:-1], b"tb"),
         "partial'",
@@ -52,16 +57,26 @@ HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line mess
         lambda command: opcodes(b"cos\nsystem\n", pickle.dumps((command,))[2:-1], b"\x81"),
         "it asks for 'os.system'",
     ),
-    "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "damaged, or not a pickle"),
-    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "damaged, or not a pickle"),
-    "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no entry `ema`"),
-    "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), "damaged, or not a pickle"),
+    "state of a name": (
+        lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"),
+        "a whole object of dnnlib.util.EasyDict",
+    ),
+    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "it asks to call 'any.Thing'"),
+    "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no network in it, but a NoneType"),
+    "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), DAMAGED),
+    "huge bytearray": (lambda command: opcodes(b"\x96" + (1 << 33).to_bytes(8, "little")), DAMAGED),
+    "call of bytearray": (lambda command: Call(bytearray, 1 << 33), "it asks for 'builtins.bytearray'"),
+    "a dict in itself": (lambda command: opcodes(b"}\x94\x8c\3emah\x00s"), "no network in it, but a dict with ema"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
-    "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), "it names something by more than text"),
-    "registry": (lambda command: opcodes(b"\x82\x01"), "it has the opcode EXT1"),
-    "text": (lambda command: b"no pickle", "damaged, or not a pickle"),
-    "cut": (lambda command: pickle.dumps(["a" * 99])[:50], "damaged, or not a pickle"),
-    "empty": (lambda command: b"", "damaged, or not a pickle"),
+    "deep key of a storage": (
+        lambda command: opcodes(b"(Nca\nb\n)" + b"\x85" * 100_000 + b"NNtQ"),
+        "it has storages of a kind",
+    ),
+    "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), DAMAGED),
+    "registry": (lambda command: opcodes(b"\x82\x01"), DAMAGED),
+    "text": (lambda command: b"no pickle", DAMAGED),
+    "cut": (lambda command: pickle.dumps(["a" * 99])[:50], DAMAGED),
+    "empty": (lambda command: b"", DAMAGED),
 }
 
 
@@ -99,6 +114,6 @@ def test_reader_gives_plain_data_and_records():
     finally:
         del sys.modules["elsewhere"]
     for protocol in data:
-        content = safe_pickle.read(data[protocol])
+        content = Reader(io.BytesIO(data[protocol])).load()
         assert content["one"] is content["two"] and content["one"].made_by == "elsewhere.Unknown"
         assert content["one"].state == {"x": [1, 2.5, None, True, b"b", ("t",), ["a"], -(2**70)]}

@@ -24,7 +24,7 @@ def test_heun_reaches_the_data_distribution():
 
 
 def test_heun_error_falls_like_the_square_of_the_step():
-    """Halving the step quarters the error; the Euler step to sigma 0 (algorithm 1) is exact enough not to show at 1e-4."""
+    """Halving the step quarters the error; the last Euler step (algorithm 1) is too exact to show at 1e-4."""
     z = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
     exact = 0.5 * 80 * z / (0.5**2 + 80**2) ** 0.5
     errors = []
@@ -60,7 +60,7 @@ def test_heun_passes_the_labels_on():
 
 
 def test_few_steps_noise_their_own_images_again():
-    """x = D(80 z; 80), then D(x + sigma e; sigma) at each further level, with e of the generator; the last image is the result."""
+    """x = D(80 z; 80), then D(x + sigma e; sigma) at each further level, with e of the random generator."""
     calls = []
 
     def net(x, sigma, labels):
@@ -78,7 +78,7 @@ def test_few_steps_noise_their_own_images_again():
 
 
 def test_a_students_images_depend_on_their_own_noise_alone():
-    """Other images in the batch, or none, change nothing; and the fresh noise is standard normal, new at each level and image."""
+    """Other images in the batch change nothing; fresh noise is standard normal, new at each level and image."""
     seen = []
 
     def net(x, sigma, labels):
@@ -134,7 +134,9 @@ def test_class_noise_depends_on_seed_class_and_place_alone():
 
 def test_a_grid_has_a_row_a_class_and_eight_without_classes():
     noise, labels = grid_noise(3, (1, 2, 2), seed=4)
-    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and torch.equal(noise, class_noise(range(3), 8, (1, 2, 2), seed=4)[0])
+    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and torch.equal(
+        noise, class_noise(range(3), 8, (1, 2, 2), seed=4)[0]
+    )
     assert grid_noise(1000, (1, 2, 2), seed=4)[1].unique().tolist() == list(range(10))
     noise, labels = grid_noise(0, (1, 2, 2), seed=4)
     assert noise.shape == (64, 1, 2, 2) and len(noise.unique(dim=0)) == 64 and labels.tolist() == [0] * 64

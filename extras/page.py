@@ -7,10 +7,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from support.config import UserError, writing
+from support.script import UserError, writing
 
 VERSION = "1.30.0"  # of onnxruntime-web
-RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # the files of its package's dist/ that the page needs
+RUNTIME = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"  # what the page needs of its package's dist/
 TEMPLATE = Path(__file__).with_name("page.html")
 PUBLIC = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist/"
 
@@ -26,10 +26,11 @@ def find_runtime(folder=None):
     folder: npm's package, unpacked, or its dist/. Raises UserError if the folder holds no onnxruntime-web.
     """
     if folder:
-        found = [place for place in (Path(folder), Path(folder, "dist")) if all((place / name).is_file() for name in RUNTIME)]
-        if not found:
-            raise UserError(f"--ort {folder}: needs {' and '.join(RUNTIME)}, as npm's package onnxruntime-web has them in dist/")
-        return {name: (found[0] / name).read_bytes() for name in RUNTIME}
+        for place in (Path(folder), Path(folder, "dist")):
+            if all((place / name).is_file() for name in RUNTIME):
+                return {name: (place / name).read_bytes() for name in RUNTIME}
+        needs = " and ".join(RUNTIME)
+        raise UserError(f"--ort {folder}: needs {needs}, as npm's package onnxruntime-web has them in dist/")
     with tempfile.TemporaryDirectory() as scratch:
         command = ["npm", "pack", "--silent", f"onnxruntime-web@{VERSION}"]
         try:
@@ -41,7 +42,7 @@ def find_runtime(folder=None):
 
 
 def write(folder, facts, runtime):
-    """Writes the page that belongs to `folder`/generator.onnx: index.html, the `facts` as generator.json, and the `runtime`.
+    """Writes the page of `folder`/generator.onnx: index.html, the `facts` as generator.json, and the runtime.
 
     runtime: from `find_runtime`; if it is None, the page loads it from its public URL.
     """
@@ -53,5 +54,5 @@ def write(folder, facts, runtime):
         (folder / "generator.json").write_text(json.dumps(facts))
         shutil.copyfile(TEMPLATE, folder / "index.html")
     if not runtime:
-        print(f"npm could not fetch onnxruntime-web {VERSION}: the page loads it from {PUBLIC}; use --ort for your own copy")
+        print(f"npm could not fetch onnxruntime-web: the page loads it from {PUBLIC}; use --ort for your own copy")
     print(f"wrote {folder / 'index.html'}; to open it: python -m http.server --directory {folder}")

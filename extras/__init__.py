@@ -1,0 +1,1 @@
+"""What is convenient, but not on the way from data to images."""

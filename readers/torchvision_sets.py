@@ -1,0 +1,28 @@
+"""CIFAR-10, MNIST and Fashion-MNIST through torchvision, which downloads them."""
+
+import torch
+from torchvision import datasets
+
+from support.script import UserError
+from support.shared_work import one_first
+
+CLASSES = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
+
+
+def load(name, data_dir, shape):
+    """The training images of `name` in `data_dir`: uint8 `[N, C, H, W]`, int64 labels `[N]`, class names.
+
+    They are downloaded if they are missing. `shape` is not used. Raises UserError if they are damaged, or cannot be.
+    """
+    try:
+        with one_first():
+            dataset = CLASSES[name](data_dir, train=True, download=True)
+    # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
+    except (OSError, RuntimeError, AssertionError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
+        help = "delete damaged files and copy torchvision's there by hand, or use --dataset mnist5k, which is at hand"
+        problem = f"is missing from {data_dir} or damaged there, and could not be downloaded ({error})"
+        raise UserError(f"data set {name} {problem}; {help}") from None
+    images = torch.as_tensor(dataset.data)
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
+    class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
+    return images, torch.as_tensor(dataset.targets), class_names

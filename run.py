@@ -1,0 +1,366 @@
+"""A training run and its folder: how it resumes, its lock, its checkpoints, and when it stops."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+import yaml
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("training needs Linux or macOS; on Windows use WSL") from None
+
+import checkpoint
+from data import difference
+from support import processes
+from support.logger import WANDB, Logger
+from support.optimizers import load_optimizer
+from support.options import Option, convert, flag, path, positive, public
+from support.options import count as whole
+from support.script import UserError, make_folder, writing
+
+RUN = [
+    Option("batch_size", 128, whole, "images per step, over all processes"),
+    Option(
+        "grad_accum", 1, whole, "number of parts into which a batch is split, if it does not fit into memory at once"
+    ),
+    Option("step_number", 100_000, whole, "training steps in total"),
+    Option("max_minutes", None, positive, "stop after this time, with a checkpoint to resume from"),
+    Option("save_every", 5000, whole, "steps between checkpoints"),
+    Option("keep_last", 3, whole, "number of newest step checkpoints to keep; the final one is always kept"),
+    Option("keep_every", None, whole, "also keep each checkpoint whose step is a multiple of this"),
+    Option(
+        "resume_from_checkpoint",
+        None,
+        path,
+        "checkpoint to resume from; `latest`: the newest in output_dir; `auto`: that, or a new run if there is none. "
+        "Options that are not given are those of its run, but for the machine's and W&B's; output_dir is its folder",
+    ),
+    Option(
+        "overwrite", False, flag, "start a new run in an output_dir that holds another: its checkpoints are deleted"
+    ),
+]
+# A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
+# whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
+NOT_RESUMED = [
+    "resume_from_checkpoint",
+    "overwrite",
+    "device",
+    "compile",
+    "max_minutes",
+    *(option.name for option in WANDB),
+]
+KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
+OPTIONAL_PARTS = {"guidance_cls": "gan_classifier"}  # and the option of each
+
+
+class Run:
+    """One training run, with a folder of its own. A script uses it from top to bottom:
+
+        run = Run(args, OPTIONS, "teacher")     # loads the checkpoint to resume from, if any
+        run.start(...)                          # locks the folder, restores the checkpoint, opens `run.logger`
+        while run.goes_on():
+            ...
+            run.step += 1                       # finished steps
+            run.save_if_due()
+        return run.finish()                     # saves the last checkpoint; returns the script's exit status
+
+    args, tables: the script's options, from `parse_args`. In `run.args` those that were not given have the values of
+    the run that is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. Under torchrun only rank 0
+    writes.
+    """
+
+    def __init__(self, args, tables, kind):
+        self.kind, self.step, self.resumed = kind, 0, None
+        if args.resume_from_checkpoint == "auto":
+            found = checkpoint.by_step(args.output_dir, kind)
+            print(f"--resume_from_checkpoint auto: {'the newest in' if found else 'a new run in'} {args.output_dir}")
+            args.resume_from_checkpoint = "latest" if found else None
+        if args.resume_from_checkpoint:
+            if args.overwrite:
+                raise UserError(
+                    "--overwrite starts a new run and --resume_from_checkpoint continues one: give one of them"
+                )
+            self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
+            if checkpoint.kind(self.resumed) != kind:
+                raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
+            if "random_state" not in self.resumed:
+                weights_only = "only weights, to sample or distil; training cannot resume here"
+                raise UserError(f"checkpoint {self.resumed_from}: {weights_only}")
+            self.step = self.resumed["step"]
+            args = self.options_of_run(args, tables)
+        if args.batch_size % (args.grad_accum * (size := int(os.environ.get("WORLD_SIZE", 1)))):
+            by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
+            raise UserError(f"--batch_size {args.batch_size} must be divisible by {by}")
+        self.args, self.folder = args, Path(args.output_dir)
+
+    def options_of_run(self, args, tables):
+        """`args`, where options that were not given, but for `NOT_RESUMED`, are those of the run that is resumed."""
+        stored = self.resumed["model_config"] | self.resumed["config"]
+        stored["output_dir"] = str(Path(self.resumed_from).parent)
+        values = dict(vars(args))
+        for option in chain(*tables.values()):
+            if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
+                source = f"checkpoint {self.resumed_from}: {option.name}"
+                values[option.name] = convert(option, stored[option.name], source)
+        if values["data_dir"] != args.data_dir and not os.path.exists(values["data_dir"]):
+            where = f"trained on data in {values['data_dir']}, which is not here: give --data_dir"
+            raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
+        return Namespace(**values)
+
+    def start(self, device, batches, facts, **parts):
+        """Locks the folder. If the run resumes, restores step, data position, random numbers and `parts`.
+
+        facts: further entries of its checkpoints: the network's `model_config`, `class_names`, ...
+        parts: networks and optimizers; a checkpoint holds each under its name here followed by `_state_dict`. None for
+        one that this run does not use. Raises UserError if the folder holds another run or the checkpoint another
+        network.
+        """
+        self.device, self.batches, self.parts = device, batches, parts
+        self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
+        if self.resumed:
+            self.restore()
+        if processes.rank():
+            # The processes have the same weights, but draw different noise.
+            torch.manual_seed(self.args.seed + 1000003 * self.step + processes.rank())
+        if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
+            raise UserError(
+                "the processes resume from different checkpoints; --output_dir must be one folder for all machines"
+            )
+        continues = not processes.is_main() or self.take_folder()
+        # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
+        wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
+        self.logger = Logger(self.args, self.step, wandb_run_id)
+        self.report_start()
+        self.resumed = None  # it is large, mainly its moments
+        self.stop = Stop(self.args.max_minutes)
+
+    def report_start(self):
+        message, kind = self.logger.message, self.device.type
+        if self.resumed and not self.done:
+            message(f"going on from {self.resumed_from} at step {self.step}")
+        if self.done:
+            where = f"{self.resumed_from} is at step {self.step}"
+            message(f"nothing left to train: {where}; to continue, give a larger --step_number")
+        if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
+            message(
+                f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "
+                f"the learning rate reaches no more than {self.args.step_number / warmup:.0%} of its value"
+            )
+        if self.resumed and kind != "cpu" and self.resumed["random_state"].get(kind) is None:
+            message(f"{self.resumed_from} was not written on {kind}: the GPU's random numbers start from the seed")
+
+    def restore(self):
+        state, source = self.resumed, f"checkpoint {self.resumed_from}"
+        if state["model_config"] != self.facts["model_config"]:
+            raise UserError(f"{source}: not {KINDS[self.kind]} ({self.facts['model_config']})")
+        if message := difference(self.facts["class_names"], state.get("class_names") or []):
+            raise UserError(f"{source}: {message}")
+        if (sigmas := self.facts.get("student_sigmas")) != state.get("student_sigmas"):
+            raise UserError(f"{source}: a student at sigma {state['student_sigmas']}, not at {sigmas}")
+        for name, option in OPTIONAL_PARTS.items():
+            if (present := f"{name}_state_dict" in state) != (self.parts.get(name) is not None):
+                how = "with" if present else "without"
+                raise UserError(f"{source}: trained {how} --{option}; resume it {how} that option")
+        for name, part in self.parts.items():
+            key = f"{name}_state_dict"
+            try:
+                if isinstance(part, torch.optim.Optimizer):
+                    load_optimizer(part, state[key])
+                elif part is not None:  # a new average starts from the weights
+                    part.load_state_dict(state.get(key) or checkpoint.weights(state))
+            except (KeyError, RuntimeError, ValueError):
+                raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
+        self.batches.images_seen = state["images_seen"]
+        torch.set_rng_state(state["random_state"]["cpu"])
+        if (own := state["random_state"].get(self.device.type)) is not None and self.device.type != "cpu":
+            torch.get_device_module(self.device).set_rng_state(own)  # of the current device, which `choose_device` set
+
+    def take_folder(self):
+        """Locks the folder, refuses another run's, cleans up after a kill, and renames checkpoints of later steps.
+
+        Returns whether this continues the resumed run and does not branch off: in its folder, without later
+        checkpoints.
+        """
+        args = self.args
+        make_folder("--output_dir", self.folder / "samples")
+        with writing(self.folder):
+            self.lock_folder()
+            present = checkpoint.by_step(self.folder, self.kind)
+            holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
+            if holds and not args.resume_from_checkpoint and not args.overwrite:
+                raise UserError(
+                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
+                    "resume it with --resume_from_checkpoint latest, or start a new one with --overwrite"
+                )
+            continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
+            if holds and self.resumed and not continues:
+                raise UserError(
+                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}), not that of "
+                    f"{self.resumed_from}; give --output_dir {Path(self.resumed_from).parent}, or a new folder"
+                )
+            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):
+                file.unlink()
+            for step, file in present:
+                if args.overwrite:
+                    file.unlink()
+                elif step > self.step:  # from another continuation, which `latest` must not find
+                    set_aside(file)
+                    continues = False
+            self.cut_metrics()
+            # config.yaml is to repeat the run from its start
+            afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
+            content = yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True)
+            config = self.folder / "config.yaml"
+            if config.exists() and not holds and config.read_text(encoding="utf-8", errors="replace") != content:
+                set_aside(config)  # the user's own
+            config.write_text(content, encoding="utf-8")
+        return continues
+
+    def lock_folder(self):
+        """Locks the folder until `finish` or the process's end. Raises UserError if another process holds the lock."""
+        (self.folder / ".lock").touch()
+        self.lock = (self.folder / ".lock").open()
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--output_dir {self.folder}: another process trains there; choose another folder"
+            ) from None
+        except OSError as error:  # some network file systems
+            print(
+                f"--output_dir {self.folder}: cannot be locked ({error.strerror}); take care that no other run uses it"
+            )
+
+    def cut_metrics(self):
+        """Drops the lines of `metrics.jsonl` after `step`, and those that are damaged."""
+        file = self.folder / "metrics.jsonl"
+        rows = read_metrics(file) if self.step else []
+        temporary = file.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
+        temporary.replace(file)
+
+    @property
+    def done(self):
+        return self.step >= self.args.step_number
+
+    def goes_on(self):
+        """Whether there is a step left to train and no request to stop."""
+        return not self.done and not self.stop.due
+
+    def save_if_due(self):
+        if self.step % self.args.save_every == 0:
+            self.save(f"{self.kind}_checkpoint_step_{self.step}.pt")
+
+    def save(self, name):
+        """Writes a checkpoint, and deletes old ones according to `--keep_last` and `--keep_every`."""
+        if not processes.is_main():
+            return
+        file = self.folder / name
+        state = {f"{key}_state_dict": part.state_dict() for key, part in self.parts.items() if part is not None}
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            random_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state}
+        checkpoint.save(file, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
+        self.logger.message(f"saved {file}")
+        self.logger.artifact(file)
+        files = checkpoint.numbered(self.folder, self.kind)
+        for step in list(files)[: -self.args.keep_last]:
+            if not self.args.keep_every or step % self.args.keep_every:
+                files[step].unlink()
+
+    def finish(self):
+        """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""
+        name = f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt"
+        self.save(name)
+        if not self.done:
+            resume = f"resume with --resume_from_checkpoint {self.folder / name}"
+            self.logger.message(f"stopped after step {self.step}; {resume}")
+        self.logger.close()
+        processes.barrier()  # when the first process ends with a signal's status, torchrun ends the others at once
+        self.stop.end()
+        if processes.is_main():
+            self.lock.close()
+        return 0 if self.done else self.stop.exit_status
+
+
+def find_checkpoint(name, folder, kind):
+    """(file, state) of the checkpoint `name`. `latest` is the newest of `kind` in `folder` that is not damaged.
+
+    Raises UserError if there is none.
+    """
+    if name != "latest":
+        return name, checkpoint.load(name)
+    for _, file in reversed(checkpoint.by_step(folder, kind)):
+        try:
+            return file, checkpoint.load(file)
+        except UserError as error:
+            print(f"{error}; resuming from the one before", file=sys.stderr)
+    raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
+
+
+def read_metrics(file):
+    """The lines of a run's `metrics.jsonl` as dicts; those that a kill or a power cut has damaged are left out."""
+    rows = []
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def set_aside(file):
+    """Renames `file`, so that its name ends in .old, or in .old2, .old3, ... where there is one."""
+    names = (file.with_name(f"{file.name}.old{number}") for number in chain([""], count(2)))
+    file.rename(next(name for name in names if not name.exists()))
+
+
+class Stop:
+    """Ends a loop after the current step: on a signal, or after `max_minutes`.
+
+    The signals are SIGINT, SIGTERM, SIGUSR1 (a scheduler's warning) and SIGHUP (a closed terminal).
+
+    A second one ends the process at once, except for SIGHUP, and except within a second of the first: torchrun and a
+    scheduler may both forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored (torchrun starts
+    its processes with the default, even under nohup). Under torchrun `due` asks all processes, so that they stop after
+    the same step.
+    """
+
+    def __init__(self, max_minutes=None):
+        self.signal = self.exit_status = 0
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        self.previous = {}  # handlers
+        main_thread = threading.current_thread() is threading.main_thread()  # only this may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if main_thread else ():
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.receive)
+
+    def end(self):
+        """Gives the signals back to whoever handled them before, such as a notebook."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+        elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # a closed terminal does not skip the save
+            os._exit(128 + number)
+
+    @property
+    def due(self):
+        reason = 128 + self.signal if self.signal else int(time.monotonic() > self.deadline)
+        reason = processes.all_max(reason)
+        self.exit_status = reason if reason > 1 else 0
+        return reason > 0

@@ -1,0 +1,191 @@
+"""Options: the tables of a script, read from the command line and a YAML file. A mistake is a `UserError`.
+
+The command line overrides the YAML file, which overrides the default.
+"""
+
+import argparse
+import difflib
+import math
+import os
+from collections import namedtuple
+
+import yaml
+
+from support.script import UserError
+
+# parse: text -> value, raising UserError; `nargs` as in argparse for options that take several values.
+Option = namedtuple("Option", "name default parse help nargs", defaults=[None])
+
+
+# ---- kinds of values ------------------------------------------------------------------------------------------------
+
+
+def number(low=-math.inf, high=math.inf, *, whole=False, above=None):
+    """A parser of finite numbers in [low, high], greater than `above` where that is given; `whole` for integers."""
+
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            raise UserError(f"needs a number, not {text!r}") from None
+        if whole and value.is_integer():  # 1e5 is a whole number too
+            value = int(text) if text.lstrip("+-").isdigit() else int(value)
+        elif whole:
+            raise UserError(f"needs a whole number, not {text}")
+        if not math.isfinite(value) or not low <= value <= high or (above is not None and value <= above):
+            lower = f"above {above}" if above is not None else f"at least {low}" if low > -math.inf else ""
+            upper = f"at most {high}" if high < math.inf else ""
+            raise UserError(f"must be {' and '.join(filter(None, [lower, upper])) or 'finite'}, not {text}")
+        return value
+
+    return parse
+
+
+def choice(*allowed):
+    def parse(text):
+        if text not in allowed:
+            raise UserError(f"must be one of {', '.join(allowed)}, not {text!r}{did_you_mean(text, allowed)}")
+        return text
+
+    return parse
+
+
+def text(value):
+    if not value:
+        raise UserError("must not be empty")
+    return value
+
+
+def path(value):
+    """`~` and variables such as `$SCRATCH` are expanded, in YAML files too."""
+    return os.path.expanduser(os.path.expandvars(text(value)))
+
+
+def flag(value):
+    if value.lower() not in ("true", "false"):
+        raise UserError(f"must be true or false, not {value!r}")
+    return value.lower() == "true"
+
+
+count, positive = number(1, whole=True), number(above=0)
+share, nonnegative = number(0, 1), number(0)
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word, known):
+    close = difflib.get_close_matches(str(word), known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_args(tables, description, argv=None, default_config=None):
+    """The options of `tables`, a dict from a heading of `--help` to a list of `Option`s, as a namespace.
+
+    The namespace also has `given`, the names of the options in the command line or the YAML file.
+    default_config: the YAML file to read if there is no `--config`. Raises UserError for the first wrong value, key or
+    flag.
+    """
+    parser = Parser(
+        usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
+    options = {}
+    for heading, table in tables.items():
+        group = parser.add_argument_group(heading)
+        for option in table:
+            options[option.name] = option
+            help = option.help.replace("%", "%%") + ("" if option.default is None else f" [{option.default}]")
+            if option.parse is flag:
+                group.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, help=help)
+            else:
+                metavar = option.parse.__name__.upper() if option.parse in (text, path) else "X"
+                group.add_argument(f"--{option.name}", nargs=option.nargs, metavar=metavar, help=help)
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    if unknown:
+        word = unknown[0].split("=")[0]
+        hint = f" (did you mean --config {word}?)" if word.endswith((".yaml", ".yml")) else ""
+        raise UserError(f"unknown argument {word}{hint or did_you_mean(word, [f'--{name}' for name in options])}")
+
+    named = given.pop("config", None)
+    file = named or default_config
+    from_file = read_yaml(file) if file else {}
+    for key in from_file:
+        if key not in options:
+            raise UserError(f"{file}: unknown key {key}{did_you_mean(key, options)}")
+
+    values = argparse.Namespace(given={*given, *(from_file if named else [])})
+    for name, option in options.items():
+        value = option.default
+        if name in given:
+            value = convert(option, given[name], f"--{name}")
+        elif name in from_file:
+            value = convert(option, from_file[name], f"{file}: {name}")
+        setattr(values, name, value)
+    return values
+
+
+def convert(option, raw, source):
+    """The value of `option` from `raw`, the text or YAML value given for it."""
+    if raw is None and option.default is None:
+        return None
+    if (option.nargs is not None) != isinstance(raw, list) or (option.nargs == "+" and not raw):
+        raise UserError(f"{source} needs {'a list' if option.nargs else 'a single value'}, not {raw}")
+    if isinstance(raw, dict) or raw is None:
+        raise UserError(f"{source} needs a value")
+    try:
+        return [option.parse(str(item)) for item in raw] if option.nargs else option.parse(str(raw))
+    except UserError as error:
+        raise UserError(f"{source} {error}") from None
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, of which the plain loader keeps the last, and aliases, which can grow without end."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise UserError("aliases (*name) are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"key {key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file):
+    """The options in a YAML file; keys of its `wandb` block get the prefix of their flags."""
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.load(stream, UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config {file}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: needs lines of the form `key: value`")
+    if isinstance(block := content.get("wandb"), dict):
+        del content["wandb"]
+        for key, value in block.items():
+            name = "wandb" if key == "enabled" else f"wandb_{key}"
+            if name in content:
+                raise UserError(f"{file}: {name} is given twice")
+            content[name] = value
+    return content
+
+
+def public(args):
+    """The options that may be stored, as a dict: all but the API key."""
+    return {name: value for name, value in vars(args).items() if name not in ("wandb_key", "given")}

@@ -1,0 +1,92 @@
+"""One process, or several under torchrun: each takes its rows of every batch, and their gradients are averaged.
+
+With one process nothing here costs or changes anything.
+"""
+
+import atexit
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.script import TORCHRUN
+
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on its machine
+
+
+def backends(device):
+    """The backends for messages: gloo for CPU tensors, which `all_max` sends on every device; NCCL for CUDA tensors."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def join_processes(device):
+    """Joins the processes that torchrun started. Only rank 0 prints."""
+    if TORCHRUN:
+        # If it is imported later (torch's optimizers do), its functions keep the group alive beyond the interpreter.
+        # The group's threads then sometimes abort the process when they free tensors.
+        import torch.distributed.nn  # noqa: F401
+
+        # All others wait while rank 0 trains a classifier, or writes the pixels of a large ZIP.
+        dist.init_process_group(backends(device), timeout=timedelta(hours=3))
+        atexit.register(dist.destroy_process_group)
+        if not is_main():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main():
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_rows(batch):
+    """This process's rows of a batch `[B, ...]` of all: `[B / world_size, ...]`, or one more or less."""
+    return batch.tensor_split(world_size())[rank()]
+
+
+def all_mean(tensors):
+    """Replaces each tensor by its mean over the processes, in place, with a single message.
+
+    DistributedDataParallel would overlap this with the backward pass. But it requires that each network is called
+    through its wrapper and once per backward pass, while DMD2 calls `fake_unet` up to three times, with and without
+    gradients.
+    """
+    if world_size() > 1:
+        tensors = [in_memory_order(tensor) for tensor in tensors]
+        flat = torch.cat(tensors)
+        dist.all_reduce(flat)
+        torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
+
+
+def in_memory_order(tensor):
+    """The elements of a dense tensor as a vector in the order of memory: a view, for any layout."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
+
+
+def all_max(value):
+    """The largest of the processes' integers `value`, so that all act alike; sent from the CPU, without waiting."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def broadcast(module):
+    """Gives every process rank 0's weights of `module`."""
+    if world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def barrier():
+    all_max(0)

@@ -1,0 +1,112 @@
+"""How a script ends: a user's mistake is one line and exit status 2, a bug shows its traceback."""
+
+import errno
+import io
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
+
+
+class UserError(ValueError):
+    """A user's mistake, reported in one line: what is wrong, where, and what would be right."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))  # names in a damaged file may contain line breaks
+
+
+@contextmanager
+def as_user_error(where):
+    """Turns a ValueError of the method, which knows nothing of users, into a UserError that starts with `where`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@contextmanager
+def writing(path):
+    """Turns a failure to write to `path` (full disk, read-only folder) into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
+
+
+def make_folder(option, path):
+    """Makes the folder `path`, the value of `option`. Raises UserError if that fails."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from None
+
+
+def run_script(main):
+    """Calls `main()` and ends the process with the exit status that it returns."""
+    outlive_readers()
+    try:
+        sys.exit((record(patiently(main)) if TORCHRUN else main)())
+    except KeyboardInterrupt:  # outside the training loop, which handles it
+        sys.exit(130)
+    except Exception as error:
+        status, what = 2, str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in what:
+            mend = "take a smaller --batch_size or --num_samples, or in training a larger --grad_accum"
+            what = f"out of memory: {mend} ({what.splitlines()[0] if what else 'MemoryError':.200})"
+        elif not isinstance(error, UserError):
+            if not TORCHRUN:
+                raise
+            status, what = 1, traceback.format_exc()
+    # Of a mistake that all processes make, rank 0 tells; torchrun's report has the others.
+    if status == 1:
+        print(what, file=sys.stderr, flush=True)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {what}", file=sys.stderr, flush=True)
+    if TORCHRUN:
+        sys.stdout.flush()
+        os._exit(status)  # without cleanup, which would wait for the other processes while they wait for this one
+    sys.exit(status)
+
+
+def patiently(main):
+    """`main`, where a bug's error waits, so that torchrun ends a process that fails because another has failed."""
+
+    def wrapped():
+        try:
+            return main()
+        except UserError:
+            raise
+        except Exception:
+            time.sleep(2)
+            raise
+
+    return wrapped
+
+
+class Output(io.FileIO):
+    """A file descriptor to write to that drops output when its reader, a pipe or a terminal, is gone."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_readers():
+    """Makes standard output and error survive closed readers. A notebook's streams stay as they are."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start; also keeps the next file from taking its descriptor
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+        elif stream is getattr(sys, f"__{name}__"):
+            output = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "replace", line_buffering=True))
