@@ -1,11 +1,8 @@
 """Compare configurations of train_dmd2.py: all distil one teacher with equal work or steps, over several seeds."""
 
 import hashlib
-import signal
-import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from math import isclose
 from pathlib import Path
 from statistics import median
@@ -14,9 +11,9 @@ import torch
 import yaml
 
 import checkpoint
+import evaluate
 import train_dmd2
 from data import load_dataset
-from evaluate import FEATURES
 from evaluation.costs import forward_flops, iteration_flops
 from evaluation.metrics import BETTER
 from evaluation.plots import plot_quality, save_diversity
@@ -33,25 +30,19 @@ OPTIONS = {
         Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "the teacher to distil"),
         Option("configs", ["config_train1.yaml"], path, "option files for train_dmd2.py, one per configuration", "+"),
         Option("seeds", [0, 1, 2], number(0, 2**31 - 1, whole=True), "seeds of each configuration's runs", "+"),
-        Option(
-            "output_dir", "./log/compare", path, "where runs, tables and pictures go; finished parts are not repeated"
-        ),
+        Option("output_dir", "./log/compare", path, "where results go; finished parts are not repeated"),
     ],
     "how much": [
-        Option(
-            "forward_passes", None, positive, "equal work: the FLOPs of this many forward passes of a batch per run"
-        ),
+        Option("forward_passes", None, positive, "equal work: FLOPs of so many forward passes of a batch per run"),
         Option("step_number", None, count, "equal steps: iterations per run"),
         Option("num_samples", 2000, number(4, whole=True), "images per checkpoint that evaluate.py generates"),
-        Option("features", "classifier", FEATURES, "of evaluate.py's Frechet distance"),
+        Option("features", "classifier", evaluate.FEATURES, "of evaluate.py's Frechet distance"),
     ],
     "machine": MACHINE[1:],  # all but the seed
 }
 POINTS = 4  # evaluated checkpoints per run
-# Options in which the runs of a configuration may differ.
-FREE = {
-    option.name for heading in ("run", "machine", "log", "Weights & Biases") for option in train_dmd2.OPTIONS[heading]
-}
+FREE_HEADINGS = ("run", "machine", "log", "Weights & Biases")  # of options in which the runs of a configuration may
+FREE = {option.name for heading in FREE_HEADINGS for option in train_dmd2.OPTIONS[heading]}  # differ
 FREE -= {"batch_size", "grad_accum", "precision"}
 
 
@@ -61,12 +52,12 @@ def main(argv=None):
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
     folder, device = Path(args.output_dir), choose_device(args)
-    teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
+    net = checkpoint.network(checkpoint.load_teacher(args.teacher_checkpoint), args.teacher_checkpoint, "meta")
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
     options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
-    steps = {name: args.step_number or steps_of(args, options[name]) for name in names}
+    steps = {name: args.step_number or steps_of(args, options[name], net) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
@@ -76,20 +67,19 @@ def main(argv=None):
     results = {name: [] for name in names}
     for seed in args.seeds:
         for name in names:
-            output_dir = folder / name / f"seed_{seed}"
-            train(options[name], seed, steps[name], output_dir)
-            results[name].append({"seed": seed, "points": points_of(args, options[name], output_dir, real)})
+            run_folder = folder / name / f"seed_{seed}"
+            train(options[name], seed, steps[name], run_folder)
+            results[name].append({"seed": seed, "points": points_of(args, options[name], run_folder, real)})
         write_report(args, folder, real, teacher, results)
 
     # ---- a page of pictures: 64 images of one class from each -------------------------------------------------------
-    config = teacher_state["model_config"]
-    dataset = load_dataset(first.dataset, first.data_dir, config["img_resolution"], config["img_channels"])
-    noise, labels = class_noise(range(config["label_dim"]), 64, dataset.images.shape[1:], seed=0)
-    real_labels = dataset.labels if config["label_dim"] else torch.zeros_like(dataset.labels)
+    dataset = load_dataset(first.dataset, first.data_dir, net.config["img_resolution"], net.config["img_channels"])
+    noise, labels = class_noise(range(net.label_dim), 64, dataset.images.shape[1:], seed=0)
+    real_labels = dataset.labels if net.label_dim else torch.zeros_like(dataset.labels)
     students = [folder / name / f"seed_{args.seeds[0]}" / "dmd2_final.pt" for name in names]
     sets = [dataset.images, *(images_of(file, noise, labels, device) for file in (args.teacher_checkpoint, *students))]
-    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (len(sets) - 1)])
-    what = f"class {dataset.class_names[label]} of " if config["label_dim"] else ""
+    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * len(sets[1:])])
+    what = f"class {dataset.class_names[label]} of " if net.label_dim else ""
     print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right, three in a row")
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
 
@@ -130,9 +120,8 @@ def check_settings(args, folder, options):
     write_results(folder / "settings.json", stored | settings)
 
 
-def steps_of(args, options):
-    """The number of iterations for the work of `--forward_passes`: of a batch, through the teacher's network."""
-    teacher = checkpoint.load_network(options.teacher_checkpoint, "meta")
+def steps_of(args, options, teacher):
+    """The number of iterations for the work of `--forward_passes`: of a batch, through `teacher`, on `meta`."""
     model = train_dmd2.build_model(options, teacher).to("meta")
     return max(1, round(args.forward_passes * forward_flops(teacher) / iteration_flops(options, model)))
 
@@ -140,11 +129,10 @@ def steps_of(args, options):
 def train(options, seed, steps, folder):
     """Trains or resumes a run in `folder`. A finished run is left as it is."""
     if not (folder / "dmd2_final.pt").exists():
-        resume = "latest" if checkpoint.by_step(folder, "dmd2") else None
         every = spacing(steps)
-        of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
+        of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto"}
         of_run |= {"step_number": steps, "save_every": every, "keep_every": every, "sample_every": steps}
-        run("train_dmd2.py", public(options) | of_run)
+        run(train_dmd2, public(options) | of_run)
 
 
 def spacing(steps):
@@ -156,28 +144,21 @@ def measure(args, options, path, output_dir):
     """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
     if not read_results(written):
-        flags = {"features": args.features, "num_samples": args.num_samples} | machine(args)
-        data = {"dataset": options.dataset, "data_dir": options.data_dir}
-        run("evaluate.py", {"checkpoint": str(path), "output_dir": str(output_dir)} | flags | data)
+        of_call = {name: getattr(options, name) for name in ("dataset", "data_dir")} | machine(args)
+        of_call |= {name: getattr(args, name) for name in ("features", "num_samples")}
+        run(evaluate, of_call | {"checkpoint": str(path), "output_dir": str(output_dir)})
     return read_results(written)["rows"]
 
 
 def run(script, options):
-    """Runs `script` with the dict `options`. If it fails, exits with its status; the script has printed the reason.
-
-    On SIGINT or SIGTERM it waits for the script, which saves its work and ends.
-    """
+    """Calls the module `script` with the dict `options`. If it was stopped by a signal, ends with that status."""
+    if options.get("compile"):
+        torch.compiler.reset()  # torch limits the networks that a process compiles
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({name: value for name, value in options.items() if value is not None}, file)
         file.flush()
-        process = subprocess.Popen([sys.executable, Path(__file__).with_name(script), "--config", file.name])
-        before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-        while process.poll() is None:
-            with suppress(KeyboardInterrupt):  # the terminal sends it to both
-                process.wait()
-        signal.signal(signal.SIGTERM, before)
-    if process.returncode:
-        sys.exit(process.returncode)
+        if status := script.main(["--config", file.name]):
+            sys.exit(status)
 
 
 def points_of(args, options, folder, real):
@@ -202,19 +183,20 @@ def write_report(args, folder, real, teacher, results):
         middle, low, high = (f"{value:.4g}" for value in (median(values), min(values), max(values)))
         return middle if low == high else f"{middle} ({low} to {high})"
 
+    budget = f"{args.step_number} steps" if args.step_number else f"{args.forward_passes:g} forward passes"
     columns = [*BETTER, "evaluations", "step", "minutes"]
-    lines = ["| | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    last = {name: [one["points"][-1] for one in runs] for name, runs in results.items() if runs}
+    lines = [f"{budget} each; median (range) over the seeds", "", "| | seeds | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    last = {name: [one["points"][-1] for one in runs] for name, runs in results.items()}
     for name, rows in {"real, held out": [real], "teacher": [teacher], **last}.items():
         cells = [cell([row[column] for row in rows]) if column in rows[0] else "" for column in columns]
         lines.append(" | ".join([f"| {name}", str(len(rows)) if name in last else "", *cells]) + " |")
-    budget = f"{args.step_number} steps" if args.step_number else f"{args.forward_passes:g} forward passes"
-    report = f"{budget} each; median (range) over the seeds\n\n" + "\n".join(lines) + "\n"
+    report = "\n".join(lines) + "\n"
     with writing(folder / "compare.md"):
         (folder / "compare.md").write_text(report)
     found = {"budget": f"{budget} each", "real": real, "teacher": teacher, "configurations": results}
     write_results(folder / "compare.json", found)
-    curves = {name: [one["points"] for one in runs] for name, runs in results.items() if runs}
+    curves = {name: [one["points"] for one in runs] for name, runs in results.items()}
     plot_quality(folder / "compare.png", curves, teacher)
     print(report)
 

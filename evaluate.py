@@ -26,7 +26,6 @@ from support.script import UserError, make_folder, run_script
 from support.shared_work import map_batches
 
 FEATURES = choice("inception", "classifier", "pixels")
-EXPLAINED = "inception, which also gives the FID; classifier, trained on the data set; or pixels"
 OPTIONS = {
     "what to evaluate": [
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator, teacher, or a run's folder"),
@@ -42,7 +41,12 @@ OPTIONS = {
     "metrics": [
         Option("num_samples", 50_000, number(4, whole=True), "images to generate, of random classes"),
         Option("repeats", 1, count, "draws of num_samples images; EDM publishes the least FID of three"),
-        Option("features", "inception", FEATURES, f"of the Frechet distance: {EXPLAINED}"),
+        Option(
+            "features",
+            "inception",
+            FEATURES,
+            "inception (also for the FID); classifier, trained on the data set; or pixels",
+        ),
         Option("inception_weights", None, path, "file of torch-fidelity's Inception weights; default: download"),
         Option("inception_score", False, flag, "report the Inception Score too"),
     ],
@@ -84,8 +88,7 @@ def main(argv=None):
 
     def see(images):
         """What `metrics.measure` needs of `images`, all but themselves. All processes must call it together."""
-        small = features.averaged_pixels(images)
-        seen = {"features": small, "neighbours": small, "small": small}
+        seen = dict.fromkeys(("features", "neighbours", "small"), features.averaged_pixels(images))
         if classifier:
             classified, logits = classifier(images)
             seen |= {"logits": logits} if conditional else {}
@@ -108,17 +111,14 @@ def main(argv=None):
     if inception:
         mean_and_covariance = fid_reference or metrics.statistics(torch.cat([real["features"], seen["features"]]))
         fid_reference = metrics.with_root(*[part.to(place) for part in mean_and_covariance])
-    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)] if is_main() else []
+    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)]
     sets, class_names = [held_out.images.cpu()], dataset.class_names
     del dataset, training, real, seen  # large
 
     # ---- the models -------------------------------------------------------------------------------------------------
     labels = generate(args, models, sets[0].shape[1:], device)
     for model in models:
-        seen = see(model.images)
-        if not is_main():
-            continue
-        row = model.row
+        row, seen = model.row, see(model.images)
         log, config = read_metrics(Path(model.file).with_name("metrics.jsonl")), model.facts["config"]
         if log and config.get("batch_size"):
             row["minutes"] = training_minutes(log, config["batch_size"], row["step"])
@@ -129,7 +129,7 @@ def main(argv=None):
             row["fid"] = min(row["fid_draws"])  # EDM publishes the least
         if args.inception_score:
             row["inception_score"] = isc_features_to_metric(seen["inception_logits"].cpu())[KEY_METRIC_ISC_MEAN]
-        row |= {"evaluations": model.evaluations, "images_per_second": 1 / model.seconds}
+        row["images_per_second"] = 1 / model.seconds
         rows.append(row)
         sets.append(model.images)
     if not is_main():
@@ -146,15 +146,14 @@ def main(argv=None):
         result["speed_ratio"] = rows[chosen]["images_per_second"] / rows[1]["images_per_second"]
     write_results(output_dir / "evaluation.json", result)
     print_table(rows)
+    name = rows[chosen]["name"]
     if len(rows) - first > 1:
         plot_quality(output_dir / "evaluation.png", {"checkpoints": [rows[first:]]})
         print(f"best by the mean rank in both Frechet distances, recall and coverage: {result['best']}")
     if args.teacher_checkpoint:
-        name = rows[chosen]["name"]
+        print(f"{name} against its teacher, at {result['speed_ratio']:.1f} times its speed:")
         for how, names in result["verdict"].items():
-            than = "as" if how == "as good" else "than"
-            print(f"{name}: {how} {than} its teacher in {', '.join(names) or 'nothing'}")
-        print(f"{name}: {result['speed_ratio']:.1f} times its teacher's images per second")
+            print(f"  {how} in {', '.join(names) or 'nothing'}")
         rows_of = labels if conditional else torch.arange(len(labels)) % 10
         save_comparison(output_dir / "comparison.png", sets[1], sets[chosen], rows_of)
     shown = [*range(first), chosen]
@@ -179,10 +178,9 @@ def load_models(args, device):
         compile_networks(args, net)
         sampler, evaluations = checkpoint.sampler(state, args.steps)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
-        step = state["step"]
-        row = {"name": f"{checkpoint.kind(state)}, step {step}", "checkpoint": str(file), "step": step}
-        model = SimpleNamespace(file=file, net=net, sampler=sampler, evaluations=evaluations, facts=facts, row=row)
-        models.append(model)
+        row = {"name": f"{checkpoint.kind(state)}, step {state['step']}", "checkpoint": str(file)}
+        row |= {"step": state["step"], "evaluations": evaluations}
+        models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
         for name in ("img_resolution", "img_channels", "label_dim"):
             if net.config[name] != models[0].net.config[name]:
                 raise UserError(f"{file}: its {name} differs from that of {models[0].file}; they cannot be compared")
@@ -240,15 +238,13 @@ def generate(args, models, image_shape, device):
         with autocast(args, device):
             return to_uint8(model.sampler(model.net, noise.to(device), labels.to(device)))
 
-    labels = []
+    labels, label_dim = [], models[0].net.label_dim
     for model in models:
         model.images, model.seconds = [], []
     for numbers in torch.arange(args.num_samples * args.repeats).split(args.batch_size):
         streams = [random_stream(args.seed, index) for index in numbers.tolist()]
         noise = torch.stack([torch.randn(image_shape, generator=stream) for stream in streams])
-        labels.append(
-            torch.stack([torch.randint(models[0].net.label_dim or 1, (), generator=stream) for stream in streams])
-        )
+        labels.append(torch.stack([torch.randint(label_dim or 1, (), generator=stream) for stream in streams]))
         for model in models:  # in turn, so that a change in the machine's speed affects all of them
             begin = perf_counter()
             model.images.append(map_batches(partial(sample, model), args.batch_size, noise, labels[-1]))

@@ -1,7 +1,4 @@
-"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or with a page for the browser.
-
---format pt writes a small checkpoint for sharing, of a generator or a teacher: no optimizer, no paths.
-"""
+"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or with a page for the browser."""
 
 import json
 from importlib.util import find_spec
@@ -20,7 +17,7 @@ from support.script import UserError, make_folder, run_script
 OPTIONS = {
     "export": [
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator; for pt also a teacher"),
-        Option("format", "onnx", choice("onnx", "pt"), "onnx: to run elsewhere; pt: a small checkpoint to share"),
+        Option("format", "onnx", choice("onnx", "pt"), "onnx, or pt: a checkpoint without optimizer and paths"),
         Option("output", None, path, "file to write; default: ./generator.onnx or .pt, with --page in its folder"),
         Option("page", None, path, "folder to write a page into that runs the generator in a browser"),
         Option("ort", None, path, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
@@ -76,7 +73,6 @@ def main(argv=None):
         "class_names": (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim],
         "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
         "student_sigmas": state["student_sigmas"],
-        "network_evaluations": len(state["student_sigmas"]),
         "step": state["step"],
         "versions": checkpoint.versions(),
     }
@@ -130,8 +126,7 @@ def write_onnx(output, model, facts):
     if not error <= TOLERANCE:
         raise UserError(f"{output}: not written: its images differ from PyTorch's by {error:.1e}")
     checkpoint.write(output, lambda file: file.write(content))
-    print(f"largest difference from PyTorch's images: {error:.1e} (on a scale of -1 to 1)")
-    print(f"wrote {output}: {', '.join(model.input_names)} -> images, pixels")
+    print(f"wrote {output}: inputs {', '.join(model.input_names)}; largest difference from PyTorch: {error:.1e}")
 
 
 def example(model, shape, num_samples, seed):
@@ -139,23 +134,23 @@ def example(model, shape, num_samples, seed):
     K = model.net.label_dim
     noise, labels = class_noise(range(0, K, max(1, -(-K // 10))), num_samples, shape, seed)
     draw = random_stream(seed, K + 1)  # a stream that no class uses
-    fresh = [torch.randn(noise.shape, generator=draw) for name in model.input_names if name.startswith("noise_")]
+    fresh = [torch.randn(noise.shape, generator=draw) for _ in model.student_sigmas[1:]]
     return noise, *fresh, *[labels] * bool(K)
 
 
+@torch.no_grad()
 def largest_error(session, model, shape):
     """The largest difference of the ONNX `session`'s images from `model`'s; infinite if its pixels differ by two."""
-    worst = torch.tensor(0.0)
+    errors = []
     for num_samples in (1, 3):
         inputs = example(model, shape, num_samples, seed=1)
         feeds = {name: tensor.numpy() for name, tensor in zip(model.input_names, inputs, strict=True)}
         images, pixels = map(torch.from_numpy, session.run(["images", "pixels"], feeds))
-        with torch.no_grad():
-            expected_images, expected_pixels = model(*inputs)
-        worst = torch.maximum(worst, (images - expected_images).abs().max())  # unlike Python's max, it propagates NaN
+        expected_images, expected_pixels = model(*inputs)
         if (pixels.int() - expected_pixels.int()).abs().max() > 1:
             return float("inf")
-    return worst.item()
+        errors.append((images - expected_images).abs().max())
+    return torch.stack(errors).max().item()  # unlike Python's max, it propagates NaN
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method).
 
-Nothing is deleted. A folder that holds images of the same --format is refused, since old images among new ones would
-spoil an FID. Only grids, which are to be looked at, replace those of the same name.
+Nothing is deleted. A folder that holds images of the same --format is refused: old images among new ones would spoil an
+FID. Only grids replace those of the same name.
 """
 
 import csv
@@ -23,19 +23,14 @@ from support.processes import is_main
 from support.script import UserError, make_folder, run_script, writing
 from support.shared_work import map_batches
 
+FORMATS = "grid: one per class; png: a folder per class, as data; npz: arrays; flat: one folder, for FID tools"
 OPTIONS = {
     "images": [
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator or teacher"),
         Option("output_dir", "./generated", path, "where images go"),
         Option("num_samples", 16, count, "images per class; without classes, images in total"),
         Option("classes", None, text, 'names of classes, separated by commas, as in cat,"a, b",dog; default: all'),
-        Option(
-            "format",
-            "grid",
-            choice("grid", "png", "npz", "flat"),
-            "grid: one per class and an overview; png: a folder per class, for --dataset folder; npz: arrays; "
-            "flat: RGB in one folder, for FID tools",
-        ),
+        Option("format", "grid", choice("grid", "png", "npz", "flat"), FORMATS),
         *checkpoint.SAMPLING,
     ],
     "machine": MACHINE,
@@ -66,13 +61,11 @@ def main(argv=None):
     noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
     images = map_batches(sample, args.batch_size, noise, labels)
     seconds = time.perf_counter() - start
-    number = f"{len(images)} image{'s' * (len(images) > 1)}"
-    print(f"{number} in {seconds:.2f} s, {evaluations} network evaluation{'s' * (evaluations > 1)} per image")
     if is_main():
         with writing(folder):
             write(folder, args.format, stems, images, labels, bool(names))
-    of_classes = f" of {len(classes)} class{'es' * (len(classes) > 1)}" if names else ""
-    print(f"wrote {number}{of_classes} to {folder}")
+    number = f"{len(images)} image{'s' * (len(images) > 1)}"
+    print(f"{number} in {seconds:.2f} s, network evaluations per image: {evaluations}; wrote {folder}")
 
 
 def check_folder(folder, format, stems):
@@ -88,35 +81,34 @@ def check_folder(folder, format, stems):
 
 def write(folder, format, stems, images, labels, has_classes):
     """Writes `images` `[N, C, H, W]` in [-1, 1], as many for each of `stems`, the names of the classes' files."""
-    if format == "npz":
-        pixels, labels = to_uint8(images).permute(0, 2, 3, 1), labels.numpy()
-        rgb = pixels.expand(-1, -1, -1, 3).numpy()  # this and `arr_1` are for guided-diffusion's evaluator
-        np.savez(folder / "samples.npz", images=pixels.numpy(), labels=labels, arr_0=rgb, arr_1=labels)
-        return
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     by_class = images.unflatten(0, (len(stems), -1))
     each = by_class.shape[1]
-    for stem, part in zip(stems, by_class, strict=True):
-        if format == "grid":
+    if format == "grid":
+        for stem, part in zip(stems, by_class, strict=True):
             name = f"{stem}_samples.png" if has_classes else f"{stem}.png"
             save_grid(folder / name, part, columns=max(1, round(each**0.5)))
-            continue
-        if format == "png":
-            (folder / stem).mkdir(exist_ok=True)
-        for index, pixels in enumerate(to_uint8(part).permute(0, 2, 3, 1).numpy()):
-            image = Image.fromarray(pixels.squeeze())
+        if has_classes:
+            save_grid(folder / "overview.png", by_class[:, :16].flatten(0, 1), columns=min(each, 16))
+    elif format == "npz":
+        rgb = pixels.repeat(3 // pixels.shape[3], axis=3)
+        guided_diffusions = {"arr_0": rgb, "arr_1": labels.numpy()}  # for its evaluator
+        np.savez(folder / "samples.npz", images=pixels, labels=labels.numpy(), **guided_diffusions)
+    else:
+        for index, image in enumerate(pixels):
+            stem, number = stems[index // each], f"{index % each:06d}.png"
+            image = Image.fromarray(image.squeeze())
             if format == "png":
-                image.save(folder / stem / f"{index:06d}.png")
+                (folder / stem).mkdir(exist_ok=True)
+                image.save(folder / stem / number)
             else:
-                image.convert("RGB").save(folder / f"{stem}_{index:06d}.png")
-    if format == "grid" and has_classes:
-        save_grid(folder / "overview.png", by_class[:, :16].flatten(0, 1), columns=min(each, 16))
+                image.convert("RGB").save(folder / f"{stem}_{number}")
 
 
 def choose_classes(wanted, names):
-    """The indices in `names` of the classes in `--classes`, in that order; all if it is not given.
+    """The indices in `names` of the classes in `--classes`, in that order; all if it is not given; without classes [0].
 
-    Names are separated by commas. A name with a comma must be in double quotes, or the only one. Without classes the
-    result is [0], a label that the network ignores. Raises UserError for an unknown name.
+    A name with a comma must be in double quotes, or the only one. Raises UserError for an unknown name.
     """
     if not wanted:
         return list(range(len(names))) or [0]

@@ -30,8 +30,6 @@ def load(source, num_classes=None):
         reason = error
     except OSError as error:
         reason = f"{os.path.basename(error.filename or source)}: {error.strerror or error}"
-    except KeyError as error:
-        reason = f"not a network that is known here: no {error!s:.60}"
     except Exception as error:  # a damaged or hostile file can make torch and diffusers raise anything
         reason = f"damaged, or not a network that is known here ({type(error).__name__}: {error!s:.120})"
     raise UserError(f"--source {source}: {reason}")
@@ -53,28 +51,24 @@ def main(argv=None):
     imported = load(args.source, names and len(names))
     net, label_dim = imported.net, imported.net.config["label_dim"]
     if names and (len(names) != label_dim or len(set(names)) != label_dim or "" in names):
-        raise UserError(
-            f"--class_names has {len(set(names))} different names; the network has {label_dim or 'no'} classes"
-        )
+        found = f"--class_names has {len(set(names))} different names"
+        raise UserError(f"{found}; the network has {label_dim or 'no'} classes")
     cifar10 = of_cifar10(imported, Path(args.source))
+    default_names = CIFAR10 if cifar10 and label_dim else [str(label) for label in range(label_dim)]
+    trained_on = {"dataset": "cifar10" if cifar10 else "folder", "data_dir": "./data"}
     teacher = {
         "ema_state_dict": imported.state,
         "step": 0,
         "images_seen": 0,
         "model_config": net.config,
-        "config": {
-            "dataset": "cifar10" if cifar10 else "folder",
-            "data_dir": "./data",
-            "source": args.source,
-            "licence": imported.licence,
-        },
-        "class_names": names or (CIFAR10 if label_dim and cifar10 else [str(label) for label in range(label_dim)]),
+        "config": trained_on | {"source": args.source, "licence": imported.licence},
+        "class_names": names or default_names,
         "versions": checkpoint.versions(),
     }
     checkpoint.save(args.output, teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    resolution, classes = net.config["img_resolution"], f"{label_dim} classes" if label_dim else "without classes"
-    found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {classes}"
+    resolution = net.config["img_resolution"]
+    found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {label_dim or 'no'} classes"
     print(f"found {found}, licence: {imported.licence or 'not stated'}", *imported.notes, sep="\n")
     print(f"{len(imported.state)} tensors imported; left out: {', '.join(imported.left_out) or 'none'}")
     print(f"wrote {args.output}")

@@ -50,16 +50,8 @@ RUN = [
 ]
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
-NOT_RESUMED = [
-    "resume_from_checkpoint",
-    "overwrite",
-    "device",
-    "compile",
-    "max_minutes",
-    *(option.name for option in WANDB),
-]
+NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes"} | {o.name for o in WANDB}
 KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
-OPTIONAL_PARTS = {"guidance_cls": "gan_classifier"}  # and the option of each
 
 
 class Run:
@@ -86,15 +78,12 @@ class Run:
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
             if args.overwrite:
-                raise UserError(
-                    "--overwrite starts a new run and --resume_from_checkpoint continues one: give one of them"
-                )
+                raise UserError("--overwrite starts a run, --resume_from_checkpoint continues one: give one of them")
             self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind:
                 raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
             if "random_state" not in self.resumed:
-                weights_only = "only weights, to sample or distil; training cannot resume here"
-                raise UserError(f"checkpoint {self.resumed_from}: {weights_only}")
+                raise UserError(f"checkpoint {self.resumed_from}: only weights; training cannot resume here")
             self.step = self.resumed["step"]
             args = self.options_of_run(args, tables)
         if args.batch_size % (args.grad_accum * (size := int(os.environ.get("WORLD_SIZE", 1)))):
@@ -133,9 +122,17 @@ class Run:
             torch.manual_seed(self.args.seed + 1000003 * self.step + processes.rank())
         if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
             raise UserError(
-                "the processes resume from different checkpoints; --output_dir must be one folder for all machines"
+                "the processes resume from different checkpoints: --output_dir must be one for all machines"
             )
-        continues = not processes.is_main() or self.take_folder()
+        continues = True
+        if processes.is_main():
+            make_folder("--output_dir", self.folder / "samples")
+            self.lock_folder()
+            try:
+                continues = self.take_folder()
+            except UserError:  # in a notebook the next call may use the folder
+                self.lock.close()
+                raise
         # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
         wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
         self.logger = Logger(self.args, self.step, wandb_run_id)
@@ -166,34 +163,35 @@ class Run:
             raise UserError(f"{source}: {message}")
         if (sigmas := self.facts.get("student_sigmas")) != state.get("student_sigmas"):
             raise UserError(f"{source}: a student at sigma {state['student_sigmas']}, not at {sigmas}")
-        for name, option in OPTIONAL_PARTS.items():
-            if (present := f"{name}_state_dict" in state) != (self.parts.get(name) is not None):
-                how = "with" if present else "without"
-                raise UserError(f"{source}: trained {how} --{option}; resume it {how} that option")
-        for name, part in self.parts.items():
-            key = f"{name}_state_dict"
-            try:
+        if (heads := "guidance_cls_state_dict" in state) != (self.parts.get("guidance_cls") is not None):
+            how = "with" if heads else "without"
+            raise UserError(f"{source}: trained {how} --gan_classifier; resume it {how} that option")
+        key, kind = "", self.device.type
+        try:
+            for name, part in self.parts.items():
+                key = f"{name}_state_dict"
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[key])
                 elif part is not None:  # a new average starts from the weights
                     part.load_state_dict(state.get(key) or checkpoint.weights(state))
-            except (KeyError, RuntimeError, ValueError):
-                raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
-        self.batches.images_seen = state["images_seen"]
-        torch.set_rng_state(state["random_state"]["cpu"])
-        if (own := state["random_state"].get(self.device.type)) is not None and self.device.type != "cpu":
-            torch.get_device_module(self.device).set_rng_state(own)  # of the current device, which `choose_device` set
+            key = "random_state"
+            torch.set_rng_state(state[key]["cpu"])
+            if kind != "cpu" and state[key].get(kind) is not None:
+                torch.get_device_module(self.device).set_rng_state(state[key][kind])  # of `choose_device`'s device
+            self.batches.images_seen = state["images_seen"]
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
 
     def take_folder(self):
-        """Locks the folder, refuses another run's, cleans up after a kill, and renames checkpoints of later steps.
+        """Refuses another run's folder, cleans up after a kill, and renames checkpoints of later steps.
 
         Returns whether this continues the resumed run and does not branch off: in its folder, without later
         checkpoints.
         """
         args = self.args
-        make_folder("--output_dir", self.folder / "samples")
         with writing(self.folder):
-            self.lock_folder()
             present = checkpoint.by_step(self.folder, self.kind)
             holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
             if holds and not args.resume_from_checkpoint and not args.overwrite:
@@ -227,8 +225,8 @@ class Run:
 
     def lock_folder(self):
         """Locks the folder until `finish` or the process's end. Raises UserError if another process holds the lock."""
-        (self.folder / ".lock").touch()
-        self.lock = (self.folder / ".lock").open()
+        with writing(self.folder):
+            self.lock = (self.folder / ".lock").open("a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

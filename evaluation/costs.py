@@ -19,28 +19,25 @@ class LiveMemory(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.now, self.peak = set(), 0, 0
+        self.live, self.now, self.peak = weakref.WeakSet(), 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = storages((args, kwargs))  # a result may be a view of these
-        for key, storage in storages(result).items():
-            if key not in self.live and key not in given:
-                self.live.add(key)
+        for storage in storages(result) - storages((args, kwargs)):  # a result may be a view of what was given
+            if storage not in self.live:
+                self.live.add(storage)
                 self.now += storage.nbytes()
-                weakref.finalize(storage, self.remove, key, storage.nbytes())
+                weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return result
 
-    def remove(self, key, nbytes):
-        self.live.remove(key)
+    def free(self, nbytes):
         self.now -= nbytes
 
 
 def storages(tree):
-    """The memory of the tensors in nested containers, by its address."""
-    found = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-    return {storage._cdata: storage for storage in found}
+    """The memory of the tensors in nested containers, as a set."""
+    return {leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
 
 
 class AsOnCuda(TorchFunctionMode):

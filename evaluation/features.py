@@ -29,19 +29,22 @@ from support.shared_work import map_batches, one_first
 
 BATCH_SIZE = 250
 EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # length of the classifier's training: the lesser of the two
+NO_DOWNLOAD = (
+    "Inception's weights could not be downloaded: get weights-inception-2015-12-05-6726825d.pth elsewhere and name it "
+    "with --inception_weights, or use --features classifier, which needs no download"
+)
 VERSION = 1  # of the classifier: a change of its network, its data or its training needs another number
 
 
 def averaged_pixels(images):
     """uint8 `[N, C, H, W]` to float `[N, D]` in [-1, 1]: the pixels, averaged over 2x2 squares until D <= 256."""
-
-    def average(batch):
+    small = []
+    for batch in images.split(BATCH_SIZE):
         batch = to_float(batch)
         while batch[0].numel() > 256:
             batch = F.avg_pool2d(batch, 2)
-        return batch.flatten(1)
-
-    return torch.cat([average(batch) for batch in images.split(BATCH_SIZE)])
+        small.append(batch.flatten(1))
+    return torch.cat(small)
 
 
 def applied(network, device):
@@ -60,10 +63,8 @@ def inception(weights, device):
     Raises UserError if they cannot be loaded.
     """
     try:
-        if weights:
-            torch.load(
-                weights, "cpu", weights_only=True
-            )  # torch-fidelity's own loader would run code from a hostile file
+        if weights:  # torch-fidelity's own loader would run code from a hostile file
+            torch.load(weights, "cpu", weights_only=True)
         with one_first():
             seen = ["2048", "logits_unbiased"]  # features and logits
             network = FeatureExtractorInceptionV3("inception-v3-compat", seen, weights, verbose=False).eval()
@@ -71,14 +72,8 @@ def inception(weights, device):
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
             raise
-        if weights:
-            raise UserError(
-                f"--inception_weights {weights}: not torch-fidelity's Inception weights ({reason})"
-            ) from None
-        raise UserError(
-            f"Inception's weights could not be downloaded ({reason}); fetch weights-inception-2015-12-05-6726825d.pth "
-            "elsewhere and name it with --inception_weights, or use --features classifier, which needs no download"
-        ) from None
+        what = f"--inception_weights {weights}: not torch-fidelity's Inception weights" if weights else NO_DOWNLOAD
+        raise UserError(f"{what} ({reason})") from None
     network.to(device)
     return applied(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
 

@@ -18,6 +18,7 @@ BETTER = {  # which direction is better; None: closer to real images
     "within_class_spread": None,
     "near_copies": min,
 }
+RANKED = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]  # of checkpoints: quality and variety
 
 
 def statistics(features):
@@ -175,13 +176,13 @@ def verdict(student, teacher, real):
 
 
 def best(rows):
-    """The index of the best row: that of the least mean rank in both Frechet distances, recall and coverage.
+    """The index of the best row: that of the least mean rank in the metrics `RANKED`.
 
     Two of the four mainly detect lost diversity. Of equal rows, the one with the lesser Frechet distance is best.
     """
-    ranks = [0] * len(rows)
-    for name in ("frechet_distance", "pixel_frechet_distance", "recall", "coverage"):
-        sign = -1 if BETTER[name] is max else 1
-        for index, row in enumerate(rows):
-            ranks[index] += sum(sign * other[name] < sign * row[name] for other in rows)
-    return min(range(len(rows)), key=lambda index: (ranks[index], rows[index]["frechet_distance"]))
+
+    def rank(row):
+        signs = {name: -1 if BETTER[name] is max else 1 for name in RANKED}
+        return sum(sign * other[name] < sign * row[name] for other in rows for name, sign in signs.items())
+
+    return min(range(len(rows)), key=lambda index: (rank(rows[index]), rows[index]["frechet_distance"]))

@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+from evaluation.metrics import RANKED
 from run import read_metrics
 from support.images import save_grid, to_float
 from support.script import UserError, writing
@@ -20,7 +21,6 @@ PANELS = [
     ("norms before clipping", ["grad_norm", "generator_grad_norm", "guidance_grad_norm", "gan_grad_norm"], "log"),
     ("spread of the images", ["fake_std", "real_std"], "linear"),
 ]
-CURVES = ["frechet_distance", "pixel_frechet_distance", "recall", "coverage"]  # of checkpoints: quality and variety
 
 
 def training_minutes(rows, batch_size, step):
@@ -80,8 +80,8 @@ def plot_quality(path, results, teacher=None):
     """
     timed = all("minutes" in row for runs in results.values() for rows in runs for row in rows)
     over, label = ("minutes", "minutes of training") if timed else ("step", "step")
-    figure, axes = new_figure(1, len(CURVES), 4.5, 4)
-    for axis, metric in zip(axes, CURVES, strict=True):
+    figure, axes = new_figure(1, len(RANKED), 4.5, 4)
+    for axis, metric in zip(axes, RANKED, strict=True):
         if teacher:
             axis.axhline(teacher[metric], color="black", linestyle="--", linewidth=1, label="teacher")
         for name, runs in results.items():

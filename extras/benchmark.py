@@ -41,13 +41,12 @@ def main(argv=None):
         pass  # fails now, not after minutes of timing
     torch.manual_seed(args.seed)
     tasks, networks = make_tasks(args, device)
-    flops, memory = {}, {}
+    flops, memory, seconds = {}, {}, {name: [] for name in tasks}
     for name, task in tasks.items():
         with FlopCounterMode(display=False) as counter:
             task()
         flops[name] = counter.get_total_flops()
     compile_networks(args, *networks)
-    seconds = {name: [] for name in tasks}
     for _ in range(args.repeats + 1):
         for name, task in tasks.items():
             seconds[name].append(timed(task, device))

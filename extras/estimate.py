@@ -45,10 +45,8 @@ def main(argv=None):
     print(f"{flops / 1e12:.4g} TFLOP per iteration, {args.step_number} iterations")
     if args.peak_tflops:
         seconds = flops / (SHARE_OF_PEAK * args.peak_tflops * 1e12)
-        print(
-            f"{seconds:.3g} s per iteration, {seconds * args.step_number / 3600:.3g} hours in total, at "
-            f"{SHARE_OF_PEAK:.0%} of {args.peak_tflops:g} TFLOP/s; that share is assumed, not measured"
-        )
+        print(f"{seconds:.3g} s per iteration, {seconds * args.step_number / 3600:.3g} hours in total")
+        print(f"(at {SHARE_OF_PEAK:.0%} of {args.peak_tflops:g} TFLOP/s, a share that is assumed, not measured)")
     if args.memory_gb:
         limit = (1 - HEADROOM) * args.memory_gb * GIB - sum(fixed.values())
         parts = [parts for parts in range(1, args.batch_size + 1) if args.batch_size % parts == 0]
@@ -75,13 +73,12 @@ def of_dmd2(args):
     train_dmd2.check(args)
     teacher = load_teacher(args.teacher_checkpoint)
     model = train_dmd2.build_model(args, teacher).to("meta")
-    networks, heads = (model.feedforward_model, model.fake_unets), 0
-    if args.gan_classifier:
-        heads = nbytes(model.guidance_model.cls_pred_branch)
+    heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
+    trained = model.feedforward_model, model.fake_unets
     fixed = {
         "weights": nbytes(model),
         "averaged weights": nbytes(teacher) if args.ema_decay else 0,
-        "moments": sum(optimizer_costs(args.optimizer, net)[1] for net in networks) + 2 * heads,
+        "moments": sum(optimizer_costs(args.optimizer, net)[1] for net in trained) + 2 * heads,
         "gradients": nbytes(teacher) + heads,  # of the networks that are trained in a turn
         "data": data_set(args, teacher.config["img_resolution"], teacher.config["img_channels"])[0],
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from importers.state_dict import Imported, match, read_safetensors
+from importers.state_dict import Imported, listed, match, read_safetensors
 from networks.diffusers_unet import DiffusersUNet
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -14,7 +14,7 @@ SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 # What diffusers' EMAModel adds to config.json.
 OF_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 # Names of the attention layers until diffusers 0.15, which files of that time still use.
-FORMER_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_diffusers(folder, num_classes=None):
@@ -24,73 +24,52 @@ def load_diffusers(folder, num_classes=None):
     num_classes: with this number, if the network has one class more, the last is the null class of guidance: it is kept
     in the weights, but no label. Raises ValueError if the network is not supported, any exception for a damaged folder.
     """
-    folder, notes = Path(folder).resolve(), []
-    check_pipeline(folder)
+    folder = Path(folder).resolve()
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
+    if others := [name for name in index if name not in ("unet", "scheduler") and not name.startswith("_")]:
+        raise ValueError(f"a pipeline with {listed(others)}; only UNet2DModel on pixels, with a scheduler, is read")
     unet = next((folder / name for name in ("unet_ema", "unet") if (folder / name).is_dir()), folder)
-    if unet.name == "unet_ema":
-        notes.append("its `unet_ema` was taken, the averaged weights")
-    places = [folder / "scheduler", folder, folder.parent / "scheduler"]
+    files = weight_files(unet)
+    places = (folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler = next((place for place in places if (place / "scheduler_config.json").exists()), folder)
-    if scheduler == places[2]:
-        notes.append(f"its scheduler is {scheduler}")
+    notes = [f"its weights are {files[0]}, its scheduler is in {scheduler}"]
     arguments = architecture(read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json"))
     label_dim = arguments["label_dim"]
     if label_dim and num_classes == label_dim - 1:
         arguments |= {"label_dim": num_classes, "unet": arguments["unet"] | {"num_class_embeds": label_dim}}
         notes.append(f"the last of {label_dim} classes is the null class of guidance")
     elif label_dim > 1:
-        notes.append(
-            f"{label_dim} classes; if the last is a null class of guidance, name the others with --class_names"
-        )
-    files, variant = weight_files(unet)
-    if variant:
-        notes.append(f"its weights are those of the variant {variant}")
+        notes.append(f"{label_dim} classes; if the last is guidance's null class, name the others with --class_names")
     with torch.device("meta"):
         net = DiffusersUNet(**arguments)
     tensors = {}
     for file in files:
-        tensors |= read_safetensors(file)[0]
-    former = any(".query.weight" in name for name in tensors)
-    state, remaining = match(tensors, net, former_name if former else lambda name: name.removeprefix("unet."))
-    if remaining:
-        raise ValueError(f"tensor {next(iter(remaining))!r:.60} does not belong to UNet2DModel ({len(remaining)} such)")
+        tensors |= {current_name(name): tensor for name, tensor in read_safetensors(file)[0].items()}
+    state = match(tensors, net, lambda name: name.removeprefix("unet."))
     return Imported(net, state, [], notes, licence(folder))
 
 
 def weight_files(folder):
-    """(the safetensors files with the weights: one, or its shards; the name of their variant, such as fp16, or "")."""
-    variants = {}
-    for file in sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
-        variant = re.sub(r"-\d+-of-\d+$", "", file.stem.removeprefix(WEIGHTS)).strip(".")
-        variants.setdefault(variant, []).append(file)
-    if not variants:
-        pickled = "; its .bin is a pickle, which can hold code and is not read" if any(folder.glob("*.bin")) else ""
-        raise ValueError(f"no {WEIGHTS}.safetensors in {folder}{pickled}")
-    if len(variants) > 1 and "" not in variants:
-        raise ValueError(f"variants {', '.join(variants)} of the weights; rename one to {WEIGHTS}.safetensors")
-    variant = min(variants)
-    return variants[variant], variant
+    """The safetensors files with the weights: one, or its shards; of a variant, such as fp16, if there is no other."""
+    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
+    files = [file for file in files if "." not in file.stem] or files
+    if len({re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files}) != 1:
+        has = listed(sorted(file.name for file in folder.iterdir()))
+        raise ValueError(f"no {WEIGHTS}.safetensors, but {has} in {folder}; a .bin can hold code and is not read")
+    return files
+
+
+def current_name(name):
+    for former, current in FORMER_NAMES.items():
+        name = name.replace(f".{former}.", f".{current}.")
+    return name
 
 
 def read_json(path):
-    """The dict in a JSON file. Raises ValueError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is damaged: it must hold a JSON object")
-    return content
-
-
-def check_pipeline(folder):
-    """Raises ValueError if the pipeline has more than a UNet and a scheduler, such as a decoder of latents."""
-    if (folder / "model_index.json").exists():
-        parts = {name for name in read_json(folder / "model_index.json") if not name.startswith("_")}
-        if others := sorted(parts - {"unet", "scheduler"}):
-            raise ValueError(
-                f"a pipeline with {', '.join(others)}; only UNet2DModel on pixels, with a scheduler, is supported"
-            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from None
 
 
 def architecture(config, scheduler):
@@ -101,21 +80,15 @@ def architecture(config, scheduler):
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
     if "beta_schedule" not in scheduler:
-        raise ValueError(
-            f"its scheduler, {scheduler.get('_class_name')!r:.60}, has no beta_schedule: not a DDPM-type model"
-        )
+        name = scheduler.get("_class_name")
+        raise ValueError(f"its scheduler, {name!r:.60}, has no beta_schedule: not a DDPM-type model")
     if scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr is not supported: its last level is pure noise, with infinite sigma")
     unet = {name: value for name, value in config.items() if not name.startswith("_") and name not in OF_AVERAGE}
     size, in_channels, out_channels = (unet.pop(name) for name in ("sample_size", "in_channels", "out_channels"))
-    if not isinstance(size, int) or in_channels not in (1, 3):
-        raise ValueError(
-            f"sample_size {size} and in_channels {in_channels}: images must be square, with 1 or 3 channels"
-        )
-    if out_channels != in_channels:
-        raise ValueError(
-            f"out_channels {out_channels} with in_channels {in_channels}: predicted variances are not supported"
-        )
+    if not isinstance(size, int) or in_channels not in (1, 3) or out_channels != in_channels:
+        shape = f"sample_size {size}, in_channels {in_channels}, out_channels {out_channels}"
+        raise ValueError(f"{shape}: images must be square, with 1 or 3 channels, and no variances predicted")
     return {
         "img_resolution": size,
         "img_channels": in_channels,
@@ -126,21 +99,10 @@ def architecture(config, scheduler):
     }
 
 
-def former_name(name):
-    """The former name in diffusers of the tensor that our network calls `name`."""
-    name = name.removeprefix("unet.")
-    if ".attentions." in name:
-        for now, former in FORMER_NAMES.items():
-            name = name.replace(f".{now}.", f".{former}.")
-    return name
-
-
 def licence(folder):
     """The licence in the header of the model card, or None."""
-    try:
-        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    head = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    stated = head and re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", head[1], re.MULTILINE)
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
+    header = text.removeprefix("---").partition("\n---")[0]
+    stated = re.search(r"^license: *([\w.+-]+) *$", header, re.MULTILINE)
     return stated[1] if stated else None

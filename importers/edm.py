@@ -6,23 +6,13 @@ import re
 
 import torch
 
-from importers.safe_pickle import ADVICE, Record
-from importers.state_dict import (
-    Imported,
-    find_network,
-    is_safetensors,
-    make_tensors,
-    match,
-    read_file,
-    read_safetensors,
-    under_one_prefix,
-)
+from importers.safe_pickle import Record
+from importers.state_dict import Imported, find_network, make_tensors, match, read_file, read_safetensors
 from networks.dhariwal_unet import DhariwalUNet
 from networks.song_unet import SongUNet
 from networks.unet import lowpass
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}  # by EDM's names
-NETWORK_NAMES = "SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)"
 ADM = "out_conv.weight"  # a tensor that only DhariwalUNet has
 PERSISTENT = "torch_utils.persistence._reconstruct_persistent_obj"
 LICENCE = "Attribution-NonCommercial-ShareAlike 4.0"  # at the top of the source code in NVIDIA's pickles
@@ -35,24 +25,26 @@ def load_edm(path):
     Raises ValueError for a file that holds no such network, and any exception for a damaged one.
     """
     known, notes, licence, data = {}, [], None, None
-    if is_safetensors(path):
-        tensors, metadata = read_safetensors(path)
-        tensors, notes = under_one_prefix(tensors, "map_layer0.weight")
+    if str(path).endswith(".safetensors"):
+        content, metadata = read_safetensors(path)
         licence = metadata.get("license")
+        tensors, notes = find_network(content, "map_layer0.weight")
     else:
         content, storage = read_file(path)
-        facts = content if isinstance(content, dict) else {}
-        if "model_config" in facts:
+        if not isinstance(content, dict):
+            content = {content.made_by if isinstance(content, Record) else type(content).__name__: content}
+        if "model_config" in content:
             raise ValueError("already a checkpoint of this project: give it to --teacher_checkpoint as it is")
-        records, notes = find_network(content)
-        if isinstance(records, Record):
-            records, known, licence = read_network(records)
-            data = facts["dataset_kwargs"]["path"] if "dataset_kwargs" in facts else None
-        records, more = under_one_prefix(records, "map_layer0.weight")
-        tensors, notes = make_tensors(records, storage, os.path.getsize(path)), notes + more
+        if getattr(content.get("ema"), "made_by", None) == PERSISTENT:
+            tensors, known, licence = read_network(content["ema"])
+            data = content.get("dataset_kwargs", {}).get("path")
+        else:
+            tensors, notes = find_network(content, "map_layer0.weight")
+        tensors = make_tensors(tensors, storage, os.path.getsize(path))
     with torch.device("meta"):
         net = (DhariwalUNet if ADM in tensors else SongUNet)(**architecture(tensors), **known)
-    return Imported(net, *convert(tensors, net), notes, licence, data)
+    left_out = remove_constants(tensors, net)
+    return Imported(net, match(tensors, net, lambda name: edm_name(name, net.config)), left_out, notes, licence, data)
 
 
 # ---- NVIDIA's objects -----------------------------------------------------------------------------------------------
@@ -65,11 +57,11 @@ def read_network(record):
         raise ValueError(f"preconditioned by {name!r:.60}; only EDM's own (EDMPrecond) is supported")
     name, unet = persistent(precond["_modules"]["model"])
     if name not in NETWORKS:
-        raise ValueError(f"the network is a {name!r:.60}; only {NETWORK_NAMES} are supported")
-    known = {"sigma_data": float(precond["sigma_data"])}
-    if "dropout" in unet["_init_kwargs"]:
-        known["dropout"] = float(unet["_init_kwargs"]["dropout"])
-    if not (0 < known["sigma_data"] < math.inf and 0 <= known.get("dropout", 0) < 1):
+        raise ValueError(
+            f"the network is a {name!r:.60}; only SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM) are supported"
+        )
+    known = {"sigma_data": float(precond["sigma_data"]), "dropout": float(unet["_init_kwargs"].get("dropout", 0.1))}
+    if not (0 < known["sigma_data"] < math.inf and 0 <= known["dropout"] < 1):
         raise ValueError(f"sigma_data must be above 0, and dropout in [0, 1), not {known}")
     source = record.args[0].get("module_src")
     licence = "CC BY-NC-SA 4.0" if isinstance(source, str) and LICENCE in source else None
@@ -78,12 +70,7 @@ def read_network(record):
 
 def persistent(record):
     """(class name, attributes) of an object of `torch_utils.persistence`. The source code with it is not used."""
-    if record.made_by != PERSISTENT:
-        raise ValueError(f"a whole object of {record.made_by:.60}, whose code is not run. {ADVICE}")
-    meta = record.args[0]
-    if not isinstance(meta["class_name"], str):
-        raise ValueError("not an EDM network: a class whose name is no text")
-    return meta["class_name"], meta["state"]
+    return record.args[0]["class_name"], record.args[0]["state"]
 
 
 def named_tensors(module, prefix, seen):
@@ -106,22 +93,13 @@ def named_tensors(module, prefix, seen):
 def architecture(tensors):
     """The network's arguments, except `dropout` and `sigma_data`, from the names and shapes of EDM's tensors.
 
-    Raises ValueError if a tensor that every EDM network has is missing, or if the network is not supported.
+    Raises KeyError or IndexError if a tensor that every EDM network has is missing.
     """
-
-    def shape(name):
-        if name not in tensors:
-            raise ValueError(f"not an EDM network ({NETWORK_NAMES}): no tensor {name}")
-        return tensors[name].shape
-
-    for form in ("aux_skip", "aux_up"):
-        if any(f"_{form}." in name for name in tensors):
-            raise ValueError(f"a SongUNet with layers {form}; only those of DDPM++ and NCSN++ are supported")
     found = [re.match(r"enc\.(\d{1,4})x\1_block0\.", name) for name in tensors]
     sides = sorted({int(match[1]) for match in found if match}, reverse=True)
-    first = f"enc.{sides[0]}x{sides[0]}" if sides else "enc.32x32"
-    width, img_channels = (shape(f"{first}_conv.weight")[axis] for axis in (0, 1))
-    emb_channels, noise_channels = (shape("map_layer0.weight")[axis] for axis in (0, 1))
+    first = f"enc.{sides[0]}x{sides[0]}"
+    width, img_channels = (tensors[f"{first}_conv.weight"].shape[axis] for axis in (0, 1))
+    emb_channels, noise_channels = (tensors["map_layer0.weight"].shape[axis] for axis in (0, 1))
     adm = ADM in tensors
     model_channels = noise_channels if adm else width
     config = {
@@ -129,7 +107,7 @@ def architecture(tensors):
         "img_channels": img_channels,
         "label_dim": tensors["map_label.weight"].shape[1] if "map_label.weight" in tensors else 0,
         "model_channels": model_channels,
-        "channel_mult": [shape(f"enc.{side}x{side}_block0.conv0.weight")[0] // model_channels for side in sides],
+        "channel_mult": [tensors[f"enc.{n}x{n}_block0.conv0.weight"].shape[0] // model_channels for n in sides],
         "channel_mult_emb": emb_channels // model_channels,
         "num_blocks": sum(bool(re.fullmatch(rf"{first}_block\d+\.conv0\.weight", name)) for name in tensors),
         "attn_resolutions": [side for side in sides if f"enc.{side}x{side}_block0.qkv.weight" in tensors],
@@ -180,24 +158,18 @@ def edm_name(name, config):
     return ".".join([layer, *leaf])
 
 
-def convert(tensors, net):
-    """(the float32 `state_dict` of `net`, what was left out) from tensors by EDM's names, each used once.
+def remove_constants(tensors, net):
+    """Removes from the dict `tensors` what `net` does without, and returns what it was.
 
-    Left out are the layer for augmentation labels, which has no bias and gets zeros, and the low-pass filters, which
-    are constants of `net` and only compared. Raises ValueError if another tensor is left over, and as `match` does.
+    That is the layer for augmentation labels, which has no bias and gets zeros, and the low-pass filters, which are
+    constants of `net`. Raises ValueError for another filter.
     """
-    state, remaining = match(tensors, net, lambda name: edm_name(name, net.config))
     left_out = []
-    if "map_augment.weight" in remaining:
-        left_out.append(f"map_augment.weight {list(remaining.pop('map_augment.weight').shape)} (augmentation labels)")
-    filters = [name for name in remaining if name.endswith(".resample_filter")]
+    if tensors.pop("map_augment.weight", None) is not None:
+        left_out.append("map_augment.weight (augmentation labels)")
+    filters = [name for name in tensors if name.endswith(".resample_filter")]
     taps = net.config.get("resample_filter", [1, 1])
     for name in filters:
-        if not torch.equal(remaining.pop(name).float(), lowpass(taps)):
+        if not torch.equal(tensors.pop(name).float(), lowpass(taps)):
             raise ValueError(f"tensor {name} is not the low-pass of {taps}")
-    if filters:
-        left_out.append(f"{len(filters)} low-pass filters (constants)")
-    if remaining:
-        first, network = next(iter(remaining)), net.config["network"]
-        raise ValueError(f"tensor {first!r:.60} does not belong to {network} ({len(remaining)} such)")
-    return state, left_out
+    return left_out + [f"{len(filters)} low-pass filters (constants)"] * bool(filters)

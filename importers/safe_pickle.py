@@ -10,19 +10,11 @@ import sys
 
 DICTS = {"collections.OrderedDict", "collections.Counter", "dnnlib.util.EasyDict"}
 SETS = {"builtins.set", "__builtin__.set"}
-# The calls in a harmless file with tensors, numpy's numbers, paths, options, and NVIDIA's persistent classes.
-CALLS = """torch._utils._rebuild_parameter torch._utils._rebuild_tensor_v2 torch.storage._load_from_bytes torch.device
-    torch.Size torch_utils.persistence._reconstruct_persistent_obj numpy.dtype numpy.core.multiarray.scalar
-    numpy._core.multiarray.scalar numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct _codecs.encode
-    argparse.Namespace pathlib.PosixPath"""
-HARMLESS = {*CALLS.split(), *DICTS, *SETS}
+HARMLESS = {*DICTS, *SETS, "_codecs.encode", "argparse.Namespace", "pathlib.PosixPath"}  # of the standard library
 # The opcodes that only build plain data.
 KEPT = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST EMPTY_DICT
     APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID BININT BININT1 BININT2
     LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8"""
-
-
-ADVICE = "Save the network's tensors alone: torch.save(net.state_dict(), 'weights.pth')"
 
 
 class Refused(ValueError):
@@ -49,7 +41,7 @@ class Reader(pickle._Unpickler):
 
     That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object or storage of a tensor;
     sets come as lists. Raises Refused for a damaged pickle, and for one that names something of Python's standard
-    library, or calls a function, that is not in the lists above.
+    library that is not in `HARMLESS`.
     """
 
     def __init__(self, file):
@@ -77,14 +69,9 @@ class Reader(pickle._Unpickler):
         self.storages[key] = kind.made_by
         return Record(kind.made_by, key)
 
-    def call(self, called=True):
+    def call(self):
         args, name = self.stack.pop(), self.stack.pop().made_by
-        if called and name not in HARMLESS:
-            raise Refused(f"it asks to call {name!r:.60}; nothing in it was run. {ADVICE}")
         self.append({} if name in DICTS else args[0] if name in SETS else Record(name, args))
-
-    def new(self):
-        self.call(called=False)
 
     def build(self):
         state, target = self.stack.pop(), self.stack[-1]
@@ -106,7 +93,7 @@ opcodes = pickle._Unpickler.dispatch
 kept = [getattr(pickle, name)[0] for name in KEPT.split()]
 Reader.dispatch = {code: opcodes[code] for code in kept} | {
     pickle.REDUCE[0]: Reader.call,
-    pickle.NEWOBJ[0]: Reader.new,
+    pickle.NEWOBJ[0]: Reader.call,
     pickle.BUILD[0]: Reader.build,
     pickle.SETITEM[0]: Reader.set_item,
     pickle.SETITEMS[0]: Reader.set_items,

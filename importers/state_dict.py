@@ -8,8 +8,7 @@ from functools import cache
 
 import torch
 
-from importers.safe_pickle import ADVICE, Reader, Record
-from support.script import UserError
+from importers.safe_pickle import Reader
 
 # net: the network, without weights; state: its float32 `state_dict`; left_out: what in the file was not used;
 # notes: what was chosen, for the user to check; licence, data: as the file names them, or None
@@ -18,29 +17,19 @@ Imported = namedtuple("Imported", "net state left_out notes licence data", defau
 DTYPES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64)
 DTYPES |= dict(Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool)
 DTYPES = {f"torch.{name}Storage": dtype for name, dtype in DTYPES.items()}
+ADVICE = "Save the network's tensors alone: torch.save(net.state_dict(), 'weights.pth')"
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in torch's former file format
 TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-AVERAGED = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "params_ema")
-PARTS = (*AVERAGED, "state_dict", "model_state_dict", "model", "net", "network", "unet", "params")
-
-
-def is_safetensors(path):
-    """Whether the file at `path` starts like a safetensors file: a length in eight bytes, then JSON."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def read_safetensors(path):
-    """(tensors by name, metadata), two dicts. Raises ValueError if damaged, UserError without the package."""
+    """(tensors by name, metadata), two dicts."""
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError:
-        raise UserError(f"{path}: needs a package that is not installed: pip install safetensors") from None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError:
-        raise ValueError(f"{os.path.basename(path)} is damaged, or not safetensors") from None
+        raise ValueError("it needs a package that is not installed: pip install safetensors") from None
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_file(path):
@@ -76,61 +65,39 @@ def read_pickles(file):
     return content, storages.__getitem__
 
 
-def is_tensor(value):
-    return isinstance(value, Record) and value.made_by in (TENSOR, PARAMETER)
+def find_network(content, sign):
+    """(the tensors by name of the network in the dict `content`, notes). `sign` is the name of one of them.
 
-
-def may_hold_network(part):
-    inside = part.values() if isinstance(part, dict) else []
-    return any(isinstance(value, (dict, Record)) for value in inside) or (
-        isinstance(part, Record) and not is_tensor(part)
-    )
-
-
-def find_network(content):
-    """(the records of tensors by name, or the `Record` of a network; notes on which part of `content` was taken).
-
-    Averaged weights are preferred. Raises ValueError if `content` does not say where the network is.
+    They may lie in dicts within it, under prefixes such as `module.`, `_orig_mod.` or `ema_model.`. Averaged weights
+    are preferred. Raises ValueError if `content` has no network, or several and does not say which.
     """
-    notes = []
-    for _ in range(4):  # a hostile dict may hold itself
-        entries = content if isinstance(content, dict) else {}
-        parts = [name for name, part in entries.items() if may_hold_network(part)]
-        known = [name for name in PARTS if name in parts]
-        if not known and len(parts) != 1:
-            break
-        part = (known or parts)[0]
-        notes.append(f"a dict with {listed(entries)}: its `{part!s:.40}` was taken")
-        content = entries[part]
-    if isinstance(content, dict) and any(map(is_tensor, content.values())):
-        return {str(name): value for name, value in content.items() if is_tensor(value)}, notes
-    if isinstance(content, Record):
-        return content, notes
-    found = f"a dict with {listed(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
-    raise ValueError(f"no network in it, but {found}. {ADVICE}")
+    found, places, seen = {}, [("", content)], set()
+    for where, part in places:  # which grows on the way
+        for name, value in part.items():
+            if isinstance(value, dict) and id(value) not in seen and len(where) < 200:  # a hostile dict may hold itself
+                seen.add(id(value))
+                places.append((f"{where}{name!s:.40}.", value))
+            elif is_tensor(value) and len(str(name)) < 200 and f".{name}".endswith(f".{sign}"):
+                prefix = name.removesuffix(sign)
+                found[where + prefix] = prefix, part
+    chosen = [where for where in found if "ema" in where] if len(found) > 1 else list(found)
+    if not found:
+        raise ValueError(f"no tensor {sign} in it, but {listed(content)}. {ADVICE}; of diffusers give the folder")
+    if len(chosen) != 1:
+        raise ValueError(f"{len(found)} networks, under {listed(found)}. {ADVICE}")
+    prefix, part = found.pop(chosen[0])
+    inside = [name for name, value in part.items() if is_tensor(value) and str(name).startswith(prefix)]
+    notes = [f"the network under `{chosen[0]:.80}` was taken, not {listed(found)}"] * bool(found)
+    return {str(name).removeprefix(prefix): part[name] for name in inside}, notes
+
+
+def is_tensor(value):
+    return isinstance(value, torch.Tensor) or getattr(value, "made_by", None) in (TENSOR, PARAMETER)
 
 
 def listed(names, most=6):
-    return ", ".join([*[f"{name!s:.40}" for name in list(names)[:most]], *["..."] * (len(names) > most)]) or "nothing"
-
-
-def under_one_prefix(tensors, sign):
-    """(`tensors` without the prefix that `sign`, the name of one of them, has; notes on what was left out).
-
-    Prefixes are what wrappers add: `module.`, `_orig_mod.`, `ema_model.`. Averaged weights are preferred.
-    Raises ValueError if no tensor, or more than one, has this name.
-    """
-    prefixes = [name.removesuffix(sign) for name in tensors if f".{name}".endswith(f".{sign}")]
-    chosen = [prefix for prefix in prefixes if "ema" in prefix] if len(prefixes) > 1 else prefixes
-    if not prefixes:
-        if any(name.endswith("time_embedding.linear_1.bias") for name in tensors):
-            raise ValueError("only weights of diffusers; give their folder, where config.json describes the network")
-        raise ValueError(f"no tensor {sign}; it has {listed(tensors)}")
-    if len(chosen) != 1:
-        raise ValueError(f"{len(prefixes)} networks, under {listed(prefixes)}. {ADVICE}")
-    inside = {name.removeprefix(chosen[0]): value for name, value in tensors.items() if name.startswith(chosen[0])}
-    others = [name for name in tensors if not name.startswith(chosen[0])]
-    return inside, [f"of its tensors those under `{chosen[0]:.40}` were taken, not {listed(others, 3)}"] * bool(others)
+    names = [f"{name!s:.40}" for name in names]
+    return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "nothing"
 
 
 def make_tensors(records, storage, size):
@@ -158,24 +125,22 @@ def make_tensors(records, storage, size):
 
 
 def match(tensors, net, their_name):
-    """(the float32 `state_dict` of `net`, the tensors left over) from the dict `tensors` by name.
+    """The float32 `state_dict` of `net`, from the dict `tensors` by name, each used once.
 
-    their_name: a function from the name of a tensor in `net` to its name in `tensors`. All shapes are compared before a
-    tensor is copied. Raises ValueError if one is missing, has another shape, holds integers, or is not finite.
+    their_name: a function from the name of a tensor in `net` to its name in `tensors`.
+    Raises ValueError if one is missing or left over, has another shape, or does not hold finite numbers.
     """
-    names = {name: their_name(name) for name in net.state_dict()}
+    names, state = {name: their_name(name) for name in net.state_dict()}, {}
+    if left_over := tensors.keys() - set(names.values()):
+        found = f"tensor {min(left_over)!r:.60} does not belong to"
+        raise ValueError(f"{found} {net.config['network']} ({len(left_over)} such, of {len(tensors)})")
     for name, expected in net.state_dict().items():
         if names[name] not in tensors:
             raise ValueError(f"no tensor {names[name]}")
         tensor = tensors[names[name]]
         if tensor.shape != expected.shape:
             raise ValueError(f"tensor {names[name]} has shape {list(tensor.shape)}, not {list(expected.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"tensor {names[name]} holds {tensor.dtype}, not floating-point numbers")
-    state = {}
-    for name, theirs in names.items():
-        state[name] = tensors[theirs].to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        if not state[name].isfinite().all():
-            raise ValueError(f"tensor {theirs} is not finite")
-    used = set(names.values())
-    return state, {name: tensor for name, tensor in tensors.items() if name not in used}
+        state[name] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        if not tensor.is_floating_point() or not state[name].isfinite().all():
+            raise ValueError(f"tensor {names[name]} ({tensor.dtype}) does not hold finite floating-point numbers")
+    return state

@@ -17,28 +17,18 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at each resolution; along a side
 
 
-def noise_levels(num_train_timesteps, beta_schedule, beta_start, beta_end, trained_betas=None):
-    """sigma of every level t, float64 `[num_train_timesteps]`, ascending, of diffusers' schedule with these arguments.
+def noise_levels(num_train_timesteps, **schedule):
+    """sigma of every level t, float64 `[num_train_timesteps]`, ascending; the arguments are those of DDPMScheduler.
 
-    Raises ValueError for an unknown schedule, for too many levels, and if they do not rise from above 0 to finite.
+    Raises ValueError for too many levels, and if they do not rise from above 0 to finite; NotImplementedError for an
+    unknown schedule.
     """
+    from diffusers import DDPMScheduler
+
     if not 2 <= num_train_timesteps <= MOST_LEVELS:
         raise ValueError(f"num_train_timesteps {num_train_timesteps}: 2 to {MOST_LEVELS} are supported")
-    float64 = dict(dtype=torch.float64, device="cpu")
-    if trained_betas is not None:
-        betas = torch.tensor(trained_betas, **float64)
-    elif beta_schedule == "linear":
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, **float64)
-    elif beta_schedule == "scaled_linear":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, **float64) ** 2
-    elif beta_schedule == "squaredcos_cap_v2":  # arXiv 2102.09672, eq. 17
-        share = torch.arange(num_train_timesteps + 1, **float64) / num_train_timesteps
-        a_squared = ((share + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-        betas = (1 - a_squared[1:] / a_squared[:-1]).clamp(max=0.999)
-    else:
-        known = "linear, scaled_linear and squaredcos_cap_v2 are supported"
-        raise ValueError(f"beta_schedule {beta_schedule!r:.60}; {known}")
-    a_squared = (1 - betas).cumprod(0)
+    with torch.device("cpu"):  # also while a network is built on `meta`
+        a_squared = (1 - DDPMScheduler(num_train_timesteps, **schedule).betas.double()).cumprod(0)
     sigmas = ((1 - a_squared) / a_squared).sqrt()
     rise = (sigmas.diff(prepend=sigmas.new_zeros(1)) > 0).all() and sigmas.isfinite().all()
     if sigmas.shape != (num_train_timesteps,) or not rise:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from support.images import resize
 from support.progress import progress
@@ -46,8 +46,7 @@ def read_image(content, name, channels):
         if image.mode.startswith(("I", "F")):
             raise UserError(f"{name}: {image.mode} pixels of more than 8 bits; convert it to 8 bits per channel first")
         transparent = False
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             transparent = image.getextrema()[3][0] < 255
@@ -61,16 +60,14 @@ def decoded(path, names, read, shape):
 
     Raises UserError if an image is not square or differs in size from the first. Reports progress.
     """
-    first, on_white = None, 0
+    side, on_white = None, 0
     for index in progress(range(len(names)), f"reading {path}", "image"):
         pixels, transparent = read_image(read(names[index]), f"{path}/{names[index]}", shape[1])
-        first = first or pixels.shape
-        if pixels.shape != first:
-            pairs = (names[0], first), (names[index], pixels.shape)
-            sizes = ", ".join(f"{name} is {width}x{height}" for name, (_, height, width) in pairs)
-            raise UserError(f"{path}: images differ in size ({sizes}); bring them to one size first")
-        if first[1] != first[2]:
-            raise UserError(f"{path}: images are {first[2]}x{first[1]}; they must be square")
+        _, height, width = pixels.shape
+        side = side or height
+        if (height, width) != (side, side):
+            sizes = f"{names[0]} has height {side}, {names[index]} is {width}x{height}"
+            raise UserError(f"{path}: images must be square and of one size ({sizes}); crop and resize them first")
         on_white += transparent
         yield resize(pixels[None], shape[-1])[0]  # at once: the originals may be large
     if on_white:
@@ -128,8 +125,7 @@ def write(file, decode, shape):
 
 def mapped(file, shape):
     """The images in `file`, which `write` wrote; None if it is missing, damaged, or of another shape."""
-    with warnings.catch_warnings(), suppress(Exception):
-        warnings.simplefilter("ignore")  # torch's, that the array is read-only
-        images = torch.from_numpy(np.load(file, mmap_mode="r"))
+    with suppress(Exception):
+        images = torch.from_numpy(np.load(file, mmap_mode="c"))  # copy on write: torch has no read-only tensors
         return images if images.shape == shape and images.dtype == torch.uint8 else None
     return None

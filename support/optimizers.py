@@ -106,13 +106,15 @@ def from_matrix(matrix, parameter):
 
 
 def load_optimizer(optimizer, state):
-    """Loads `state`, with the moments in the memory layout of the parameters, which fused AdamW assumes."""
-    if not isinstance(optimizer, torch.optim.AdamW):
+    """Loads the moments in `state`, in the memory layout of the parameters, which fused AdamW assumes."""
+    if isinstance(optimizer, Muon):
         optimizer.load_state_dict(state)
         return
-    fused = optimizer.defaults["fused"]  # the state may come from another kind of device
-    optimizer.load_state_dict({**state, "param_groups": [group | {"fused": fused} for group in state["param_groups"]]})
-    for parameter, moments in optimizer.state.items():
+    # All but the moments is this run's own: the state may come from another kind of device.
+    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+    groups = [ours | {"params": theirs["params"]} for ours, theirs in groups]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    for parameter, moments in optimizer.state.items() if isinstance(optimizer, torch.optim.AdamW) else ():
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
 

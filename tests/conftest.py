@@ -1,4 +1,5 @@
 import atexit
+import importlib
 import json
 import multiprocessing
 import os
@@ -6,6 +7,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,24 +17,35 @@ import torch
 from PIL import Image
 
 from model import SimpleUNet
+from support.script import UserError
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--dataset", "mnist5k", "--batch_size", "16", "--step_number", "4", "--device", "cpu"]
-TINY_NET = ["--img_resolution", "8", "--model_channels", "8", "--channel_mult", "1", "2", "--num_blocks", "1"]
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
+
+def flags(*words, **options):
+    """The words of a command line. An option that is True or False is a flag without a value."""
+    words = list(words)
+    for name, value in options.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--no-{name}"] if value is False else [f"--{name}"] if value is True else [f"--{name}", *values]
+    return [str(word) for word in words]
+
+
+TINY = flags(dataset="mnist5k", batch_size=16, step_number=4, device="cpu")
+TINY_NET = flags(img_resolution=8, model_channels=8, channel_mult=[1, 2], num_blocks=1)
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch._dynamo", "torchvision", "pytest"])
 
 
-def run_script(script, *arguments, cwd=ROOT, env=None):
+def run_script(script, *arguments, cwd=ROOT, env=None, **options):
     """The script as a user runs it; returns the finished process, output captured as text.
 
-    It starts as a fork of a process that has only imported torch, which saves seconds per call; with `env`, as a new
-    process.
+    Its command line is `flags(*arguments, **options)`. It starts as a fork of a process that has only imported torch,
+    which saves seconds per call; with `env`, as a new process.
     """
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / script), *flags(*arguments, **options)]
     if env:
         return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
@@ -61,13 +74,39 @@ def succeed(script, *arguments, **options):
     return done.stdout
 
 
-def torchrun(script, *arguments, cwd=ROOT, env=None):
+def torchrun(script, *arguments, cwd=ROOT, env=None, **options):
     """The same under torchrun, in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(
-        [*command, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
+    command += flags(*arguments, **options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+def start(script, *arguments, preexec_fn=None, **options):
+    """The script as a process that goes on; its output is in pipes."""
+    command = [sys.executable, str(ROOT / script), *flags(*arguments, **options)]
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=preexec_fn)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_refused(done, message):
+    """One line and exit status 2."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+
+
+def refuses(message, script, *arguments, **options):
+    """Asserts that the script, called in this process, raises a UserError of one line with `message` in it."""
+    with pytest.raises(UserError) as error:
+        importlib.import_module(script.removesuffix(".py")).main(flags(*arguments, **options))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
 def metrics(folder):
@@ -76,9 +115,8 @@ def metrics(folder):
 
 def tiny_unet(**changes):
     torch.manual_seed(0)
-    net = SimpleUNet(
-        **{**dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1), **changes}
-    )
+    options = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1)
+    net = SimpleUNet(**options | changes)
     for parameter in net.parameters():  # zero-initialised layers would hide mistakes
         torch.nn.init.normal_(parameter, std=0.1) if parameter.abs().sum() == 0 else None
     return net.eval()
@@ -126,36 +164,23 @@ def write_zip(path, labels=(0, 1, 2, 0, 1, 2), size=16, listed=None, seed=0):
 def runs(tmp_path_factory):
     """A tiny teacher and a tiny generator, trained through the command line; a folder with `teacher/` and `dmd2/`."""
     folder = tmp_path_factory.mktemp("runs")
-    succeed(
-        "train_teacher.py", *TINY, *TINY_NET, "--output_dir", folder / "teacher", "--save_every", 2, "--log_every", 1
-    )
-    teacher = folder / "teacher" / "teacher_final.pt"
-    arguments = ["--teacher_checkpoint", teacher, "--output_dir", folder / "dmd2", "--save_every", 2, "--log_every", 1]
-    succeed("train_dmd2.py", *TINY, *arguments, "--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", "0.5")
+    train_both(folder, save_every=2, log_every=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def unconditional(tmp_path_factory):
-    """`runs` without classes: trained on `set.zip`, whose images have no labels; with GAN heads and an average."""
+    """`runs` without classes: trained on `set.zip`, whose images have no labels."""
     folder = tmp_path_factory.mktemp("unconditional")
-    data = [
-        "--dataset",
-        "folder",
-        "--data_dir",
-        write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None}),
-    ]
-    options = [*TINY, *data, "--save_every", 2, "--log_every", 1]
-    succeed("train_teacher.py", *options, *TINY_NET, "--output_dir", folder / "teacher")
-    options += [
-        "--teacher_checkpoint",
-        folder / "teacher" / "teacher_final.pt",
-        "--gan_classifier",
-        "--ema_decay",
-        "0.5",
-    ]
-    succeed("train_dmd2.py", *options, "--dfake_gen_update_ratio", 2, "--output_dir", folder / "dmd2")
+    data = write_zip(folder / "set.zip", labels=range(40), size=8, listed={"labels": None})
+    train_both(folder, dataset="folder", data_dir=data, save_every=2, log_every=1)
     return folder
+
+
+def train_both(folder, **options):
+    succeed("train_teacher.py", *TINY, *TINY_NET, output_dir=folder / "teacher", **options)
+    options |= dict(teacher_checkpoint=folder / "teacher" / "teacher_final.pt", output_dir=folder / "dmd2")
+    succeed("train_dmd2.py", *TINY, gan_classifier=True, ema_decay=0.5, dfake_gen_update_ratio=2, **options)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
-"""compare.py as a user runs it: equal work, the files that it writes, and no work done twice."""
+"""compare.py: equal work, the files that it writes, and no work done twice."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed
+from conftest import ROOT, metrics
 from PIL import Image
-from test_options import assert_refused
 from test_run import wait_for
 
 import checkpoint
@@ -18,8 +18,11 @@ import compare
 import train_dmd2
 from evaluation import plots
 from support.options import parse_args
+from support.script import UserError
 
-WORK = ["--forward_passes", 24]
+
+def run_compare(arguments, *more, work=("--forward_passes", 24)):
+    compare.main([*map(str, (*arguments, *work, *more))])
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +35,14 @@ def compared(runs, tmp_path_factory):
     arguments = ["--configs", folder / "half.yaml", folder / "sid.yaml"]
     arguments += ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--seeds", 0, 1]
     arguments += ["--output_dir", folder / "out", "--num_samples", 20, "--device", "cpu"]
-    return folder, arguments, succeed("compare.py", *arguments, *WORK)
+    run_compare(arguments)
+    return folder, arguments
 
 
 def test_equal_work_is_told_in_a_table_with_all_metrics(compared):
-    folder, _, out = compared
+    folder, _ = compared
     table = (folder / "out" / "compare.md").read_text()
-    assert table.splitlines()[0].startswith("24 forward passes each") and table.splitlines()[-1] in out
+    assert table.startswith("24 forward passes each")
     found = json.loads((folder / "out" / "compare.json").read_text())["configurations"]
     steps = {name: [[point["step"] for point in one["points"]] for one in runs] for name, runs in found.items()}
     # 4 + 4 / 2 = 6 passes per iteration; with SiD at ratio 1 both turns, 7 + 3
@@ -56,40 +60,45 @@ def test_equal_work_is_told_in_a_table_with_all_metrics(compared):
 
 def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compared):
     """Three levels take 0, 1 and 2 passes more per batch of images, whatever the ratio."""
-    _, arguments, _ = compared
-    args = Namespace(forward_passes=1e6)
+    _, arguments = compared
+    args, teacher = Namespace(forward_passes=1e6), checkpoint.load_network(arguments[4], "meta")
     for ratio in (1, 3):
         options = parse_args(train_dmd2.OPTIONS, None, ["--config", str(arguments[1]), *map(str, arguments[3:5])])
         options.dfake_gen_update_ratio = ratio
-        one = 1e6 / compare.steps_of(args, options)
+        one = 1e6 / compare.steps_of(args, options, teacher)
         options.student_sigmas = [80.0, 5.0, 1.0]
-        assert 1e6 / compare.steps_of(args, options) == pytest.approx(one + 1, rel=1e-4)
+        assert 1e6 / compare.steps_of(args, options, teacher) == pytest.approx(one + 1, rel=1e-4)
 
 
-def test_what_is_done_is_not_done_again(compared):
-    """But a damaged result is: it counts as absent."""
-    folder, arguments, _ = compared
-    damaged = folder / "out" / "sid" / "seed_0" / "evaluation.json"
-    whole = damaged.read_text()
+def test_only_what_is_missing_or_damaged_is_done_again(compared):
+    """An evaluation, and a run whose last checkpoints are lost: the rest is trained, and ends with the same weights."""
+    folder, arguments = compared
+    out, run = folder / "out", folder / "out" / "half" / "seed_1"
+    damaged = out / "sid" / "seed_0" / "evaluation.json"
+    whole, before = damaged.read_text(), metrics(run)
     damaged.write_text(whole[:100])
-    (folder / "out" / "settings.json").write_text("{")
-    (folder / "out" / "compare.json").write_text("{")
-    files = [*(folder / "out").rglob("*.pt"), *(folder / "out").rglob("evaluation.json")]
-    before = {file: file.stat().st_mtime_ns for file in files}
-    succeed("compare.py", *arguments, *WORK)
-    changed = [file for file in files if file.stat().st_mtime_ns != before[file]]
-    assert len(before) > 10 and changed == [damaged]
+    for name in ("settings.json", "compare.json"):
+        (out / name).write_text("{")
+    for name in ("dmd2_final.pt", "dmd2_checkpoint_step_4.pt", "dmd2_checkpoint_step_3.pt", "evaluation.json"):
+        (run / name).unlink()
+    kept = {file: file.stat().st_mtime_ns for file in [*out.rglob("*.pt"), *out.rglob("evaluation.json")]}
+    run_compare(arguments)
+    assert len(kept) > 10 and [file for file in kept if file.stat().st_mtime_ns != kept[file]] == [damaged]
     found = json.loads(whole)["rows"][0] | {"noise": 0}
     assert json.loads(damaged.read_text())["rows"][0] | {"noise": 0} == pytest.approx(found)
+    after = metrics(run)
+    assert [row["step"] for row in after] == [1, 2, 3, 4]
+    assert after[-1]["loss_fake_mean"] == before[-1]["loss_fake_mean"]
 
 
 def test_results_of_other_options_are_not_taken_for_these(compared):
     """Of the training, of the evaluation, of the work, or of another teacher, even if it has the same name."""
-    folder, arguments, _ = compared
+    folder, arguments = compared
     out, settings = folder / "out", folder / "out" / "settings.json"
 
     def refused(message, *more):
-        assert_refused(run_script("compare.py", *arguments, *WORK, *more), message)
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_compare(arguments, *more)
 
     refused(f"{out} holds results for forward_passes 24.0, not 48.0", "--forward_passes", 48)
     refused(f"{out} holds results for num_samples 20, not 40", "--num_samples", 40)
@@ -108,21 +117,21 @@ def test_results_of_other_options_are_not_taken_for_these(compared):
 
 
 def test_metrics_of_two_classifiers_are_not_compared(compared):
-    folder, arguments, _ = compared
+    folder, arguments = compared
     file = folder / "out" / "sid" / "seed_0" / "evaluation.json"
     text = file.read_text()
     found = json.loads(text)
     found["rows"][0]["frechet_distance"] *= 1.01
     file.write_text(json.dumps(found))
-    done = run_script("compare.py", *arguments, *WORK)
+    with pytest.raises(UserError, match=f"{file} and that of the teacher differ for real images"):
+        run_compare(arguments)
     file.write_text(text)
-    assert_refused(done, f"{file} and that of the teacher differ for real images")
 
 
 @pytest.mark.parametrize("number, to_group, status", [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)])
 def test_a_stopped_comparison_saves_the_training_at_hand(compared, tmp_path, number, to_group, status):
     """Ctrl-C reaches the whole group of processes, SIGTERM compare.py alone."""
-    _, arguments, _ = compared
+    _, arguments = compared
     more = ["--step_number", 1_000_000, "--output_dir", tmp_path, "--precision", "bf16"]
     command = [str(word) for word in (sys.executable, ROOT / "compare.py", *arguments, *more)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -143,26 +152,13 @@ def test_a_checkpoint_of_a_stop_is_no_point_of_the_curve(tmp_path, monkeypatch):
     assert [point["step"] for point in points] == [230, 460, 690, 917]
 
 
-def test_a_run_that_was_stopped_is_gone_on_with(compared):
-    """Its last checkpoint and its evaluation are lost: the rest is trained, and the weights come out as before."""
-    folder, arguments, _ = compared
-    run = folder / "out" / "half" / "seed_1"
-    before = metrics(run)
-    for name in ("dmd2_final.pt", "dmd2_checkpoint_step_4.pt", "dmd2_checkpoint_step_3.pt", "evaluation.json"):
-        (run / name).unlink()
-    succeed("compare.py", *arguments, *WORK)
-    after = metrics(run)
-    assert [row["step"] for row in after] == [1, 2, 3, 4]
-    assert after[-1]["loss_fake_mean"] == before[-1]["loss_fake_mean"]
-
-
-def test_students_without_classes_are_compared_by_pixels(runs, tmp_path):
-    data = ["--dataset", "mnist5k", "--data_dir", tmp_path, "--device", "cpu"]
-    succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--label_dim", 0, "--output_dir", tmp_path / "teacher")
-    (tmp_path / "one.yaml").write_text(f"dataset: mnist5k\ndata_dir: {tmp_path}\nbatch_size: 16\nlog_every: 1\n")
-    arguments = ["--configs", tmp_path / "one.yaml", "--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt"]
-    arguments += ["--features", "pixels", "--seeds", 0, "--step_number", 2, "--num_samples", 20, "--device", "cpu"]
-    out = succeed("compare.py", *arguments, "--output_dir", tmp_path / "out")
+def test_students_without_classes_are_compared_by_pixels(unconditional, tmp_path, capsys):
+    data = f"dataset: folder\ndata_dir: {unconditional / 'set.zip'}\nbatch_size: 16\nlog_every: 1\n"
+    (tmp_path / "one.yaml").write_text(data)
+    arguments = ["--configs", tmp_path / "one.yaml", "--teacher_checkpoint", unconditional / "teacher/teacher_final.pt"]
+    arguments += ["--features", "pixels", "--seeds", 0, "--num_samples", 20, "--device", "cpu"]
+    run_compare(arguments, "--output_dir", tmp_path / "out", work=("--step_number", 2))
+    out = capsys.readouterr().out
     assert "pictures.png: real images, teacher, one, from left to right" in out and "\n2 steps each" in out
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["configurations"]["one"]
     assert row["points"][-1]["step"] == 2
@@ -171,7 +167,7 @@ def test_students_without_classes_are_compared_by_pixels(runs, tmp_path):
 
 def test_the_plotted_median_is_over_the_same_step_of_each_seed(tmp_path, monkeypatch):
     """A seed that has lost a checkpoint leaves the others' points where they are."""
-    values = dict.fromkeys(plots.CURVES, 1.0) | {"noise": dict.fromkeys(plots.CURVES, 0.1)}
+    values = dict.fromkeys(plots.RANKED, 1.0) | {"noise": dict.fromkeys(plots.RANKED, 0.1)}
     seeds = [[{"step": step, "minutes": step, **values} for step in steps] for steps in ((2, 4), (1, 2, 4), (1, 2, 4))]
     monkeypatch.setattr(plots, "save", lambda figure, path: lines.extend(figure.axes[0].lines))
     lines = []

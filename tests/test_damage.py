@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_unet, write_zip
-from edm_files import DDPMPP, edm_tensors, write_edm
+from edm_files import edm_tensors, write_edm
 
 import checkpoint
 import train_teacher
@@ -16,25 +16,29 @@ from support.script import UserError
 
 def write_checkpoint(path):
     net = tiny_unet()
-    state = {
-        "model_state_dict": net.state_dict(),
-        "ema_state_dict": net.state_dict(),
-        "step": 1,
-        "model_config": net.config,
-    }
-    checkpoint.save(path, state | {"config": {}})
+    weights = {"model_state_dict": net.state_dict(), "ema_state_dict": net.state_dict()}
+    checkpoint.save(path, weights | {"step": 1, "model_config": net.config, "config": {}})
+
+
+def write_config(path):
+    path.write_bytes((ROOT / "config_train0.yaml").read_bytes())
+
+
+def read_config(path):
+    return parse_args(train_teacher.OPTIONS, "", ["--config", str(path)])
+
+
+def write_state_dict(path, zipped=True):
+    torch.save(edm_tensors(), path, _use_new_zipfile_serialization=zipped)
 
 
 KINDS = {  # file -> who writes it, who reads it
     "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
-    "config.yaml": (
-        lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()),
-        lambda path: parse_args(train_teacher.OPTIONS, "", ["--config", str(path)]),
-    ),
+    "config.yaml": (write_config, read_config),
     "images.zip": (write_zip, lambda path: load_dataset("folder", path, 16)),
     "edm.pkl": (write_edm, load),
-    "edm.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path), load),
-    "old.pth": (lambda path: torch.save(edm_tensors(**DDPMPP), path, _use_new_zipfile_serialization=False), load),
+    "edm.pth": (write_state_dict, load),
+    "old.pth": (lambda path: write_state_dict(path, zipped=False), load),
 }
 
 
@@ -68,15 +72,3 @@ def test_damaged_files_get_one_line(tmp_path, name):
             refused += 1
             assert "\n" not in str(refusal) and str(tmp_path) in str(refusal)
     assert refused > 20
-
-
-def test_a_zip_whose_offsets_point_before_its_start(tmp_path):
-    """zipfile seeks to a negative place, for which the system has an error of its own."""
-    good = bytearray(write_zip(tmp_path / "a.zip").read_bytes())
-    directory = good.rindex(b"PK\5\6")
-    good[directory + 12 : directory + 16] = (len(good) * 2).to_bytes(4, "little")  # the directory's size
-    first = good.index(b"PK\1\2")
-    good[first + 42 : first + 46] = (0xFFFFFFF0).to_bytes(4, "little")  # the first file's offset
-    (tmp_path / "a.zip").write_bytes(good)
-    with pytest.raises(UserError, match=r"a\.zip"):
-        load_dataset("folder", tmp_path / "a.zip", 16)

@@ -1,4 +1,4 @@
-"""evaluate.py as a user runs it."""
+"""evaluate.py: metrics on equal numbers of images, what it refuses, and the FID's protocol."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, succeed, write_images, write_zip
+from conftest import succeed, write_images, write_zip
 from PIL import Image
-from test_options import assert_refused
 
 import checkpoint
 import evaluate
@@ -33,11 +32,18 @@ def result(folder):
     return json.loads((folder / "out" / "evaluation.json").read_text())
 
 
+def evaluated(*options):
+    evaluate.main([*map(str, options), "--device", "cpu"])
+
+
+def told(verdict):
+    return sorted(verdict["better"] + verdict["worse"] + verdict["as good"])
+
+
 def test_a_folder_beside_its_teacher(runs, tmp_path):
     """Each checkpoint of the run: metrics and noise on equal numbers of images, the verdict, the best, pictures."""
     data = [*classes_of(tmp_path), "--features", "classifier", "--num_samples", 45]
-    teacher = runs / "teacher" / "teacher_final.pt"
-    command = ["--checkpoint", runs / "dmd2", "--teacher_checkpoint", teacher, *data]
+    command = ["--checkpoint", runs / "dmd2", "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", *data]
     # Jupyter's, in an environment without Jupyter's packages.
     text = succeed("evaluate.py", *command, env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     found = result(tmp_path)
@@ -55,48 +61,61 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     assert "minutes" not in real and 0 < minutes[0] < minutes[1]
     chosen = students[best(students)]
     assert found["best"] == chosen["checkpoint"] and f"recall and coverage: {found['best']}" in text
-    told = found["verdict"]
-    assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(BETTER)
-    assert told == verdict(chosen, taught, real)
+    assert told(found["verdict"]) == sorted(BETTER) and found["verdict"] == verdict(chosen, taught, real)
+    assert "\n  worse in" in text and "\n  as good in" in text
     training, held_out = features.split(load_dataset("folder", tmp_path / "set", 8, 1, "cpu"))
     small = [features.averaged_pixels(part.images) for part in (held_out, training)]
     distance = frechet_distance(small[0], with_root(*statistics(small[1])))
     assert real["pixel_frechet_distance"] == pytest.approx(distance, rel=1e-4)
-    assert "worse than its teacher in" in text and "as good as its teacher in" in text
     pictures = {"evaluation.png", "comparison.png", "diversity.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", *pictures}
     shown = Image.open(tmp_path / "out" / "diversity.png")
     assert shown.size == (8 * (3 * 8 * 10 + 2 * 8), 8 * 8 * 10)  # 8x8 images of one class from each of three
     assert (tmp_path / "set_classifier_8x1.pt").exists()
-
-    done = run_script("evaluate.py", "--checkpoint", teacher, "--teacher_checkpoint", students[0]["checkpoint"], *data)
-    assert_refused(done, "a generator")
-    curves = ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out"]
-    succeed("evaluate.py", *curves)
+    evaluated("--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
-    assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, *data), "no checkpoints in this folder")
-    assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path, "--plot"), "metrics.jsonl: missing, or holds no")
-    done = run_script("evaluate.py", "--checkpoint", teacher, "--inception_score", *data)
-    assert_refused(done, "--inception_score needs --features inception")
-    done = run_script("evaluate.py", "--checkpoint", teacher, "--dataset", "folder", cwd=tmp_path)  # where no ./data is
-    assert_refused(done, "data: neither a folder nor a ZIP")
+
+
+MISTAKES = [
+    ("student.pt", ["--teacher_checkpoint", "student.pt"], "a generator"),
+    (".", [], "no checkpoints in this folder"),
+    (".", ["--plot"], "metrics.jsonl: missing, or holds no"),
+    ("student.pt", ["--inception_score", "--features", "pixels"], "--inception_score needs --features inception"),
+    ("student.pt", ["--dataset", "folder", "--data_dir", "data"], "data: neither a folder nor a ZIP"),
+    ("student.pt", ["--dataset", "folder", "--data_dir", "set.zip"], "student.pt: knows 10 classes"),
+    ("cars.pt", ["--dataset", "mnist5k"], "automobile"),
+    ("theirs.pt", [], "theirs, which is not here: give --data_dir"),  # and it is not made
+    ("unconditional.pt", ["--dataset", "folder", "--data_dir", "few", "--features", "pixels"], "only 19 images: too"),
+    ("unconditional.pt", ["--data_dir", "set.zip", "--features", "classifier"], "set.zip has no classes to train one"),
+]
+
+
+@pytest.mark.parametrize("file, options, message", MISTAKES, ids=[message for *_, message in MISTAKES])
+def test_mistakes_are_refused(runs, unconditional, tmp_path, monkeypatch, file, options, message):
+    monkeypatch.chdir(tmp_path)
+    for stage, name in ((runs, "student"), (unconditional, "unconditional")):
+        os.symlink(stage / "dmd2" / "dmd2_final.pt", f"{name}.pt")
+    os.symlink(unconditional / "set.zip", "set.zip")
+    write_images(tmp_path, classes=("few",), each=19, size=8)
+    state = checkpoint.load("student.pt") | {"class_names": ["automobile", *CLASSES[1:]]}
+    for name, changes in (("cars", {"dataset": "cifar10"}), ("theirs", {"data_dir": "theirs"})):
+        checkpoint.save(f"{name}.pt", state | {"config": state["config"] | changes})
+    with pytest.raises(UserError, match=message):
+        evaluated("--checkpoint", file, "--output_dir", "out", *options)
+    assert not os.path.exists("theirs") and not os.path.exists("out/evaluation.json")
 
 
 def test_results_outlive_a_report_that_fails(runs, tmp_path, monkeypatch):
     """They are written before they are told. This run's metrics.jsonl is damaged, and has a step without speed."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "teacher_final.pt").write_bytes((runs / "teacher" / "teacher_final.pt").read_bytes())
+    (folder / "teacher_final.pt").symlink_to(runs / "teacher" / "teacher_final.pt")
     lines = ['{"step": 2, "images_per_second": 0.0}', "\0\0", '{"step": 4, "images_per_second": 32.0}']
     (folder / "metrics.jsonl").write_text("\n".join(lines))
-
-    def unwritable(rows):
-        raise UnicodeEncodeError("ascii", "\u00e9", 0, 1, "a terminal that cannot write it")
-
-    monkeypatch.setattr(evaluate, "print_table", unwritable)
+    monkeypatch.setattr(evaluate, "print_table", lambda rows: "\u00e9".encode("ascii"))  # as on an ASCII terminal
     options = ["--checkpoint", folder, *classes_of(tmp_path, each=2), "--num_samples", 4, "--features", "classifier"]
     with pytest.raises(UnicodeEncodeError):
-        evaluate.main([*map(str, options), "--device", "cpu"])
+        evaluated(*options)
     assert result(tmp_path)["rows"][-1]["minutes"] == pytest.approx(4 * 16 / 32 / 60)
 
 
@@ -120,23 +139,18 @@ def test_results_are_whole_or_absent(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
-def test_without_classes(unconditional, tmp_path, inception_weights, features):
+def test_without_classes(unconditional, tmp_path, capsys, inception_weights, features):
     """Without labels, metrics of labels are left out. A classifier is trained only for its features."""
     student, teacher = unconditional / "dmd2" / "dmd2_final.pt", unconditional / "teacher" / "teacher_final.pt"
     options = ["--checkpoint", student, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out"]
     options += ["--num_samples", 20, "--features", features, "--steps", 2, "--inception_weights", inception_weights]
-    if features == "classifier":
-        assert_refused(run_script("evaluate.py", *options), "set.zip has no classes to train one on; use --features")
-        assert not (tmp_path / "out").exists()
-        options += [*classes_of(tmp_path, each=5)]
-    text = succeed("evaluate.py", *options)
-    found = result(tmp_path)
+    classified = features == "classifier"
+    evaluated(*options, *(classes_of(tmp_path, each=5) if classified else []))
+    text, found = capsys.readouterr().out, result(tmp_path)
     names = BETTER.keys() - {"own_label", "within_class_spread"}
     assert len(found["rows"]) == 3 and all(row["noise"].keys() == names <= row.keys() for row in found["rows"])
     assert not any(name in text for name in ("own_label", "within_class_spread", "class "))
-    told = found["verdict"]
-    assert sorted(told["better"] + told["worse"] + told["as good"]) == sorted(names)
-    classified = features == "classifier"
+    assert told(found["verdict"]) == sorted(names)
     assert ("a classifier, trained" in text) == classified == (found["classifier_accuracy"] is not None)
     same = [row["frechet_distance"] == row["pixel_frechet_distance"] for row in found["rows"]]
     assert all(same) if features == "pixels" else not any(same)
@@ -145,37 +159,15 @@ def test_without_classes(unconditional, tmp_path, inception_weights, features):
     assert not list(unconditional.glob("*classifier*"))
 
 
-def test_data_that_do_not_fit_the_model_are_refused(runs, unconditional, tmp_path):
-    data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
-    student = runs / "dmd2" / "dmd2_final.pt"
-    assert_refused(run_script("evaluate.py", "--checkpoint", student, *data), f"{student}: knows 10 classes")
-    state = checkpoint.load(student) | {"class_names": ["automobile", *CLASSES[1:]]}
-    state["config"]["dataset"] = "cifar10"
-    checkpoint.save(tmp_path / "cars.pt", state)
-    data = ["--dataset", "mnist5k", "--output_dir", tmp_path / "out"]
-    assert_refused(run_script("evaluate.py", "--checkpoint", tmp_path / "cars.pt", *data), "automobile")
-    state["config"]["data_dir"] = str(tmp_path / "theirs")  # is not made
-    checkpoint.save(tmp_path / "theirs.pt", state)
-    done = run_script("evaluate.py", "--checkpoint", tmp_path / "theirs.pt", "--output_dir", tmp_path / "out")
-    assert_refused(done, "which is not here: give --data_dir")
-    assert not (tmp_path / "theirs").exists()
-    write_images(tmp_path / "few", classes=("a",), each=19, size=8)
-    data = ["--dataset", "folder", "--data_dir", tmp_path / "few" / "a", "--output_dir", tmp_path / "out"]
-    student = unconditional / "dmd2" / "dmd2_final.pt"
-    done = run_script("evaluate.py", "--checkpoint", student, *data, "--features", "pixels")
-    assert_refused(done, "only 19 images: too few")
-
-
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):
     """A large set is memory-mapped: a subset of the right size is used, the same at each call."""
     data = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
     monkeypatch.setattr(image_files, "LARGE", 0)
     monkeypatch.setattr(evaluate, "MOST_REAL", 50)
     options = ["--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", "--dataset", "folder", "--data_dir", data]
-    options += ["--features", "pixels", "--num_samples", 20, "--device", "cpu", "--output_dir", tmp_path / "out"]
     rows = []
     for _ in range(2):
-        evaluate.main([*map(str, options)])
+        evaluated(*options, "--features", "pixels", "--num_samples", 20, "--output_dir", tmp_path / "out")
         assert "real images: 50 of 60, a fixed random subset" in capsys.readouterr().out
         rows.append(result(tmp_path)["rows"][0])
     assert rows[0] == rows[1] and rows[0]["images"] == 10
@@ -187,13 +179,12 @@ def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
     seen, see = [], features.inception(str(inception_weights), torch.device("cpu"))
     monkeypatch.setattr(features, "inception", lambda *arguments: lambda images: seen.append(images) or see(images))
     options = [*classes_of(tmp_path, each=3), "--num_samples", 5, "--repeats", 2, "--inception_score"]
-    options += ["--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--device", "cpu"]
     if published:
         random = np.random.default_rng(0)
         mu, root = random.normal(size=2048), random.normal(size=(2048, 20)) / 20
         np.savez(tmp_path / "published.npz", mu=mu, sigma=root @ root.T)
         options += ["--fid_reference", tmp_path / "published.npz"]
-    evaluate.main([*map(str, options)])
+    evaluated("--checkpoint", runs / "dmd2" / "dmd2_final.pt", *options)
     row = result(tmp_path)["rows"][-1]
     assert [len(images) for images in seen] == [24, 6, 10]  # real, held out, generated
     assert row["fid"] == min(row["fid_draws"]) < max(row["fid_draws"]) and row["inception_score"] >= 1
@@ -211,22 +202,27 @@ def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
         (None, "No such file"),
         (b"text", "needs an .npz file"),
         ({"mu": np.zeros(2048)}, "needs an .npz file"),
-        ({"mu": np.zeros(2048), "sigma": np.zeros((2, 2))}, "these are [2048] and [2, 2]"),
+        ({"mu": np.zeros(2048), "sigma": np.zeros((2, 2))}, r"these are \[2048\] and \[2, 2\]"),
         ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "it holds more than numbers"),
         ({"mu": np.zeros(10**7), "sigma": np.zeros((1, 1))}, "it unpacks to more"),
     ],
 )
-def test_unfit_statistics_are_refused(runs, tmp_path, content, message):
+def test_unfit_statistics_are_refused(tmp_path, content, message):
     path = tmp_path / "statistics.npz"
     if isinstance(content, dict):
         np.savez(path, **content)
     elif content:
         path.write_bytes(content)
-    done = run_script(
-        "evaluate.py", "--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--fid_reference", path, cwd=tmp_path
-    )
-    assert_refused(done, message)
-    assert str(path) in done.stderr
+    with pytest.raises(UserError, match=f"--fid_reference {path}: .*{message}"):
+        evaluate.read_fid_reference(path)
+
+
+def test_fid_reference_is_what_it_says(tmp_path):
+    seen = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
+    mean, covariance = statistics(seen)
+    np.savez(tmp_path / "a.npz", mu=mean.numpy(), sigma=covariance.numpy())
+    read = with_root(*evaluate.read_fid_reference(tmp_path / "a.npz", 4))
+    assert frechet_distance(seen, read) == pytest.approx(0, abs=1e-6)
 
 
 def test_an_image_depends_on_its_number_alone(runs):
@@ -246,11 +242,3 @@ def test_an_image_depends_on_its_number_alone(runs):
     model.sampler = lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape) / 10
     assert torch.equal(evaluate.generate(args, [model], (1, 8, 8), cpu), labels)
     assert torch.equal(model.images[:, 0, 0, 0], (labels / 10 * 127.5 + 127.5).round().to(torch.uint8))
-
-
-def test_fid_reference_is_what_it_says(tmp_path):
-    seen = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
-    mean, covariance = statistics(seen)
-    np.savez(tmp_path / "a.npz", mu=mean.numpy(), sigma=covariance.numpy())
-    read = with_root(*evaluate.read_fid_reference(tmp_path / "a.npz", 4))
-    assert frechet_distance(seen, read) == pytest.approx(0, abs=1e-6)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import metrics, succeed, tiny_unet, write_images
+from conftest import flags, metrics, refuses, tiny_unet, write_images
 
 import checkpoint
 import train_dmd2
@@ -14,11 +14,7 @@ from support.script import UserError
 from unified_model import UnifiedModel
 
 NET = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0)
-
-
-def flags(**options):
-    words = [[f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in options.items()]
-    return [word for group in words for word in group]
+RUN = dict(batch_size=16, step_number=4, log_every=1, device="cpu")
 
 
 def adamw(parameters, lr):
@@ -60,19 +56,9 @@ FACTORS = [1 / 3, 2 / 3, 1.0, 0.5]  # of the learning rate: three steps of warm-
 def test_the_teachers_loop_is_edms(tmp_path, name):
     """Four steps: noise levels, loss, labels, rate, clipping, average. By default photos are mirrored, digits not."""
     data_dir = tmp_path if name == "mnist5k" else write_images(tmp_path / "set", size=8)
-    options = dict(
-        lr=1e-2, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.15, P_mean=-0.5, P_std=0.7, clip_grad_norm=0.1, seed=3
-    )
-    run = dict(
-        dataset=name,
-        data_dir=data_dir,
-        output_dir=tmp_path / "run",
-        batch_size=16,
-        step_number=4,
-        log_every=1,
-        device="cpu",
-    )
-    assert train_teacher.main(flags(**NET, **options, **run)) == 0
+    options = dict(lr=1e-2, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.15, P_mean=-0.5, P_std=0.7, clip_grad_norm=0.1)
+    options |= dict(seed=3, dataset=name, data_dir=data_dir, output_dir=tmp_path / "run")
+    assert train_teacher.main(flags(**NET, **options, **RUN)) == 0
 
     dataset = load_dataset(name, data_dir, 8, None, "cpu")
     batches = Batches(dataset, 16, seed=3, hflip=name == "folder")
@@ -100,10 +86,8 @@ def test_the_teachers_loop_is_edms(tmp_path, name):
 def teacher(tmp_path_factory):
     """The checkpoint of a teacher with random weights, whose images depend on their labels."""
     folder = tmp_path_factory.mktemp("loops")
-    args = flags(
-        **NET, dataset="mnist5k", data_dir=folder, output_dir=folder, batch_size=16, step_number=1, device="cpu"
-    )
-    succeed("train_teacher.py", *args)
+    options = RUN | dict(dataset="mnist5k", data_dir=folder, output_dir=folder, step_number=1)
+    assert train_teacher.main(flags(**NET, **options)) == 0
     net = tiny_unet(dropout=0.0, attn_resolutions=[4])
     path = folder / "teacher_final.pt"
     checkpoint.save(path, checkpoint.load(path) | {"ema_state_dict": net.state_dict(), "model_config": net.config})
@@ -113,19 +97,13 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("gan_lr, clip", [(None, True), (4e-3, True), (4e-3, False)])
 def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     """Four iterations at ratio 2, two guidance updates each, in two parts per batch; all rates and weights differ."""
-    options = dict(
-        generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.4, clip_grad_norm=0.02, seed=5
-    )
-    options |= dict(
-        dfake_gen_update_ratio=2, guidance_updates=2, gen_cls_loss_weight=0.3, cls_loss_weight=0.7, grad_accum=2
-    )
+    options = dict(generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.4, seed=5)
+    options |= dict(dfake_gen_update_ratio=2, guidance_updates=2, grad_accum=2, clip_grad_norm=0.02, clip_guidance=clip)
+    options |= dict(gan_classifier=True, gen_cls_loss_weight=0.3, cls_loss_weight=0.7)
     options |= dict(teacher_checkpoint=teacher, conditioning_sigma=4.0, max_step_percent=0.7)
+    options |= dict(dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run")
     options |= {"gan_lr": gan_lr} if gan_lr else {}
-    run = dict(
-        dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run", batch_size=16, step_number=4, log_every=1
-    )
-    switches = ["--gan_classifier", "--clip_guidance" if clip else "--no-clip_guidance", "--device", "cpu"]
-    assert train_dmd2.main(flags(**options, **run) + switches) == 0
+    assert train_dmd2.main(flags(**options, **RUN)) == 0
 
     batches = Batches(load_dataset("mnist5k", tmp_path, 8, 1, "cpu"), 16, seed=5)
     torch.manual_seed(5)
@@ -162,16 +140,16 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     assert_close(state["ema_state_dict"], ema, start)
 
 
-@pytest.mark.parametrize(
-    "options, switches",
-    [
-        (dict(f_divergence="kl", gan_features="teacher", gan_resolutions=[8, 4], num_train_timesteps=500), []),
-        (dict(gan_features="fake"), ["--no-diffusion_gan"]),
-        (dict(objective="sid", sid_alpha=1.2, fake_loss_weighting="none", diffusion_gan_max_timestep=300), []),
-        (dict(min_step_percent=0.1, max_step_percent=0.6, sigma_min=0.01, sigma_max=50.0, rho=5.0), []),
-    ],
-)
-def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, options, switches):
+REACH = [
+    dict(f_divergence="kl", gan_features="teacher", gan_resolutions=[8, 4], num_train_timesteps=500),
+    dict(gan_features="fake", diffusion_gan=False),
+    dict(objective="sid", sid_alpha=1.2, fake_loss_weighting="none", diffusion_gan_max_timestep=300),
+    dict(min_step_percent=0.1, max_step_percent=0.6, sigma_min=0.01, sigma_max=50.0, rho=5.0),
+]
+
+
+@pytest.mark.parametrize("options", REACH)
+def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, options):
     seen = {}
 
     def stop(*_, **given):
@@ -179,9 +157,19 @@ def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, option
         raise UserError("far enough")
 
     monkeypatch.setattr(train_dmd2, "GuidanceModel", stop)
-    run = flags(dataset="mnist5k", data_dir=tmp_path, output_dir=tmp_path / "run", batch_size=16, device="cpu")
-    args = [*run, *flags(teacher_checkpoint=teacher, **options), "--gan_classifier", *switches]
-    with pytest.raises(UserError, match="far enough"):
-        train_dmd2.main(args)
-    expected = options | {"gan_classifier": True, "diffusion_gan": not switches}
-    assert {name: seen[name] for name in expected} == expected
+    options = {"gan_classifier": True, "diffusion_gan": True} | options
+    refuses("far enough", "train_dmd2.py", **RUN, **options, teacher_checkpoint=teacher, output_dir=tmp_path / "run")
+    assert {name: seen[name] for name in options} == options
+
+
+@pytest.mark.parametrize("hflip", [True, False])
+def test_real_images_are_mirrored_if_the_teachers_were(teacher, tmp_path, monkeypatch, hflip):
+    """Or the GAN's heads would learn that mirrored means generated."""
+    state = checkpoint.load(teacher)
+    checkpoint.save(tmp_path / "teacher.pt", state | {"config": state["config"] | {"hflip": hflip}})
+    seen = {}
+    monkeypatch.setattr(train_dmd2, "Batches", lambda *_, **given: seen.update(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        options = RUN | dict(dataset="mnist5k", teacher_checkpoint=tmp_path / "teacher.pt", output_dir=tmp_path / "run")
+        train_dmd2.main(flags(**options))
+    assert seen == {"hflip": hflip}

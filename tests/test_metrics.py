@@ -43,18 +43,9 @@ def test_frechet_distance_of_gaussians():
 
 def test_frechet_distance_is_torch_fidelitys():
     a, b = normal(300, 20) * torch.linspace(0.1, 3, 20), normal(200, 20, 1) + 0.3
-    published = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), verbose=False)
-    assert frechet(a, b) == pytest.approx(published[KEY_METRIC_FID], rel=1e-6)
-    few = fid_statistics_to_metric(fid_features_to_statistics(a[:5]), fid_features_to_statistics(b), verbose=False)
-    assert frechet(a[:5].float(), b) == pytest.approx(few[KEY_METRIC_FID], rel=1e-6)  # a covariance of rank 4
-
-
-def test_the_root_of_the_references_covariance_is_computed_once(monkeypatch):
-    calls, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or eigh(matrix))
-    reference = reference_of(normal(500, 6))
-    metrics.measure_with_noise(seen_of(normal(100, 6, 1)), torch.zeros(100, dtype=torch.long), reference, 50)
-    assert len(calls) == 2  # of the features and of the averaged pixels
+    for ours in (a, a[:5]):  # the second has a covariance of rank 4
+        published = fid_statistics_to_metric(*map(fid_features_to_statistics, (ours, b)), verbose=False)
+        assert frechet(ours.float(), b) == pytest.approx(published[KEY_METRIC_FID], rel=1e-6)
 
 
 def test_distances_of_close_images_far_from_zero():
@@ -77,27 +68,19 @@ def test_precision_recall_density_coverage_on_a_line():
     assert neighbours(real, fake, (2, 1))["density"] == 5 / 4
     # A ball contains its surface, and a lone image is its own neighbour.
     assert neighbours(real[2:], real[:2], (1, 1))["recall"] == 1 / 3
-    assert neighbours(real[:2], torch.tensor([[2.0]]), (1, 1)) == {
-        "precision": 1,
-        "recall": 0,
-        "density": 1,
-        "coverage": 0.5,
-    }
+    alone = neighbours(real[:2], torch.tensor([[2.0]]), (1, 1))
+    assert alone == {"precision": 1, "recall": 0, "density": 1, "coverage": 0.5}
 
 
-def test_neighbours_do_not_depend_on_the_blocks(monkeypatch):
-    real, fake = normal(150, 4), normal(130, 4, 1) * 0.8
-    whole = neighbours(real, fake, (3, 5))
-    monkeypatch.setattr(metrics, "BLOCK", 7)
-    assert neighbours(real, fake, (3, 5)) == whole
-
-
-def test_precision_and_recall_are_torch_fidelitys():
+def test_precision_and_recall_are_torch_fidelitys(monkeypatch):
+    """And no metric depends on the blocks in which distances are computed."""
     real, fake = normal(150, 4).float(), normal(130, 4, 1).float() * 0.8
     published = prc_features_to_metric(fake, real, verbose=False, prc_neighborhood=3)
     ours = neighbours(real, fake, (3, 5))
     assert ours["precision"] == pytest.approx(published[KEY_METRIC_PRECISION], abs=0.01)
     assert ours["recall"] == pytest.approx(published[KEY_METRIC_RECALL], abs=0.01)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert neighbours(real, fake, (3, 5)) == ours
 
 
 def test_within_class_spread_is_the_variance_around_each_classs_mean():
@@ -143,31 +126,35 @@ def reference_of(points):
     return metrics.reference(seen_of(points), seen_of(points + 0.02))
 
 
+def measured(reference, points, size, logits=None):
+    labels = torch.zeros(len(points), dtype=torch.long)
+    return metrics.measure_with_noise(seen_of(points, logits), labels, reference, size)
+
+
 def test_noise_is_the_spread_of_the_figure_over_draws():
     """Against the real spread over 12 draws of 400 points: within a factor of two for each metric."""
-    reference, labels = reference_of(normal(2000, 6)), torch.zeros(400, dtype=torch.long)
-    draws = [normal(400, 6, seed) * 0.9 for seed in range(1, 13)]
-    logits = [F.one_hot((draw[:, 0] > 0).long(), 2).double() for draw in draws]
-    rows = [
-        metrics.measure_with_noise(seen_of(d, l), labels, reference, 400) for d, l in zip(draws, logits, strict=True)
-    ]
+    reference, draws = reference_of(normal(2000, 6)), [normal(400, 6, seed) * 0.9 for seed in range(1, 13)]
+    rows = [measured(reference, d, 400, F.one_hot((d[:, 0] > 0).long(), 2).double()) for d in draws]
     for name in metrics.BETTER:
         spread = np.std([row[name] for row in rows], ddof=1)
         noise = np.mean([row["noise"][name] for row in rows])
         assert (spread == 0 and noise == 0) or 0.5 < noise / spread < 2, (name, spread, noise)
 
 
-def test_more_images_make_less_noise_and_leave_the_metric():
-    """1,600 images in parts of 400: the metrics are of 400 images each, so that they compare; their noise is half."""
+def test_more_images_make_less_noise_and_leave_the_metric(monkeypatch):
+    """1,600 images in parts of 400: the metrics are of 400 images each, so that they compare; their noise is half.
+
+    The root of the reference's covariances, of features and of averaged pixels, is computed once.
+    """
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix) or eigh(matrix))
     reference = reference_of(normal(2000, 6))
-    few, many = (
-        metrics.measure_with_noise(seen_of(normal(n, 6, 1)), torch.zeros(n, dtype=torch.long), reference, 400)
-        for n in (400, 1700)
-    )
+    few, many = (measured(reference, normal(n, 6, 1), 400) for n in (400, 1700))
     assert few["images"] == 400 and many["images"] == 1600  # the last 100 make no part
     for name in ("frechet_distance", "recall", "within_class_spread"):
         assert abs(few[name] - many[name]) < 4 * few["noise"][name]
         assert 0.25 < many["noise"][name] / few["noise"][name] < 0.9
+    assert len(calls) == 2
 
 
 def test_without_logits_there_are_no_metrics_of_labels():
@@ -187,16 +174,22 @@ def test_without_logits_there_are_no_metrics_of_labels():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """What sees digits, the reference, the training set and the held-out digits."""
+    """(a function that measures images and labels, the training set, the held-out digits)"""
     dataset = load_dataset("mnist5k", "unused", 16)
-    classifier, _ = features.classifier(dataset, tmp_path_factory.mktemp("classifier") / "classifier.pt", CPU)
+    classifier, accuracy = features.classifier(dataset, tmp_path_factory.mktemp("classifier") / "classifier.pt", CPU)
+    assert accuracy >= 0.98
 
     def see(images):
         small, (classified, logits) = features.averaged_pixels(images), classifier(images)
         return {"features": classified, "neighbours": small, "logits": logits, "images": images, "small": small}
 
     training, held_out = features.split(dataset)
-    return see, metrics.reference(see(training.images), see(held_out.images)), training, held_out
+    reference = metrics.reference(see(training.images), see(held_out.images))
+
+    def measure(images, labels):
+        return metrics.measure_with_noise(see(images), labels, reference, len(labels))
+
+    return measure, training, held_out
 
 
 def ten_images(images, labels, training):
@@ -248,29 +241,18 @@ FAINTLY = {ten_images: {"density"}, one_class_missing: {"recall"}}  # seen, but 
 @pytest.mark.parametrize("plant", FAILURES)
 def test_planted_failures_are_seen(digits, plant):
     """By the metrics that docs/evaluation.md names, by more than four times the noise; the others find nothing."""
-    see, reference, training, held_out = digits
+    measure, training, held_out = digits
     truth = held_out.images, held_out.labels
-    real, planted = (measured(see, reference, *images) for images in (truth, plant(*truth, training)))
+    real, planted = measure(*truth), measure(*plant(*truth, training))
     for name in metrics.BETTER.keys() - FAINTLY.get(plant, set()):
-        worse = worse_by(planted, real, name)
+        gap = planted[name] - real[name]
+        gap = {min: gap, max: -gap, None: abs(gap)}[metrics.BETTER[name]]
+        worse = gap / max((planted["noise"][name] ** 2 + real["noise"][name] ** 2) ** 0.5, 1e-9)
         assert worse > 4 if name in FAILURES[plant].split() else worse < 3, (name, worse)
 
 
 @pytest.mark.slow
 def test_two_halves_of_the_real_digits_are_equal(digits):
-    see, reference, _, held_out = digits
-    halves = [
-        measured(see, reference, held_out.images[half], held_out.labels[half]) for half in torch.arange(1000).chunk(2)
-    ]
+    measure, _, held_out = digits
+    halves = [measure(held_out.images[half], held_out.labels[half]) for half in torch.arange(1000).chunk(2)]
     assert metrics.verdict(*halves, halves[1]) == {"better": [], "worse": [], "as good": list(metrics.BETTER)}
-
-
-def measured(see, reference, images, labels):
-    return metrics.measure_with_noise(see(images), labels, reference, len(labels))
-
-
-def worse_by(row, real, name):
-    """How many standard deviations of its noise a metric is worse than that of real images."""
-    better = metrics.BETTER[name]
-    gap = {min: row[name] - real[name], max: real[name] - row[name], None: abs(row[name] - real[name])}[better]
-    return gap / max((row["noise"][name] ** 2 + real["noise"][name] ** 2) ** 0.5, 1e-9)

@@ -56,9 +56,8 @@ def test_weights_are_r_squared_times_the_second_derivative(kind):
     r = logits.exp().requires_grad_()
     (slope,) = torch.autograd.grad(DIVERGENCES[kind](r).sum(), r, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), r)
-    torch.testing.assert_close(
-        f_divergence_weight(logits, kind).double(), r.detach() ** 2 * curvature, rtol=1e-5, atol=0
-    )
+    weight = f_divergence_weight(logits, kind).double()
+    torch.testing.assert_close(weight, r.detach() ** 2 * curvature, rtol=1e-5, atol=0)
 
 
 def test_ratios_are_bounded():
@@ -90,22 +89,17 @@ def gaussian(mean, std):
 def test_sid_loss_is_the_one_on_paper():
     x, real, fake = tensors()
     expected = 0
-    for i in range(4):
-        w = (x[i] - real[i]).abs().mean()
-        expected += ((real[i] - fake[i]) * ((real[i] - x[i]) - 1.2 * (real[i] - fake[i]))).mean() / w / 4
+    for x_i, r, f in zip(x, real, fake, strict=True):
+        expected += ((r - f) * ((r - x_i) - 1.2 * (r - f))).mean() / (x_i - r).abs().mean() / 4
     torch.testing.assert_close(sid_loss(x, real, fake, 1.2), expected)
 
 
 def test_the_gradient_of_sid_runs_through_the_inputs_of_both_denoisers():
     """Against finite differences, with the normaliser held."""
     torch.manual_seed(0)
-    x, noise, sigma = torch.randn(1, 1, 2, 2, dtype=torch.float64), torch.randn(1, 1, 2, 2, dtype=torch.float64), 0.7
+    (x, noise), sigma = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64), 0.7
     real, fake = gaussian(0.5, 0.4), gaussian(-0.3, 0.8)
     w = (x - real(x + sigma * noise, sigma)).abs().mean()
-
-    def loss(x):
-        noisy = x + sigma * noise
-        return sid_loss(x, real(noisy, sigma), fake(noisy, sigma), 1.1)
 
     def by_hand(x):
         noisy = x + sigma * noise
@@ -113,11 +107,9 @@ def test_the_gradient_of_sid_runs_through_the_inputs_of_both_denoisers():
         return (d * ((real(noisy, sigma) - x) - 1.1 * d)).mean() / w
 
     point = x.clone().requires_grad_()
-    loss(point).backward()
-    for index in range(4):
-        step = torch.zeros(4, dtype=torch.float64)
-        step[index] = 1e-5
-        step = step.reshape(x.shape)
+    noisy = point + sigma * noise
+    sid_loss(point, real(noisy, sigma), fake(noisy, sigma), 1.1).backward()
+    for index, step in enumerate(1e-5 * torch.eye(4, dtype=torch.float64).reshape(4, *x.shape)):
         slope = (by_hand(x + step) - by_hand(x - step)) / 2e-5
         assert point.grad.flatten()[index].item() == pytest.approx(slope.item(), rel=1e-6)
 

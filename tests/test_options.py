@@ -1,14 +1,14 @@
+import importlib
 import os
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_refused, refuses, run_script
 
 import evaluate
 import generate
 import train_dmd2
 import train_teacher
 from support.options import parse_args
-from support.script import UserError
 
 T, D, G, E = train_teacher, train_dmd2, generate, evaluate
 
@@ -56,17 +56,12 @@ def test_shipped_configs_are_valid(path):
         D.check(args)
 
 
-def test_numbers_as_people_and_yaml_write_them(tmp_path):
-    config = tmp_path / "a.yaml"
-    config.write_text("lr: 1e-4\nstep_number: 1e5\nseed: 0\nresume_from_checkpoint: null\n")  # YAML reads 1e-4 as text
-    args = parse(T, "--config", config)
-    assert args.lr == 1e-4 and args.step_number == 100_000 and isinstance(args.step_number, int)
-
-
-def test_paths_are_expanded_in_files_too(tmp_path, monkeypatch):
+def test_numbers_and_paths_as_people_and_yaml_write_them(tmp_path, monkeypatch):
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    (tmp_path / "a.yaml").write_text("data_dir: $SCRATCH/cifar\noutput_dir: ~/runs\n")
+    numbers = "lr: 1e-4\nstep_number: 1e5\nseed: 0\nresume_from_checkpoint: null\n"  # YAML reads 1e-4 as text
+    (tmp_path / "a.yaml").write_text(numbers + "data_dir: $SCRATCH/cifar\noutput_dir: ~/runs\n")
     args = parse(T, "--config", tmp_path / "a.yaml", "--wandb_dir", "~/w")
+    assert args.lr == 1e-4 and args.step_number == 100_000 and isinstance(args.step_number, int)
     assert args.data_dir == "/scratch/me/cifar" and args.output_dir == os.path.expanduser("~/runs")
     assert args.wandb_dir == os.path.expanduser("~/w")
 
@@ -79,28 +74,18 @@ def test_the_default_attends_where_the_network_has_that_resolution(side, attends
 
 WRONG = [  # script, arguments, part of the one-line message
     (T, "--lrr 1", "unknown argument --lrr (did you mean --lr?)"),
-    (T, "--learning_rate 1", "unknown argument --learning_rate"),
     (T, "my.yaml", "unknown argument my.yaml (did you mean --config my.yaml?)"),
     (T, "--lr", "--lr: expected one argument"),
     (T, "--lr fast", "--lr needs a number, not 'fast'"),
     (T, "--lr nan", "--lr must be above 0, not nan"),
-    (T, "--lr=-1e-4", "--lr must be above 0, not -1e-4"),
     (T, "--batch_size 0", "--batch_size must be at least 1, not 0"),
     (T, "--batch_size 2.5", "--batch_size needs a whole number, not 2.5"),
     (T, "--seed=-1", "--seed must be at least 0"),
     (T, "--dropout 1", "--dropout must be at least 0 and at most 0.99"),
-    (
-        T,
-        "--dataset cifar",
-        "--dataset must be one of cifar10, mnist, fashion_mnist, mnist5k, folder, not 'cifar' (did you mean cifar10?)",
-    ),
+    (T, "--dataset cifar", "must be one of cifar10, mnist, fashion_mnist, mnist5k, folder, not 'cifar' (did you mean"),
     (T, "--device cuda:x", "--device must be auto, cpu, cuda, cuda:N or mps"),
     (T, "--img_resolution 20", "img_resolution 20 cannot be halved 3 times"),
-    (
-        T,
-        "--img_resolution 48 --attn_resolutions 16 12",
-        "--attn_resolutions 16: the network's resolutions are 48, 24, 12, 6",
-    ),
+    (T, "--img_resolution 48 --attn_resolutions 16 12", "_resolutions 16: the network's resolutions are 48, 24, 12, 6"),
     (T, "--img_channels 2", "--img_channels must be 1 or 3"),
     (T, "--model_channels 20", "model_channels must be a multiple of 8"),
     (T, "--channel_mult 1 two", "--channel_mult needs a number, not 'two'"),
@@ -108,29 +93,13 @@ WRONG = [  # script, arguments, part of the one-line message
     (T, "--output_dir=", "--output_dir must not be empty"),
     (T, "--config /no/such.yaml", "--config /no/such.yaml: No such file"),
     (D, "--sigma_min 5 --sigma_max 1", "--sigma_min (5.0) must be below --sigma_max (1.0)"),
-    (
-        D,
-        "--min_step_percent 0.9 --max_step_percent 0.1",
-        "--min_step_percent (0.9) must be below --max_step_percent (0.1)",
-    ),
-    (D, "--max_step_percent 1.5", "--max_step_percent must be at least 0 and at most 1"),
-    (D, "--objective dsm", "--objective must be one of dmd, sid"),
+    (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent"),
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
     (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, starting with the most noise"),
-    (
-        D,
-        "--student_sigmas 5 1 --student_steps 3",
-        "--student_steps 3: --student_sigmas gives 2; give one of them",
-    ),
+    (D, "--student_sigmas 5 1 --student_steps 3", "--student_steps 3: --student_sigmas gives 2; give one of them"),
     (D, "--gan_lr 1e-3", "--gan_lr needs --gan_classifier"),
-    (
-        D,
-        "--alternate_turns --dfake_gen_update_ratio 1",
-        "--alternate_turns needs a --dfake_gen_update_ratio of at least 2",
-    ),
+    (D, "--alternate_turns --dfake_gen_update_ratio 1", "needs a --dfake_gen_update_ratio of at least 2"),
     (D, "--lr 1e-4", "unknown argument --lr"),
-    (G, "--format gif", "--format must be one of grid, png, npz"),
-    (E, "--features resnet", "--features must be one of inception, classifier"),
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda, cuda:N or mps"),
     (T, "--batch_size 10 --grad_accum 3", "--batch_size 10 must be divisible by --grad_accum 3"),
     (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
@@ -142,13 +111,10 @@ WRONG = [  # script, arguments, part of the one-line message
 WRONG_YAML = [  # content, part of the one-line message
     ("- lr\n- 3\n", "needs lines of the form `key: value`"),
     ("lr: 1\nlr: 2\n", "key lr is given twice"),
-    ("wandb:\n  mode: offline\n  mode: online\n", "key mode is given twice"),
     ("lr:\t1\n\tbatch_size: 2", "line 1: not YAML"),
     ("wandb_run_name: 2024-13-45", "not YAML: month must be in 1..12"),
     ("lr: !!int x", "not YAML"),
     (b"\xff\xfe\x00\x01", "not YAML"),
-    ("learning_rte: 1", "unknown key learning_rte"),
-    ("teacher_checkpoint: x", "unknown key teacher_checkpoint"),
     ("a: " + "[" * 20_000, "not YAML"),
     ("batchsize: 1", "unknown key batchsize (did you mean batch_size?)"),
     ("wandb:\n  projekt: x\n", "unknown key wandb_projekt (did you mean wandb_project?)"),
@@ -160,22 +126,14 @@ WRONG_YAML = [  # content, part of the one-line message
     ("channel_mult: 2", "channel_mult needs a list"),
     ("hflip: maybe", "hflip must be true or false"),
     ("batch_size: true", "batch_size needs a number, not 'True'"),
-    ("lr: .nan", "lr must be above 0, not nan"),
     ("1: 2", "unknown key 1"),
 ]
-
-
-def assert_refused(done, message):
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
 
 
 @pytest.mark.parametrize("script, arguments, message", WRONG, ids=str)
 def test_wrong_options_are_refused(tmp_path, monkeypatch, script, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as error:
-        script.main(arguments.split())
-    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    refuses(message, script.__name__, *arguments.split())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,9 +141,7 @@ def test_wrong_options_are_refused(tmp_path, monkeypatch, script, arguments, mes
 def test_wrong_yaml_is_refused(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
-        T.main(["--config", "bad.yaml"])
-    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    refuses(message, "train_teacher.py", config="bad.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
@@ -197,10 +153,10 @@ SCRIPTS = ("train_teacher", "train_dmd2", "generate", "evaluate", "compare", "ex
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_the_options_by_headings(script):
-    done = run_script(f"{script}.py", "--help")
-    assert done.returncode == 0 and "--config" in done.stdout, done.stderr
-    options = __import__(script).OPTIONS
-    for heading, table in options.items():
-        assert f"\n{heading}:\n" in done.stdout
-        assert all(f"--{option.name}" in done.stdout for option in table)
+def test_help_lists_the_options_by_headings(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    told = capsys.readouterr().out
+    for heading, table in module.OPTIONS.items():
+        assert f"\n{heading}:\n" in told and all(f"--{option.name}" in told for option in table)

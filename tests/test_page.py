@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import torch
-from conftest import succeed, tiny_unet
-from test_export import needs_onnx, write_generator
+from conftest import tiny_unet
+from test_export import exported, needs_onnx, write_generator
 
 from extras import page
 from sampling import class_noise, few_step_sampler
@@ -33,13 +33,10 @@ def served(folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         log_message = lambda *arguments: None  # noqa: E731
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
         server.shutdown()
-        server.server_close()
 
 
 @contextmanager
@@ -55,9 +52,8 @@ def opened(url, profile, size=(960, 1000)):
 
             def call(method, session=None, **parameters):
                 call.number += 1
-                message = {"id": call.number, "method": method, "params": parameters} | (
-                    {"sessionId": session} if session else {}
-                )
+                message = {"id": call.number, "method": method, "params": parameters}
+                message |= {"sessionId": session} if session else {}
                 questions.write(json.dumps(message).encode() + b"\0")
                 questions.flush()
                 while (answer := receive()).get("id") != call.number:
@@ -130,9 +126,7 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels,
         about = "8x8 pixels, colour · 2 network evaluations per image · trained for 7 steps"
     buttons = [f"class {label}" for label in range(classes)] or ["draw"]
     generator, folder = write_generator(tmp_path / "x.pt", net, sigmas=sigmas), tmp_path / "page"
-    assert "python -m http.server" in succeed(
-        "export.py", "--checkpoint", generator, "--page", folder, "--ort", runtime
-    )
+    exported(generator, "--page", folder, "--ort", runtime)
     assert {path.name for path in folder.iterdir()} == {"generator.onnx", *(path.name for path in page.files(folder))}
 
     noise, labels = class_noise(range(net.label_dim) or [0], 2, (net.config["img_channels"], 8, 8), seed=3)
@@ -142,16 +136,14 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels,
         expected = few_step_sampler(net, noise, labels, sigmas, torch.Generator().manual_seed(4))
     expected = to_uint8(expected).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
+    texts = "[...document.querySelectorAll('%s')].map((element) => element.textContent)"
     with served(folder) as url, opened(url, tmp_path / "profile") as call:
         until(call, "Boolean(window.page)")
         evaluate(call, "page.ready")  # the first sample and the grid have been drawn
         assert evaluate(call, "document.getElementById('about').textContent") == about
         assert evaluate(call, "document.querySelectorAll('#grid canvas').length") == images
-        assert evaluate(call, "document.getElementById('pace').textContent").startswith(
-            f"{images} of {images} images, "
-        )
-        names = evaluate(call, "[...document.querySelectorAll('#grid span')].map((span) => span.textContent)")
-        assert names == (buttons if net.label_dim else [])
+        assert f"{images} of {images} images, " in evaluate(call, "document.getElementById('pace').textContent")
+        assert evaluate(call, texts % "#grid span") == (buttons if net.label_dim else [])
 
         for index, label in enumerate(labels.tolist()):  # floats pass through JSON bit for bit
             given = json.dumps([level[index].flatten().tolist() for level in levels])
@@ -162,10 +154,7 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels,
             assert (drawn[..., 3] == 255).all() and drawn[..., 0].std() > 3
 
         # a click draws a new sample; the slider walks from its noise to another
-        assert (
-            evaluate(call, "[...document.querySelectorAll('#classes button')].map((button) => button.textContent)")
-            == buttons
-        )
+        assert evaluate(call, texts % "#classes button") == buttons
         before = canvas(call, "to")
         evaluate(call, "document.querySelector('#classes button:last-child').click()")
         until(call, "document.querySelector('#classes button:last-child').getAttribute('aria-pressed') === 'true'")
@@ -176,10 +165,9 @@ def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels,
         for place, end in ((0.5, None), (1, "to"), (0, "from")):
             evaluate(call, f"(() => {{ slider.value = {place}; slider.dispatchEvent(new Event('input')); }})()")
             until(call, "page.idle()")
-            differences = [
-                np.abs(canvas(call, "image").astype(int) - canvas(call, name)).max() for name in ("from", "to")
-            ]
-            assert min(differences) > 1 if end is None else differences[("from", "to").index(end)] <= 1
+            image = canvas(call, "image").astype(int)
+            differences = {name: np.abs(image - canvas(call, name)).max() for name in ("from", "to")}
+            assert min(differences.values()) > 1 if end is None else differences[end] <= 1
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
@@ -190,9 +178,8 @@ def test_the_walk_keeps_to_the_sphere(tmp_path):
     script = f"{function}; console.log(JSON.stringify([0, 0.25, 0.5, 1].map((t) => slerp([3, 0], [0, 3], t))))"
     done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
     angles = np.pi / 2 * np.array([0, 0.25, 0.5, 1])
-    np.testing.assert_allclose(
-        json.loads(done.stdout), 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1), atol=1e-12
-    )
+    expected = 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-12)
 
 
 def test_the_runtime_comes_from_a_folder_from_npm_or_from_its_public_source(tmp_path, monkeypatch, capsys):

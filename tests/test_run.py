@@ -18,9 +18,20 @@ from contextlib import suppress
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, TINY_NET, metrics, run_script, succeed, write_images
-from test_options import assert_refused
-from test_scripts import assert_same_run, load
+from conftest import (
+    ROOT,
+    TINY,
+    TINY_NET,
+    assert_refused,
+    flags,
+    metrics,
+    refuses,
+    run_script,
+    start,
+    succeed,
+    wait_for,
+)
+from test_scripts import assert_same_run, final, load
 
 import checkpoint
 import run
@@ -30,46 +41,52 @@ from support import processes
 from support.script import UserError
 
 TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
+LONG = dict(step_number=100_000)
 
 
 def dmd2(runs):
-    options = ["--dfake_gen_update_ratio", 2, "--gan_classifier", "--ema_decay", 0.5, "--grad_accum", 2]
-    return ["train_dmd2.py", *TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", *options]
+    options = dict(dfake_gen_update_ratio=2, gan_classifier=True, ema_decay=0.5, grad_accum=2)
+    return ["train_dmd2.py", *flags(*TINY, teacher_checkpoint=final(runs, "teacher"), **options)]
 
 
-def start(script, *arguments, **options):
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def stop(process, number=signal.SIGTERM):
+    """Sends the signal; returns the output of the process, which must end with that signal's status."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    return out, err
 
 
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def train(folder, *words, **options):
+    """A tiny teacher, trained in this process."""
+    assert train_teacher.main(flags(*TINY, *TINY_NET, *words, output_dir=folder, **options)) == 0
+
+
+def steps_in(folder):
+    log = folder / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def numbered(folder):
+    return sorted(folder.glob("teacher_checkpoint_step_*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher", "dmd2"])
 def test_interrupted_runs_end_like_one_that_was_not(runs, tmp_path, stage):
     """Signals at several points, and each time `latest`; the final checkpoint is the same to the bit."""
-    base = [*TEACHER, "--grad_accum", 2] if stage == "teacher" else dmd2(runs)
-    arguments = [*base, "--step_number", 60, "--log_every", 1, "--save_every", 7]
-    succeed(*arguments, "--output_dir", tmp_path / "straight")
-    folder, resumed = tmp_path / "broken", []
-    for number, status, after in ((signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 20), (signal.SIGINT, 130, 30)):
-        process = start(*arguments, *resumed, "--output_dir", folder)
-        log = folder / "metrics.jsonl"
-        wait_for(lambda log=log, after=after: log.exists() and len(log.read_text().splitlines()) >= after, process)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == status, err
-        assert (
-            f"resume with --resume_from_checkpoint {folder}/{stage}_checkpoint_step_" in out and "Traceback" not in err
-        )
-        resumed = ["--resume_from_checkpoint", "latest"]
-    succeed(*arguments, *resumed, "--output_dir", folder)
+    script, *options = [*TEACHER, "--grad_accum", 2] if stage == "teacher" else dmd2(runs)
+    options, resumed = flags(*options, step_number=60, log_every=1, save_every=7), {}
+    succeed(script, *options, output_dir=tmp_path / "straight")
+    folder = tmp_path / "broken"
+    for number, after in ((signal.SIGINT, 3), (signal.SIGTERM, 20), (signal.SIGINT, 30)):
+        process = start(script, *options, **resumed, output_dir=folder)
+        wait_for(lambda after=after: steps_in(folder) >= after, process)
+        out, err = stop(process, number)
+        told = f"resume with --resume_from_checkpoint {folder}/{stage}_checkpoint_step_"
+        assert told in out and "Traceback" not in err
+        resumed = dict(resume_from_checkpoint="latest")
+    succeed(script, *options, **resumed, output_dir=folder)
     assert_same_run(folder / f"{stage}_final.pt", tmp_path / "straight" / f"{stage}_final.pt")
     assert [row["step"] for row in metrics(folder)] == list(range(1, 61))
 
@@ -78,7 +95,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     """The second comes while the first is handled: the loop waits in a blocked disk write, here a named pipe."""
     folder = tmp_path / "out"
     folder.mkdir()
-    process = start(*TEACHER, "--step_number", 100_000, "--output_dir", folder)
+    process = start(*TEACHER, output_dir=folder, **LONG)
     wait_for((folder / "metrics.jsonl").exists, process)
     time.sleep(1)
     os.mkfifo(folder / "pipe")
@@ -92,29 +109,18 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert process.returncode == 143
 
 
-def steps_in(folder):
-    log = folder / "metrics.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
-
-
 def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path):
     """A real one, which then answers every write with an error; the signal may come before or after that."""
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
-    arguments = [*TEACHER[1:], "--step_number", 100_000, "--output_dir", tmp_path, "--log_every", 1]
 
     def own_terminal():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
 
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / TEACHER[0]), *map(str, arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=own_terminal,
-    )
+    command = [sys.executable, ROOT / TEACHER[0], *flags(*TEACHER[1:], **LONG, output_dir=tmp_path, log_every=1)]
+    streams = dict(stdin=theirs, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=own_terminal)
     os.close(theirs)
 
     def has_trained():
@@ -129,15 +135,13 @@ def test_a_closed_terminal_stops_with_a_checkpoint(tmp_path):
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
-    arguments = [*TEACHER, "--step_number", 100_000, "--output_dir", tmp_path, "--log_every", 1]
-    process = start(*arguments, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    ignore = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(*TEACHER, **LONG, output_dir=tmp_path, log_every=1, **ignore)
     wait_for(lambda: steps_in(tmp_path), process)
     process.send_signal(signal.SIGHUP)
     before = steps_in(tmp_path)
     wait_for(lambda: steps_in(tmp_path) > before + 3, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    stop(process)
 
 
 @pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered"])
@@ -147,14 +151,9 @@ def test_a_closed_standard_output_means_silence(tmp_path, how):
         sys.executable,
         ROOT / TEACHER[0],
         *TEACHER[1:],
-        "--step_number",
-        12,
-        "--output_dir",
-        tmp_path,
-        "--log_every",
-        1,
+        *flags(step_number=12, output_dir=tmp_path, log_every=1),
     ]
-    shell = ["sh", "-c", 'exec "$@"' + " >&-" * (how == "closed before"), "sh", *map(str, command)]
+    shell = ["sh", "-c", 'exec "$@"' + " >&-" * (how == "closed before"), "sh", *command]
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if how == "unbuffered" else ""}
     process = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     process.stdout.readline()
@@ -165,47 +164,35 @@ def test_a_closed_standard_output_means_silence(tmp_path, how):
 
 
 def test_a_command_whose_reader_leaves_ends_quietly():
-    process = start("generate.py", "--help", bufsize=0)
+    process = start("generate.py", "--help")
     process.stdout.close()
     assert (process.stderr.read(), process.wait(60)) == ("", 0)
 
 
 def test_max_minutes_stops_with_a_checkpoint(tmp_path):
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--step_number", 1_000_000, "--max_minutes", 0.03]
-    assert f"resume with --resume_from_checkpoint {tmp_path}/teacher_checkpoint_step_" in succeed(*arguments)
-    assert (
-        len(list(tmp_path.glob("teacher_checkpoint_step_*.pt"))) == 1 and not (tmp_path / "teacher_final.pt").exists()
-    )
+    told = succeed(*TEACHER, output_dir=tmp_path, step_number=1_000_000, max_minutes=0.03)
+    assert f"resume with --resume_from_checkpoint {tmp_path}/teacher_checkpoint_step_" in told
+    assert len(numbered(tmp_path)) == 1 and not (tmp_path / "teacher_final.pt").exists()
 
 
 @pytest.mark.slow
 def test_kill_at_random_moments_loses_nothing_saved(tmp_path):
     """Twenty kill -9s, most while a checkpoint is being written; after each, all load and the run goes on."""
-    rng, resumed, reached = random.Random(0), [], 0
-    arguments = [
-        *TEACHER,
-        "--output_dir",
-        tmp_path,
-        "--step_number",
-        1_000_000,
-        "--save_every",
-        1,
-        "--model_channels",
-        64,
-    ]
+    rng, resumed, reached = random.Random(0), {}, 0
+    options = flags(*TEACHER[1:], output_dir=tmp_path, step_number=1_000_000, save_every=1, model_channels=64)
     for _ in range(20):
-        process = start(*arguments, *resumed)
-        before = set(tmp_path.glob("teacher_checkpoint_step_*.pt"))
-        wait_for(lambda before=before: set(tmp_path.glob("teacher_checkpoint_step_*.pt")) - before, process)
+        process = start(TEACHER[0], *options, **resumed)
+        before = set(numbered(tmp_path))
+        wait_for(lambda before=before: set(numbered(tmp_path)) - before, process)
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
         process.communicate()
-        files = sorted(tmp_path.glob("teacher_checkpoint_step_*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
+        files = numbered(tmp_path)
         assert 1 <= len(files) <= 4  # three are kept, and one more between saving and deleting
         steps = [load(file)["step"] for file in files]
         assert steps[-1] > reached
-        reached, resumed = steps[-1], ["--resume_from_checkpoint", "latest"]
-    succeed(*arguments, *resumed, "--step_number", reached + 1)
+        reached, resumed = steps[-1], dict(resume_from_checkpoint="latest")
+    succeed(TEACHER[0], *options, **resumed, step_number=reached + 1)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -226,75 +213,68 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def assert_stopped(done, folder, cause):
-    """One line that names a file in the folder and the cause; no temporary file; the checkpoints there are whole."""
-    lines = [line for line in done.stderr.splitlines() if "error" in line]
-    assert done.returncode == 2 and len(lines) == 1 and f"{folder}/" in lines[0] and cause in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
-    files = list(folder.glob("teacher_checkpoint_step_*.pt"))
-    assert files and all(load(file)["step"] for file in files)
+def assert_stopped(status, err, folder, cause):
+    """One line that names a file in the folder and the cause; no traceback."""
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert status == 2 and len(lines) == 1 and f"{folder}/" in lines[0] and cause in lines[0], err
+    assert "Traceback" not in err
+
+
+def assert_whole(folder):
+    """The checkpoints there are whole, and no temporary file is left."""
+    assert numbered(folder) and all(load(file)["step"] for file in numbered(folder))
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_file_size_limit_while_saving(tmp_path):
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 1]
-    succeed(*arguments, "--step_number", 2)
-    process = start(*arguments, "--step_number", 5, "--resume_from_checkpoint", "latest", preexec_fn=limit_file_size)
-    out, err = process.communicate(timeout=120)
-    assert_stopped(subprocess.CompletedProcess([], process.returncode, out, err), tmp_path, "File too large")
-    assert not list(tmp_path.glob("*.tmp"))
+    train(tmp_path, save_every=1, step_number=2)
+    options = dict(save_every=1, step_number=5, resume_from_checkpoint="latest", preexec_fn=limit_file_size)
+    process = start(*TEACHER, output_dir=tmp_path, **options)
+    assert_stopped(process.wait(120), process.stderr.read(), tmp_path, "File too large")
+    assert_whole(tmp_path)
 
 
 def test_full_disk_while_saving(small_disk):
-    arguments = ["--output_dir", small_disk, "--save_every", 1, "--step_number", 50, "--keep_last", 50]
-    assert_stopped(run_script(*TEACHER, *arguments), small_disk, "No space left on device")
-    assert not list(small_disk.glob("*.tmp"))
+    done = run_script(*TEACHER, output_dir=small_disk, save_every=1, step_number=50, keep_last=50)
+    assert_stopped(done.returncode, done.stderr, small_disk, "No space left on device")
+    assert_whole(small_disk)
 
 
-@pytest.mark.parametrize("first", ["--log_every", "--save_every"])
+@pytest.mark.parametrize("first", ["log_every", "save_every"])
 def test_folder_that_becomes_read_only(small_disk, first):
     """As on a failing disk, whether metrics or a checkpoint are written next."""
-    often = {"--log_every": 1000, "--save_every": 2000} | {first: 200}
-    arguments = [str(word) for pair in often.items() for word in pair]
-    process = start(*TEACHER, "--output_dir", small_disk, "--step_number", 100_000, *arguments, "--keep_last", 1)
-    succeeded = small_disk / ("metrics.jsonl" if first == "--log_every" else "teacher_checkpoint_step_200.pt")
+    often = dict(log_every=1000, save_every=2000) | {first: 200}
+    process = start(*TEACHER, output_dir=small_disk, **LONG, **often, keep_last=1)
+    succeeded = small_disk / ("metrics.jsonl" if first == "log_every" else "teacher_checkpoint_step_200.pt")
     wait_for(lambda: succeeded.exists() and succeeded.stat().st_size, process)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     _, err = process.communicate(timeout=120)
-    lines = [line for line in err.splitlines() if "error" in line]
-    assert (
-        process.returncode == 2
-        and len(lines) == 1
-        and f"{small_disk}/" in lines[0]
-        and "Read-only file system" in lines[0]
-    ), err
+    assert_stopped(process.returncode, err, small_disk, "Read-only file system")
 
 
 def test_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("a file where a folder should be")
-    done = run_script(*TEACHER, "--output_dir", tmp_path / "file" / "out")
-    assert_refused(done, "Not a directory")
+    refuses("Not a directory", *TEACHER, output_dir=tmp_path / "file" / "out")
 
 
 def test_latest_falls_back_to_the_newest_whole_checkpoint(runs, tmp_path):
     for step in (2, 4):
         content = (runs / "teacher" / f"teacher_checkpoint_step_{step}.pt").read_bytes()
-        (tmp_path / f"teacher_checkpoint_step_{step}.pt").write_bytes(
-            content[: len(content) // 2 if step == 4 else None]
-        )
-    done = run_script(*TEACHER, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", "--log_every", 1)
+        kept = content[: len(content) // 2 if step == 4 else None]
+        (tmp_path / f"teacher_checkpoint_step_{step}.pt").write_bytes(kept)
+    done = run_script(*TEACHER, output_dir=tmp_path, resume_from_checkpoint="latest", log_every=1)
     assert done.returncode == 0 and "teacher_checkpoint_step_4.pt: damaged" in done.stderr
     assert [row["step"] for row in metrics(tmp_path)] == [3, 4]
 
 
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
     """A learning rate of 1e30 makes real infinities. Only finite values reach a checkpoint."""
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--log_every", 1, "--save_every", 1, "--lr_warmup_steps", 0]
-    done = run_script(*arguments, "--lr", 1e30, "--step_number", 50, "--max_bad_steps", 5, "--keep_last", 50)
+    options = dict(lr=1e30, lr_warmup_steps=0, step_number=50, max_bad_steps=5, keep_last=50, save_every=1, log_every=1)
+    done = run_script(*TEACHER, output_dir=tmp_path, **options)
     (line,) = [line for line in done.stderr.splitlines() if "error" in line]
     assert done.returncode == 2 and "steps in a row had gradients that are not finite" in line
     assert "lower the learning rate" in line
-    last = max(tmp_path.glob("*.pt"), key=lambda file: int(file.stem.split("_")[-1]))
-    state = load(last)
+    state = load(numbered(tmp_path)[-1])
     for key in ("model_state_dict", "ema_state_dict"):
         assert all(value.isfinite().all() for value in state[key].values())
     for moments in state["optimizer_state_dict"]["state"].values():
@@ -303,80 +283,67 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run(tmp_path):
 
 
 def test_retention_keeps_the_newest_and_every_mth(tmp_path):
-    succeed(
-        *TEACHER, "--output_dir", tmp_path, "--step_number", 9, "--save_every", 1, "--keep_last", 2, "--keep_every", 4
-    )
+    train(tmp_path, step_number=9, save_every=1, keep_last=2, keep_every=4)
     kept = {file.name for file in tmp_path.glob("*.pt")}
     assert kept == {f"teacher_checkpoint_step_{step}.pt" for step in (4, 8, 9)} | {"teacher_final.pt"}
 
 
 def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
-    """A run resumed from step 2 in a folder with steps 4 and 6 keeps its own; `latest` ignores the others."""
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 2, "--keep_last", 2]
-    succeed(*arguments, "--step_number", 6, "--keep_last", 9)
+    """Twice resumed from step 2 in a folder with later steps, a run keeps its own; `latest` ignores the others."""
+    train(tmp_path, save_every=2, step_number=6, keep_last=9)
     other = tmp_path / "dmd2_checkpoint_step_1.pt"
     other.write_bytes(b"another stage's file")
-    succeed(*arguments, "--step_number", 4, "--resume_from_checkpoint", tmp_path / "teacher_checkpoint_step_2.pt")
-    names = {file.name for file in tmp_path.glob("*.pt*")} - {other.name}
-    assert names == {f"teacher_{what}" for what in ("checkpoint_step_2.pt", "checkpoint_step_4.pt", "final.pt")} | {
-        f"teacher_{what}.old" for what in ("checkpoint_step_4.pt", "checkpoint_step_6.pt", "final.pt")
-    }
-    assert other.exists() and load(tmp_path / "teacher_final.pt")["step"] == 4
-
-
-def test_going_back_twice_keeps_both_continuations(tmp_path):
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--save_every", 1, "--keep_last", 9]
-    succeed(*arguments, "--step_number", 2)
-    first = tmp_path / "teacher_checkpoint_step_1.pt"
-    for lr, name in ((2e-4, "teacher_checkpoint_step_2.pt.old"), (3e-4, "teacher_checkpoint_step_2.pt.old2")):
-        content = (tmp_path / "teacher_checkpoint_step_2.pt").read_bytes()
-        succeed(*arguments, "--step_number", 2, "--resume_from_checkpoint", first, "--lr", lr)
-        assert (tmp_path / name).read_bytes() == content
-    assert not list(tmp_path.glob("*.old3"))
+    second, fourth = (tmp_path / f"teacher_checkpoint_step_{step}.pt" for step in (2, 4))
+    for lr, ending in ((2e-4, ".old"), (3e-4, ".old2")):
+        content = fourth.read_bytes()
+        train(tmp_path, save_every=2, step_number=4, keep_last=2, lr=lr, resume_from_checkpoint=second)
+        assert (tmp_path / f"{fourth.name}{ending}").read_bytes() == content
+    ours = {second.name, fourth.name, "teacher_final.pt"}
+    aside = {fourth.name, "teacher_checkpoint_step_6.pt", "teacher_final.pt"}
+    aside = {f"{name}.old" for name in aside} | {f"{fourth.name}.old2", "teacher_final.pt.old2"}
+    assert {file.name for file in tmp_path.glob("*.pt*")} == ours | aside | {other.name}
+    assert load(tmp_path / "teacher_final.pt")["step"] == 4
 
 
 def test_a_run_does_not_go_on_in_the_folder_of_another(tmp_path):
-    for name in ("one", "two"):
-        succeed(*TEACHER, "--output_dir", tmp_path / name, "--log_every", 1)
-    before = {file: file.read_bytes() for file in (tmp_path / "two").iterdir() if file.is_file()}
-    resume = ["--resume_from_checkpoint", tmp_path / "one" / "teacher_final.pt", "--step_number", 6]
-    done = run_script(*TEACHER, *resume, "--output_dir", tmp_path / "two")
-    assert_refused(
-        done, f"--output_dir {tmp_path / 'two'} holds another run (teacher_final.pt), not that of {tmp_path / 'one'}"
-    )
-    assert {file: file.read_bytes() for file in (tmp_path / "two").iterdir() if file.is_file()} == before
-    succeed(*TEACHER, *resume, "--output_dir", tmp_path / "three")
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, log_every=1)
+    train(two, log_every=1)
+    before = {file: file.read_bytes() for file in two.iterdir() if file.is_file()}
+    resume = dict(resume_from_checkpoint=one / "teacher_final.pt", step_number=6)
+    told = f"--output_dir {two} holds another run (teacher_final.pt), not that of {one}"
+    refuses(told, *TEACHER, **resume, output_dir=two)
+    assert {file: file.read_bytes() for file in two.iterdir() if file.is_file()} == before
+    train(tmp_path / "three", **resume)
 
 
 def test_checkpoints_may_be_links_to_another_disk(tmp_path):
-    succeed(*TEACHER, "--output_dir", tmp_path / "run")
+    train(tmp_path / "run")
     final = tmp_path / "run" / "teacher_final.pt"
     final.symlink_to(final.rename(tmp_path / "large.pt"))
-    succeed(*TEACHER, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", "--step_number", 6)
+    train(tmp_path / "run", resume_from_checkpoint="latest", step_number=6)
     assert load(final)["step"] == 6
 
 
 def test_the_users_own_config_is_kept(tmp_path):
     content = "# my notes\nlr: 3e-4\n"
-    (tmp_path / "config.yaml").write_text(content)
-    arguments = [*TEACHER, "--config", tmp_path / "config.yaml", "--output_dir", tmp_path]
-    succeed(*arguments)
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    train(tmp_path, config=config)
     assert (tmp_path / "config.yaml.old").read_text() == content
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lr"] == 3e-4
-    succeed(*arguments, "--overwrite", "--lr", "1e-4")  # now it is the run's
+    assert yaml.safe_load(config.read_text())["lr"] == 3e-4
+    train(tmp_path, config=config, overwrite=True, lr=1e-4)  # now it is the run's
     assert [file.name for file in tmp_path.glob("config.yaml*.old*")] == ["config.yaml.old"]
 
 
-def test_main_runs_in_a_thread(tmp_path):
-    """Where Python does not let it handle signals."""
+def test_main_runs_in_a_thread_and_gives_the_signals_back(tmp_path):
+    """In a thread Python does not let it handle signals; a notebook has handlers of its own."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        assert pool.submit(train_teacher.main, [*TINY, *TINY_NET, "--output_dir", str(tmp_path)]).result() == 0
-
-
-def test_in_a_notebook_the_signals_are_given_back(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    assert train_teacher.main([*TINY, *TINY_NET, "--output_dir", str(tmp_path)]) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+        pool.submit(train, tmp_path / "thread").result()
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    train(tmp_path / "notebook")
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
@@ -400,31 +367,25 @@ def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
 
 def test_one_folder_holds_one_run(runs, tmp_path):
     """A second process is refused while the first trains; a later one has to choose: resume or start a new run."""
-    first = start(*TEACHER, "--output_dir", tmp_path, "--step_number", 100_000, "--save_every", 5)
+    first = start(*TEACHER, output_dir=tmp_path, **LONG, save_every=5)
     wait_for(lambda: list(tmp_path.glob("*.pt")), first)
-    assert_refused(run_script(*TEACHER, "--output_dir", tmp_path, "--overwrite"), "another process trains there")
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=120)
-    assert first.returncode == 130
+    assert_refused(run_script(*TEACHER, output_dir=tmp_path, overwrite=True), "another process trains there")
+    stop(first, signal.SIGINT)
 
     for script in (TEACHER, dmd2(runs)):
-        assert_refused(run_script(*script, "--output_dir", tmp_path), "holds another run")
-    succeed(*TEACHER, "--output_dir", tmp_path, "--overwrite", "--log_every", 1)
-    assert [file.name for file in tmp_path.glob("*.pt")] == ["teacher_final.pt"] and len(metrics(tmp_path)) == 4
+        assert_refused(run_script(*script, output_dir=tmp_path), "holds another run")
+    train(tmp_path, overwrite=True, log_every=1)
+    assert [file.name for file in tmp_path.glob("*.pt")] == ["teacher_final.pt"] and steps_in(tmp_path) == 4
 
 
 @pytest.mark.parametrize("how", ["not logged in", "server down", "not installed"])
 def test_training_goes_on_without_weights_and_biases(tmp_path, how):
-    env = {
-        "WANDB_API_KEY": "x" * 40 if how == "server down" else "",
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_INIT_TIMEOUT": "3",
-    }
-    env |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    env = {"WANDB_API_KEY": "x" * 40 if how == "server down" else "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env |= {"WANDB_INIT_TIMEOUT": "3", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     if how == "not installed":
         (tmp_path / "wandb.py").write_text("raise ImportError('No module named wandb')")
         env["PYTHONPATH"] = str(tmp_path)
-    out = succeed(*TEACHER, "--output_dir", tmp_path / "out", "--wandb", "--wandb_dir", tmp_path / "w", env=env)
+    out = succeed(*TEACHER, output_dir=tmp_path / "out", wandb=True, wandb_dir=tmp_path / "w", env=env)
     assert out.count("Weights & Biases is now off, training continues") == 1
     assert (tmp_path / "out" / "teacher_final.pt").exists()
 
@@ -433,11 +394,10 @@ def test_same_seed_same_run_and_the_stored_config_repeats_it(runs, tmp_path):
     """From `config.yaml` alone, in another folder: the same weights; another seed: others."""
     config = runs / "teacher" / "config.yaml"
     assert yaml.safe_load(config.read_text())["batch_size"] == 16
-    for name, extra in (("same", []), ("other", ["--seed", 1])):
-        succeed("train_teacher.py", "--config", config, "--output_dir", tmp_path / name, *extra)
-    first, same, other = (
-        load(f / "teacher_final.pt") for f in (runs / "teacher", tmp_path / "same", tmp_path / "other")
-    )
+    succeed("train_teacher.py", config=config, output_dir=tmp_path / "same")
+    succeed("train_teacher.py", config=config, output_dir=tmp_path / "other", seed=1)
+    folders = runs / "teacher", tmp_path / "same", tmp_path / "other"
+    first, same, other = (load(folder / "teacher_final.pt") for folder in folders)
     for name, tensor in first["model_state_dict"].items():
         assert torch.equal(same["model_state_dict"][name], tensor)
     assert not torch.equal(other["model_state_dict"]["conv_in.weight"], first["model_state_dict"]["conv_in.weight"])
@@ -445,7 +405,7 @@ def test_same_seed_same_run_and_the_stored_config_repeats_it(runs, tmp_path):
 
 
 def test_another_thread_count_gives_the_same_images(runs):
-    net, outputs, threads = checkpoint.load_network(runs / "dmd2" / "dmd2_final.pt"), [], torch.get_num_threads()
+    net, outputs, threads = checkpoint.load_network(final(runs, "dmd2")), [], torch.get_num_threads()
     for number in (1, 4):
         torch.set_num_threads(number)
         outputs.append(one_step_sampler(net, *class_noise(range(10), 8, (1, 8, 8), seed=0), 80.0))
@@ -458,84 +418,73 @@ def test_wandb_run_is_continued(tmp_path):
 
     W&B drops what is sent for earlier steps than it has. So a run that branches off, in any folder, gets a new id.
     """
-    flags = ["--wandb", "--wandb_mode", "offline", "--wandb_dir", tmp_path / "w"]
-    flags += ["--output_dir", tmp_path / "out", "--save_every", 2]
-    succeed(*TEACHER, *flags)
-    succeed(*TEACHER, *flags, "--step_number", 6, "--resume_from_checkpoint", "latest")
-    ids = {load(file)["wandb_run_id"] for file in (tmp_path / "out").glob("*.pt")}
+    script, *options = *TEACHER, *flags(wandb_mode="offline", wandb_dir=tmp_path / "w", save_every=2)
+    out, branch = tmp_path / "out", tmp_path / "branch"
+    latest, earlier = "latest", out / "teacher_checkpoint_step_6.pt"
+
+    def go_on(step, source, wandb=True, folder=out):
+        resume = dict(resume_from_checkpoint=source) if source else {}
+        succeed(script, *options, output_dir=folder, wandb=wandb, step_number=step, **resume)
+
+    go_on(4, None)
+    go_on(6, latest)
+    ids = {load(file)["wandb_run_id"] for file in out.glob("*.pt")}
     folders = list((tmp_path / "w").glob("wandb/offline-run-*"))
     assert len(ids) == 1 and len(folders) == 2 and all(folder.name.endswith(next(iter(ids))) for folder in folders)
-    succeed(*TEACHER, *flags, "--no-wandb", "--step_number", 8, "--resume_from_checkpoint", "latest")
-    assert {load(tmp_path / "out" / "teacher_final.pt")["wandb_run_id"]} == ids
+    go_on(8, latest, wandb=False)
+    assert {load(out / "teacher_final.pt")["wandb_run_id"]} == ids
 
-    earlier = tmp_path / "out" / "teacher_checkpoint_step_6.pt"
-    succeed(
-        *TEACHER, *flags, "--step_number", 8, "--resume_from_checkpoint", earlier, "--output_dir", tmp_path / "branch"
-    )
-    succeed(*TEACHER, *flags, "--step_number", 8, "--resume_from_checkpoint", earlier)
-    ids |= {load(tmp_path / folder / "teacher_final.pt")["wandb_run_id"] for folder in ("branch", "out")}
+    go_on(8, earlier, folder=branch)
+    go_on(8, earlier)
+    ids |= {load(folder / "teacher_final.pt")["wandb_run_id"] for folder in (branch, out)}
     assert len(ids) == 3
 
 
-def test_bugs_show_their_traceback(tmp_path):
-    """Only user mistakes get one line: an unexpected error is shown with its traceback and exit status 1."""
-    (tmp_path / "sitecustomize.py").write_text("from support import options\noptions.parse_args = lambda *a: 1 / 0\n")
-    done = run_script("generate.py", env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+NO_MEMORY = ["out of memory", "allocate", "--grad_accum"]
+ERRORS = [
+    ("1 / 0", 1, ["Traceback", "ZeroDivisionError"]),
+    ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", 2, NO_MEMORY),
+    ("torch.empty(10**13)", 2, NO_MEMORY),
+]
 
 
-OUT_OF_MEMORY = ["raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", "torch.empty(10**13)"]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_out_of_memory_is_one_line_that_says_what_to_change(tmp_path, error):
+@pytest.mark.parametrize("error, status, told", ERRORS)
+def test_bugs_show_their_traceback_and_lack_of_memory_what_to_change(tmp_path, error, status, told):
+    """Only user mistakes, and a machine that is too small, get one line."""
     code = f"import torch\nfrom support.script import run_script\n\ndef main():\n    {error}\n\nrun_script(main)\n"
     (tmp_path / "script.py").write_text(code)
     done = run_script(tmp_path / "script.py", env={"PYTHONPATH": str(ROOT)})
-    assert_refused(done, "--grad_accum")
-    assert "out of memory" in done.stderr and "allocate" in done.stderr
+    assert done.returncode == status and all(word in done.stderr for word in told), done.stderr
+    assert (len(done.stderr.splitlines()) == 1) == (status == 2)
 
 
 def test_auto_resumes_or_starts_afresh_and_says_which(tmp_path):
     """For a job that a scheduler starts again and again; SIGUSR1, its warning, saves."""
-    arguments = [*TEACHER, "--output_dir", tmp_path, "--log_every", 1, "--resume_from_checkpoint", "auto"]
-    process = start(*arguments, "--step_number", 100_000)
+    options = flags(*TEACHER[1:], output_dir=tmp_path, log_every=1, resume_from_checkpoint="auto")
+    process = start(TEACHER[0], *options, **LONG)
     wait_for(lambda: steps_in(tmp_path) > 2, process)
-    process.send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGUSR1 and "auto: a new run in" in out, err
+    out, _ = stop(process, signal.SIGUSR1)
+    assert "auto: a new run in" in out
     done = steps_in(tmp_path)
-    assert "auto: the newest in" in succeed(*arguments, "--step_number", done + 1)
+    assert "auto: the newest in" in succeed(TEACHER[0], *options, step_number=done + 1)
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, done + 2))
 
 
 @pytest.mark.parametrize("damage", ['{"step": 3, "lo', "\0" * 40 + "\n", "[1]\n", '{"step": "3"}\n'])
 def test_damaged_lines_of_metrics_are_dropped(tmp_path, damage):
     """A run goes on from metrics with an incomplete line, as after a kill, or with zeros, as after a power cut."""
-    write_images(tmp_path / "set", each=8, size=8)
-    arguments = [
-        "train_teacher.py",
-        *TINY_NET,
-        "--dataset",
-        "folder",
-        "--data_dir",
-        tmp_path / "set",
-        "--batch_size",
-        4,
-    ]
-    arguments += ["--output_dir", tmp_path / "out", "--log_every", 1]
-    succeed(*arguments, "--step_number", 2)
-    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+    train(tmp_path, log_every=1, step_number=2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(damage)
-    succeed(*arguments, "--step_number", 4, "--resume_from_checkpoint", "latest")
-    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["resume_from_checkpoint"] is None
-    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+    train(tmp_path, log_every=1, step_number=4, resume_from_checkpoint="latest")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["resume_from_checkpoint"] is None
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(run.fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(error, os.strerror(error))))
-    assert train_teacher.main([*TINY, *TINY_NET, "--output_dir", str(tmp_path)]) == 0
+    train(tmp_path)
     assert capsys.readouterr().out.count("cannot be locked") == 1 and (tmp_path / "teacher_final.pt").exists()
 
 
@@ -566,7 +515,6 @@ def test_wandbs_environment_beats_our_defaults(tmp_path, monkeypatch, given):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    options = ["--wandb", "--wandb_dir", str(tmp_path / "w"), *given]
-    train_teacher.main([*TINY, *TINY_NET, "--output_dir", str(tmp_path / "out"), *options])
+    train(tmp_path / "out", *given, wandb=True, wandb_dir=tmp_path / "w")
     assert "project" not in seen and seen.get("mode") == (given[1] if given else None)
     assert seen["dir"] == str(tmp_path / "w")

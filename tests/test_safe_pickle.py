@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from edm_files import assert_import_refused, edm_network, with_parameter, write_pickle
+from edm_files import assert_import_refused, edm_tensors, precond, write_pickle
 
 from importers.safe_pickle import Reader
 
@@ -31,46 +31,44 @@ def hostile_bytes(command, zipped=True):
 def hostile_storage(command):
     """A whole network, one of whose parameters has hostile bytes where a tensor's numbers belong."""
     storage = Call(torch.storage._load_from_bytes, hostile_bytes(command, zipped=False))
-    return {"ema": with_parameter(Call(torch._utils._rebuild_tensor_v2, storage, 0, (1,), (1,), False, {}))}
+    tensor = Call(torch._utils._rebuild_tensor_v2, storage, 0, (1,), (1,), False, {})
+    return {"ema": precond(edm_tensors() | {"w": tensor})}
 
 
 def opcodes(*parts):
     return b"\x80\x04" + b"".join(parts) + b"."
 
 
-DAMAGED = "damaged, or not a pickle"
+def called(command):
+    return pickle.dumps((command,))[2:-1]
+
+
+DAMAGED, REFUSED = "damaged, or not a pickle", "system'; nothing in it was run"
+DOUBLING = [b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cuq%c" % (n, n, n + 1) for n in range(100)]  # a dict that holds the last twice
 HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line message
-    "call": (lambda command: Call(os.system, command), "system'; nothing in it was run"),
+    "call": (lambda command: Call(os.system, command), REFUSED),
     "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
-    "beside a network": (
-        lambda command: {"ema": edm_network({}), "x": [{"y": Call(os.system, command)}]},
-        "'; nothing",
-    ),
-    "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "call 'torch.serialization.load'"),
-    "torch's file": (lambda command: hostile_bytes(command), "system'; nothing in it was run"),
-    "tensor's bytes": (hostile_storage, "system'; nothing in it was run"),
-    "state": (
-        lambda command: opcodes(b"cfunctools\npartial\n)\x81(cos\nsystem\n", pickle.dumps((command,))[2:-1], b"tb"),
-        "partial'",
-    ),
-    "class as a call": (
-        lambda command: opcodes(b"cos\nsystem\n", pickle.dumps((command,))[2:-1], b"\x81"),
-        "it asks for 'os.system'",
-    ),
-    "state of a name": (
-        lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"),
-        "a whole object of dnnlib.util.EasyDict",
-    ),
-    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "it asks to call 'any.Thing'"),
-    "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "no network in it, but a NoneType"),
+    "beside a network": (lambda command: {"ema": precond({}), "x": [{"y": Call(os.system, command)}]}, REFUSED),
+    "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "but torch.serialization.load. S"),
+    "torch's file": (hostile_bytes, REFUSED),
+    "tensor's bytes": (hostile_storage, REFUSED),
+    "state": (lambda command: opcodes(b"cfunctools\npartial\n)\x81(cos\nsystem\n", called(command), b"tb"), "partial'"),
+    "class as a call": (lambda command: opcodes(b"cos\nsystem\n", called(command), b"\x81"), "it asks for 'os.system'"),
+    "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "but dnnlib.util.EasyDict. S"),
+    "call of a record": (lambda command: opcodes(b"cany\nThing\n)\x81)R"), "but any.Thing. S"),
+    "huge memo": (lambda command: opcodes(b"Nr\xff\xff\xff\xff"), "but NoneType. S"),
     "huge bytes": (lambda command: opcodes(b"\x8e" + (1 << 40).to_bytes(8, "little")), DAMAGED),
     "huge bytearray": (lambda command: opcodes(b"\x96" + (1 << 33).to_bytes(8, "little")), DAMAGED),
     "call of bytearray": (lambda command: Call(bytearray, 1 << 33), "it asks for 'builtins.bytearray'"),
-    "a dict in itself": (lambda command: opcodes(b"}\x94\x8c\3emah\x00s"), "no network in it, but a dict with ema"),
+    "a dict in itself": (
+        lambda command: opcodes(b"}\x94\x8c\3emah\x00s"),
+        "no tensor map_layer0.weight in it, but ema",
+    ),
+    "a tree of dicts": (lambda command: opcodes(b"}q\0", *DOUBLING), "no tensor map_layer0.weight in it, but a, b"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
     "deep key of a storage": (
         lambda command: opcodes(b"(Nca\nb\n)" + b"\x85" * 100_000 + b"NNtQ"),
-        "it has storages of a kind",
+        "it has storages of",
     ),
     "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), DAMAGED),
     "registry": (lambda command: opcodes(b"\x82\x01"), DAMAGED),

@@ -36,27 +36,21 @@ def test_heun_error_falls_like_the_square_of_the_step():
 
 
 def test_heun_counts_its_evaluations_and_one_step_takes_one():
+    """And both pass the labels on."""
     calls = []
 
     def net(x, sigma, labels):
-        calls.append((x.clone(), sigma.clone()))
-        return torch.zeros_like(x)
+        calls.append((x.clone(), sigma.tolist(), labels.tolist()))
+        return 0.5 * x
 
-    noise, labels = torch.randn(2, 1, 4, 4), torch.tensor([0, 1])
+    noise, labels = torch.randn(2, 1, 4, 4), torch.tensor([3, 1])
     heun_sampler(net, noise, labels, num_steps=18)
-    assert len(calls) == 35
+    assert len(calls) == 35 and all(call[2] == [3, 1] for call in calls)
     calls.clear()
     one_step_sampler(net, noise, labels, conditioning_sigma=40.0)
-    ((x, sigma),) = calls
+    ((x, sigma, given),) = calls
     torch.testing.assert_close(x, 40 * noise)
-    assert sigma.tolist() == [40.0, 40.0]
-
-
-def test_heun_passes_the_labels_on():
-    seen = []
-    labels = torch.tensor([3, 1, 0, 2])
-    heun_sampler(lambda x, sigma, y: (seen.append(y), 0.5 * x)[1], torch.randn(4, 1, 2, 2), labels, num_steps=5)
-    assert len(seen) == 9 and all(torch.equal(y, labels) for y in seen)
+    assert sigma == [40.0, 40.0] and given == [3, 1]
 
 
 def test_few_steps_noise_their_own_images_again():
@@ -134,9 +128,8 @@ def test_class_noise_depends_on_seed_class_and_place_alone():
 
 def test_a_grid_has_a_row_a_class_and_eight_without_classes():
     noise, labels = grid_noise(3, (1, 2, 2), seed=4)
-    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8 and torch.equal(
-        noise, class_noise(range(3), 8, (1, 2, 2), seed=4)[0]
-    )
+    assert labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert torch.equal(noise, class_noise(range(3), 8, (1, 2, 2), seed=4)[0])
     assert grid_noise(1000, (1, 2, 2), seed=4)[1].unique().tolist() == list(range(10))
     noise, labels = grid_noise(0, (1, 2, 2), seed=4)
     assert noise.shape == (64, 1, 2, 2) and len(noise.unique(dim=0)) == 64 and labels.tolist() == [0] * 64

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import re
 import shutil
 
@@ -10,8 +11,11 @@ from conftest import (
     ROOT,
     TINY,
     TINY_NET,
+    assert_refused,
+    flags,
     metrics,
     needs_muon,
+    refuses,
     run_script,
     succeed,
     tiny_unet,
@@ -22,24 +26,21 @@ from conftest import (
 from edm_files import write_edm
 from PIL import Image
 from test_docs import PAGES, commands
-from test_options import assert_refused
+from torch.utils._pytree import tree_flatten
+from torchvision.datasets import CIFAR10
 
 import checkpoint
+import train_dmd2
+import train_teacher
 from sampling import class_noise, one_step_sampler, student_sampler
 from support.images import to_uint8
 
-TEACHER_KEYS = {"model_state_dict", "ema_state_dict", "optimizer_state_dict", "step", "model_config", "config"}
-DMD2_KEYS = {
-    "feedforward_model_state_dict",
-    "ema_state_dict",
-    "guidance_fake_unet_state_dict",
-    "guidance_cls_state_dict",
-    "optimizer_generator_state_dict",
-    "optimizer_guidance_state_dict",
-    "student_sigmas",
-    "step",
-    "model_config",
-    "config",
+STAGES = pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+OF_BOTH = {"model_config", "config", "step", "ema_state_dict"}
+KEYS = {
+    "teacher": {"model_state_dict", "optimizer_state_dict"},
+    "dmd2": {"optimizer_generator_state_dict", "optimizer_guidance_state_dict", "guidance_fake_unet_state_dict"}
+    | {"feedforward_model_state_dict", "guidance_cls_state_dict", "student_sigmas"},
 }
 
 
@@ -49,19 +50,10 @@ def load(path):
 
 def assert_same(ours, theirs):
     """Equal to the bit, through nested containers."""
-    assert type(ours) is type(theirs)
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert_same(a, b)
-    elif torch.is_tensor(ours):
-        assert torch.equal(ours, theirs)
-    else:
-        assert ours == theirs
+    (ours, structure), (theirs, other) = tree_flatten(ours), tree_flatten(theirs)
+    assert structure == other
+    for a, b in zip(ours, theirs, strict=True):
+        assert type(a) is type(b) and (torch.equal(a, b) if torch.is_tensor(a) else a == b)
 
 
 def assert_same_run(ours, theirs):
@@ -69,21 +61,22 @@ def assert_same_run(ours, theirs):
     assert_same(*({k: v for k, v in load(path).items() if k not in ("config", "versions")} for path in (ours, theirs)))
 
 
+def final(folder, stage):
+    return folder / stage / f"{stage}_final.pt"
+
+
+def options_of(stage, folder):
+    """What `stage` needs to train: a network, or the teacher in `folder`."""
+    return TINY_NET if stage == "teacher" else flags(teacher_checkpoint=final(folder, "teacher"))
+
+
 def test_what_the_training_scripts_write(runs):
-    names = {path.name for path in (runs / "teacher").iterdir()}
-    assert {
-        "teacher_checkpoint_step_2.pt",
-        "teacher_checkpoint_step_4.pt",
-        "teacher_final.pt",
-        "metrics.jsonl",
-    } <= names
-    names = {path.name for path in (runs / "dmd2").iterdir()}
-    assert {"dmd2_checkpoint_step_2.pt", "dmd2_final.pt", "metrics.jsonl"} <= names
-    assert load(runs / "teacher" / "teacher_final.pt").keys() >= TEACHER_KEYS
-    state = load(runs / "dmd2" / "dmd2_final.pt")
-    assert state.keys() >= DMD2_KEYS and state["step"] == 4
-    assert [row["step"] for row in metrics(runs / "teacher")] == [1, 2, 3, 4]
-    rows = metrics(runs / "dmd2")
+    written = {path.name for folder in ("teacher", "dmd2") for path in (runs / folder).iterdir()}
+    assert {f"{stage}_checkpoint_step_{step}.pt" for stage in ("teacher", "dmd2") for step in (2, 4)} < written
+    for stage in ("teacher", "dmd2"):
+        state, rows = load(final(runs, stage)), metrics(runs / stage)
+        assert state.keys() >= KEYS[stage] | OF_BOTH and state["step"] == 4
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
     trained = [("loss_dm" in row, "gen_cls_loss" in row, "loss_fake_mean" in row) for row in rows]
     assert trained == [(True,) * 3, (False, False, True)] * 2
     assert {"real_logit", "fake_logit", "guidance_grad_norm", "fake_std", "images_per_second"} <= rows[0].keys()
@@ -92,161 +85,93 @@ def test_what_the_training_scripts_write(runs):
 
 
 def test_averaged_weights_are_what_is_loaded(runs):
-    for file in (runs / "teacher" / "teacher_final.pt", runs / "dmd2" / "dmd2_final.pt"):
-        net, state = checkpoint.load_network(file), load(file)
-        raw = "model_state_dict" if "model_state_dict" in state else "feedforward_model_state_dict"
+    for stage, raw in (("teacher", "model_state_dict"), ("dmd2", "feedforward_model_state_dict")):
+        net, state = checkpoint.load_network(final(runs, stage)), load(final(runs, stage))
         assert not net.training and net.config == state["model_config"]
         assert_same(dict(net.state_dict()), dict(state["ema_state_dict"]))
         assert any(not torch.equal(state["ema_state_dict"][key], value) for key, value in state[raw].items())
 
 
-@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+@STAGES
 def test_resume_is_bit_identical(runs, tmp_path, stage):
     """Stopped after 2 of 4 steps and after 3, against the run that never stopped."""
-    arguments = [*TINY, "--output_dir", tmp_path, "--save_every", 1, "--log_every", 1]
-    if stage == "teacher":
-        arguments += TINY_NET
-    else:
-        teacher = runs / "teacher" / "teacher_final.pt"
-        arguments += [
-            "--teacher_checkpoint",
-            teacher,
-            "--dfake_gen_update_ratio",
-            2,
-            "--gan_classifier",
-            "--ema_decay",
-            "0.5",
-        ]
-    script = f"train_{stage}.py"
-    succeed(
-        script,
-        *arguments,
-        "--resume_from_checkpoint",
-        runs / stage / f"{stage}_checkpoint_step_2.pt",
-        "--step_number",
-        3,
-    )
+    options = flags(*TINY, *options_of(stage, runs), output_dir=tmp_path, save_every=1, log_every=1)
+    if stage == "dmd2":
+        options += flags(dfake_gen_update_ratio=2, gan_classifier=True, ema_decay=0.5)
+    source = runs / stage / f"{stage}_checkpoint_step_2.pt"
+    succeed(f"train_{stage}.py", *options, resume_from_checkpoint=source, step_number=3)
     os.remove(tmp_path / f"{stage}_final.pt")
-    succeed(script, *arguments, "--resume_from_checkpoint", "latest")
-    assert_same_run(tmp_path / f"{stage}_final.pt", runs / stage / f"{stage}_final.pt")
+    succeed(f"train_{stage}.py", *options, resume_from_checkpoint="latest")
+    assert_same_run(tmp_path / f"{stage}_final.pt", final(runs, stage))
     ours, theirs = metrics(tmp_path), metrics(runs / stage)[2:]
     for row in (*ours, *theirs):
         del row["images_per_second"]
     assert ours == theirs and [row["step"] for row in ours] == [3, 4]
 
 
+def train_and_go_on(stage, folder, *words, **options):
+    """Trains in `folder`/straight, and on from step 2 of 4 in another folder: the two ends are the same to the bit."""
+    options = flags(*TINY, *words, save_every=2, log_every=1, **options)
+    straight, resumed = folder / "straight", folder / "resumed"
+    succeed(f"train_{stage}.py", *options, output_dir=straight)
+    source = straight / f"{stage}_checkpoint_step_2.pt"
+    succeed(f"train_{stage}.py", *options, resume_from_checkpoint=source, output_dir=resumed)
+    assert_same_run(resumed / f"{stage}_final.pt", straight / f"{stage}_final.pt")
+    return straight
+
+
 @needs_muon
-@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+@STAGES
 def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path, stage):
     """Its optimizers are in the checkpoint. AdamW cannot go on from them, nor Muon from AdamW's."""
-    script = f"train_{stage}.py"
-    optimizers = ["optimizer_state_dict"]
-    arguments = [*TINY, "--optimizer", "muon", "--save_every", 2]
-    if stage == "teacher":
-        arguments += [*TINY_NET, "--lr", "1e-3"]
-    else:
-        optimizers = ["optimizer_generator_state_dict", "optimizer_guidance_state_dict"]
-        teacher = runs / "teacher" / "teacher_final.pt"
-        arguments += ["--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", 2, "--gan_classifier"]
-    succeed(script, *arguments, "--output_dir", tmp_path / "run")
-    source = ["--resume_from_checkpoint", tmp_path / "run" / f"{stage}_checkpoint_step_2.pt"]
-    succeed(script, *arguments, *source, "--output_dir", tmp_path / "resumed")
-    assert_same_run(*(tmp_path / folder / f"{stage}_final.pt" for folder in ("resumed", "run")))
-    state = load(tmp_path / "run" / f"{stage}_final.pt")
-    assert all(len(state[name]["muon"]["state"]) > 10 for name in optimizers)
-    adamw = [
-        "--resume_from_checkpoint",
-        runs / stage / f"{stage}_checkpoint_step_2.pt",
-        "--output_dir",
-        tmp_path / "mixed",
-    ]
-    for options in ([*source, "--optimizer", "adamw"], adamw):
-        done = run_script(script, *arguments, *options)
-        assert_refused(done, f"its {optimizers[0]} does not fit; resume it with the options of its run")
+    options = [*options_of(stage, runs), "--optimizer", "muon"]
+    options += flags(lr=1e-3) if stage == "teacher" else flags(dfake_gen_update_ratio=2, gan_classifier=True)
+    folder = train_and_go_on(stage, tmp_path, *options)
+    state, name = load(folder / f"{stage}_final.pt"), f"{stage}_checkpoint_step_2.pt"
+    optimizers = [key for key in state if key.startswith("optimizer_") and "gan" not in key]
+    assert len(optimizers) == 1 + (stage == "dmd2")
+    assert all(len(state[key]["muon"]["state"]) > 10 for key in optimizers)
+    told = f"its {optimizers[0]} does not fit; resume it with the options of its run"
+    for source, optimizer in ((folder / name, "adamw"), (runs / stage / name, "muon")):
+        resume = dict(optimizer=optimizer, resume_from_checkpoint=source, output_dir=tmp_path / "mixed")
+        refuses(told, f"train_{stage}.py", *TINY, *options, **resume)
 
 
-@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
+@STAGES
 def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
     """All but the device and W&B's. The result is that of the run that never stopped, in its folder."""
-    shutil.copytree(runs / stage, tmp_path / "moved")
-    source = tmp_path / "moved" / f"{stage}_checkpoint_step_2.pt"
+    moved = tmp_path / stage
+    shutil.copytree(runs / stage, moved)
+    source = moved / f"{stage}_checkpoint_step_2.pt"
     state = load(source)
     state["config"] |= {"wandb": True, "wandb_key": "a stranger's", "wandb_dir": "/theirs"}  # not theirs to choose
     checkpoint.save(source, state)
-    more = ["--device", "cpu", "--wandb_run_name", "für alle"]
-    told = succeed(f"train_{stage}.py", "--resume_from_checkpoint", source, *more, cwd=tmp_path)
-    assert (
-        f"going on from {source} at step 2" in told and "--lr_warmup_steps 500 is more than the run's 4 steps" in told
-    )
+    resume = dict(resume_from_checkpoint=source, device="cpu", wandb_run_name="für alle")
+    told = succeed(f"train_{stage}.py", cwd=tmp_path, **resume)
+    assert f"going on from {source} at step 2" in told
+    assert "--lr_warmup_steps 500 is more than the run's 4 steps" in told
     lines = [re.findall(r"\w*loss\w*", line) for line in told.splitlines() if line.startswith("step ")]
     columns = {"teacher": 1, "dmd2": 4}[stage]  # which keep their places
     assert len(lines) == 2 and lines[0] == lines[1] and len(lines[0]) == columns
-    ours, theirs = (load(folder / f"{stage}_final.pt")["config"] for folder in (tmp_path / "moved", runs / stage))
-    changed = {
-        "wandb_run_name": "für alle",
-        "output_dir": str(tmp_path / "moved"),
-        "resume_from_checkpoint": str(source),
-    }
+    ours, theirs = (load(final(folder, stage))["config"] for folder in (tmp_path, runs))
+    changed = {"wandb_run_name": "für alle", "output_dir": str(moved), "resume_from_checkpoint": str(source)}
     assert ours == theirs | changed
-    assert "wandb_run_name: für alle" in (tmp_path / "moved" / "config.yaml").read_text(encoding="utf-8")
-    assert_same_run(tmp_path / "moved" / f"{stage}_final.pt", runs / stage / f"{stage}_final.pt")
-
-
-def test_what_a_resume_takes_is_checked(runs, tmp_path):
-    """Together with the given options: a batch of 16 has no 3 equal parts. Values in a checkpoint are not trusted."""
-    options = [
-        "--resume_from_checkpoint",
-        runs / "teacher" / "teacher_checkpoint_step_2.pt",
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    done = run_script("train_teacher.py", *options, "--grad_accum", 3)
-    assert_refused(done, "--batch_size 16 must be divisible by --grad_accum 3")
-    assert_refused(run_script("train_teacher.py", *options, "--overwrite"), "give one of them")
-    state = load(runs / "teacher" / "teacher_checkpoint_step_2.pt")
-    state["config"]["lr"] = "fast"
-    checkpoint.save(tmp_path / "bad.pt", state)
-    done = run_script(
-        "train_teacher.py", "--resume_from_checkpoint", tmp_path / "bad.pt", "--output_dir", tmp_path / "out"
-    )
-    assert_refused(done, f"checkpoint {tmp_path}/bad.pt: lr needs a number, not 'fast'")
-    state["config"] |= {"lr": 1e-4, "data_dir": str(tmp_path / "theirs")}
-    checkpoint.save(tmp_path / "bad.pt", state)
-    done = run_script(
-        "train_teacher.py", "--resume_from_checkpoint", tmp_path / "bad.pt", "--output_dir", tmp_path / "out"
-    )
-    assert_refused(done, "which is not here: give --data_dir")
-    assert not (tmp_path / "theirs").exists()
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_teacher_is_named_by_its_option(tmp_path):
-    done = run_script("train_dmd2.py", *TINY, cwd=tmp_path)
-    assert_refused(
-        done, "--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train_teacher.py"
-    )
-
-
-def test_latest_without_checkpoints_is_refused(tmp_path):
-    done = run_script(
-        "train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "x", "--resume_from_checkpoint", "latest"
-    )
-    assert_refused(done, "no checkpoints in")
-    assert not (tmp_path / "x").exists()
+    assert "wandb_run_name: für alle" in (moved / "config.yaml").read_text(encoding="utf-8")
+    assert_same_run(final(tmp_path, stage), final(runs, stage))
 
 
 @pytest.mark.parametrize("what", ["missing", "text", "truncated", "bit flip", "foreign", "architecture", "hostile"])
 def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
     file, trace = tmp_path / "bad.pt", tmp_path / "it-ran"
-    good = (runs / "teacher" / "teacher_final.pt").read_bytes()
+    good, state = final(runs, "teacher").read_bytes(), load(final(runs, "teacher"))
+    half = len(good) // 2
     if what == "text":
         file.write_text("no checkpoint")
     elif what == "truncated":
-        file.write_bytes(good[: len(good) // 2])
+        file.write_bytes(good[:half])
     elif what == "bit flip":
-        file.write_bytes(good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 1]) + good[len(good) // 2 + 1 :])
+        file.write_bytes(good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :])
     elif what == "architecture":
-        state = load(runs / "teacher" / "teacher_final.pt")
         checkpoint.save(file, {**state, "model_config": {**state["model_config"], "num_blocks": 2}})
     elif what == "foreign":
         torch.save({"weights": torch.zeros(3)}, file)
@@ -258,279 +183,178 @@ def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
 
         torch.save({"step": Hostile(), "model_config": {}, "config": {}}, file)
     for script, flag in (("generate.py", "--checkpoint"), ("train_dmd2.py", "--teacher_checkpoint")):
-        assert_refused(run_script(script, flag, file, "--output_dir", tmp_path / "out"), f"checkpoint {file}")
+        assert_refused(run_script(script, flag, file, output_dir=tmp_path / "out"), f"checkpoint {file}")
     assert not trace.exists() and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_of_the_wrong_kind_is_refused(runs, tmp_path):
-    teacher, student = runs / "teacher" / "teacher_final.pt", runs / "dmd2" / "dmd2_final.pt"
-    out = ["--output_dir", tmp_path / "out"]
-    assert_refused(
-        run_script("train_dmd2.py", *TINY, *out, "--teacher_checkpoint", student),
-        "a generator; give a teacher's checkpoint",
-    )
-    done = run_script(
-        "train_dmd2.py", *TINY, *out, "--teacher_checkpoint", teacher, "--resume_from_checkpoint", teacher
-    )
-    assert_refused(done, "not a generator with the teacher's network")
-    done = run_script("train_teacher.py", *TINY, *out, "--img_resolution", 16, "--resume_from_checkpoint", teacher)
-    assert_refused(done, "not a teacher with this network")
-    done = run_script("train_dmd2.py", *TINY, *out, "--no-gan_classifier", "--resume_from_checkpoint", student)
-    assert_refused(done, "trained with --gan_classifier")
-    write_images(tmp_path / "letters", classes="abcdefghij", each=2, size=8)
-    data = ["--dataset", "folder", "--data_dir", tmp_path / "letters", "--teacher_checkpoint", teacher]
-    succeed(
-        "train_dmd2.py", *TINY, *data, "--output_dir", tmp_path / "letters_of_a_digits_teacher"
-    )  # numbers name any classes
+def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
+    """Checkpoints of another kind, network, run or set of classes, and what is missing; nothing is written.
+
+    Options that a resume takes are checked together with the given ones; values in a checkpoint are not trusted.
+    """
+    monkeypatch.chdir(tmp_path)
+    teacher, student, out = final(runs, "teacher"), final(runs, "dmd2"), tmp_path / "out"
+    dmd2 = ["train_dmd2.py", *TINY, "--output_dir", out]
+    digits = dict(teacher_checkpoint=teacher)
+    refuses("--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train", *dmd2)
+    refuses("a generator; give a teacher's checkpoint", *dmd2, teacher_checkpoint=student)
+    refuses("not a generator with the teacher's network", *dmd2, resume_from_checkpoint=teacher, **digits)
+    refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
+    heads = dict(gan_classifier=True, **digits)
+    refuses("gan_resolutions 16: the teacher's encoder has 8, 4", *dmd2, gan_resolutions=[16, 4], **heads)
+    heads |= dict(gan_resolutions=[8, 4], resume_from_checkpoint=student)  # which has one head
+    refuses("does not fit; resume it with the options of its run", *dmd2, **heads)
     write_images(tmp_path / "set", each=8, size=8)
-    data = ["--dataset", "folder", "--data_dir", tmp_path / "set", "--teacher_checkpoint", teacher]
-    assert_refused(run_script("train_dmd2.py", *TINY, *data, *out), "knows 10 classes; the data set folder has 2")
-    assert not (tmp_path / "out").exists()
+    data = dict(dataset="folder", data_dir=tmp_path / "set")
+    refuses("knows 10 classes; the data set folder has 2", *dmd2, **digits, **data)
+
+    train = ["train_teacher.py", *TINY, "--output_dir", out]
+    refuses("not a teacher with this network", *train, img_resolution=16, resume_from_checkpoint=teacher)
+    refuses("no checkpoints in", *train, *TINY_NET, resume_from_checkpoint="latest")
+    refuses("--batch_size 17 is more than the 16 images", *train, batch_size=17, **data)
+    if not torch.cuda.is_available():
+        refuses("--device cuda: this machine has 0 CUDA devices", *train, device="cuda")
+    resume = ["train_teacher.py", "--output_dir", out, "--resume_from_checkpoint"]
+    refuses("--batch_size 16 must be divisible by --grad_accum 3", *resume, teacher, grad_accum=3)
+    refuses("give one of them", *resume, teacher, overwrite=True)
+    state, bad, theirs = load(teacher), tmp_path / "bad.pt", tmp_path / "theirs"
+    for change, told in (
+        ({"lr": "fast"}, f"checkpoint {bad}: lr needs a number, not 'fast'"),
+        ({"lr": 1e-4, "data_dir": str(theirs)}, "which is not here: give --data_dir"),
+    ):
+        state["config"] |= change
+        checkpoint.save(bad, state)
+        refuses(told, *resume, bad)
+    assert not theirs.exists()
+    assert not out.exists()
+
+
+def test_numbers_name_any_classes(runs, tmp_path):
+    write_images(tmp_path / "letters", classes="abcdefghij", each=2, size=8)
+    data = dict(dataset="folder", data_dir=tmp_path / "letters", teacher_checkpoint=final(runs, "teacher"))
+    succeed("train_dmd2.py", *TINY, **data, output_dir=tmp_path / "letters_of_a_digits_teacher")
 
 
 OBJECTIVES = {
-    "sid": ["--objective", "sid", "--conditioning_sigma", 2.5, "--min_step_percent", 0, "--max_step_percent", 0.8],
-    "sid with heads": ["--objective", "sid", "--gan_classifier", "--gan_features", "fake", "--gan_resolutions", 8, 4],
-    "few steps": ["--student_steps", 3, "--conditioning_sigma", 3],
-    "few steps, two guidance updates": [
-        "--student_sigmas",
-        80,
-        5,
-        "--guidance_updates",
-        2,
-        "--fake_loss_weighting",
-        "none",
-    ],
-    "heads with an optimizer of their own": ["--gan_classifier", "--gan_lr", 1e-3, "--no-clip_guidance"],
-    "f-divergence": [
-        "--f_divergence",
-        "js",
-        "--gan_classifier",
-        "--gan_features",
-        "teacher",
-        "--gan_resolutions",
-        8,
-        4,
-    ],
+    "sid": dict(objective="sid", conditioning_sigma=2.5, min_step_percent=0, max_step_percent=0.8),
+    "sid with heads": dict(objective="sid", gan_classifier=True, gan_features="fake", gan_resolutions=[8, 4]),
+    "few steps": dict(student_steps=3, conditioning_sigma=3),
+    "two guidance updates": dict(student_sigmas=[80, 5], guidance_updates=2, fake_loss_weighting="none"),
+    "heads with an optimizer of their own": dict(gan_classifier=True, gan_lr=1e-3, clip_guidance=False),
+    "f-divergence": dict(f_divergence="js", gan_classifier=True, gan_features="teacher", gan_resolutions=[8, 4]),
 }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_train_and_go_on(runs, tmp_path, name):
-    """Stopped after 2 of 4 steps, against the run that never stopped."""
-    teacher = ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt"]
-    arguments = [*TINY, *teacher, *OBJECTIVES[name], "--dfake_gen_update_ratio", 1, "--save_every", 2, "--log_every", 1]
-    succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "straight")
-    resume = [
-        "--resume_from_checkpoint",
-        tmp_path / "straight" / "dmd2_checkpoint_step_2.pt",
-        "--output_dir",
-        tmp_path / "resumed",
-    ]
-    succeed("train_dmd2.py", *arguments, *resume)
-    assert_same_run(*(tmp_path / run / "dmd2_final.pt" for run in ("resumed", "straight")))
-    rows = metrics(tmp_path / "straight")
-    assert all(
-        np.isfinite(row["loss_dm"]) and ("gen_cls_loss" in row) == ("--gan_classifier" in arguments) for row in rows
-    )
+    options = OBJECTIVES[name] | dict(dfake_gen_update_ratio=1)
+    straight = train_and_go_on("dmd2", tmp_path, *options_of("dmd2", runs), **options)
+    for row in metrics(straight):
+        assert np.isfinite(row["loss_dm"]) and ("gen_cls_loss" in row) == ("gan_classifier" in OBJECTIVES[name])
 
 
 def test_turns_can_alternate(runs, tmp_path):
     """As in FastGen: no guidance update where the generator is updated; the log says which iterations had which."""
-    arguments = [
-        *TINY,
-        "--teacher_checkpoint",
-        runs / "teacher" / "teacher_final.pt",
-        "--output_dir",
-        tmp_path,
-        "--log_every",
-        1,
-    ]
-    succeed("train_dmd2.py", *arguments, "--alternate_turns", "--dfake_gen_update_ratio", 2)
+    options = dict(alternate_turns=True, dfake_gen_update_ratio=2, output_dir=tmp_path, log_every=1)
+    succeed("train_dmd2.py", *TINY, *options_of("dmd2", runs), **options)
     had = [("loss_dm" in row, "loss_fake_mean" in row) for row in metrics(tmp_path)]
     assert had == [(True, False), (False, True)] * 2
 
 
 def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     """Every script finds them in the checkpoint; a resume that asks for others is refused."""
-    arguments = [*TINY, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--output_dir", tmp_path / "run"]
-    succeed("train_dmd2.py", *arguments, "--student_steps", 2, "--save_every", 2)
-    final = tmp_path / "run" / "dmd2_final.pt"
-    sigmas = load(final)["student_sigmas"]
+    options, folder = [*TINY, *options_of("dmd2", runs)], tmp_path / "run"
+    succeed("train_dmd2.py", *options, student_steps=2, save_every=2, output_dir=folder)
+    student = folder / "dmd2_final.pt"
+    sigmas = load(student)["student_sigmas"]
     assert sigmas[0] == 80 and len(sigmas) == 2 and 2 < sigmas[1] < 3  # half way down the schedule
-    data = ["--checkpoint", final, "--features", "classifier", "--num_samples", 20, "--data_dir", tmp_path]
-    succeed("evaluate.py", *data, "--device", "cpu", "--batch_size", 7)
-    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"][1]["evaluations"] == 2
-    for batch_size in (7, 100):
-        out = ["--format", "npz", "--output_dir", tmp_path / str(batch_size), "--num_samples", 2, "--device", "cpu"]
-        succeed("generate.py", "--checkpoint", final, *out, "--batch_size", batch_size)
+    data = dict(features="classifier", num_samples=20, data_dir=tmp_path, device="cpu", batch_size=7)
+    succeed("evaluate.py", checkpoint=student, **data)
+    assert json.loads((folder / "evaluation.json").read_text())["rows"][1]["evaluations"] == 2
+    for size in (7, 100):
+        out = dict(format="npz", output_dir=tmp_path / str(size), num_samples=2, device="cpu", batch_size=size)
+        succeed("generate.py", checkpoint=student, **out)
     ours, theirs = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("7", "100"))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
-    resume = ["--resume_from_checkpoint", tmp_path / "run" / "dmd2_checkpoint_step_2.pt"]
-    done = run_script(
-        "train_dmd2.py", *arguments[:-2], "--output_dir", tmp_path / "other", "--student_steps", 4, *resume
-    )
-    assert_refused(done, "a student at sigma [80.0, ")
+    resume = dict(student_steps=4, resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
+    refuses("a student at sigma [80.0, ", "train_dmd2.py", *options, output_dir=tmp_path / "other", **resume)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
 def test_the_steps_of_a_student_take_turns(runs, tmp_path, optimizer):
     """The first one's fake_unet is trained at step 0, the second one's up to the next generator turn, and so on."""
-    teacher = runs / "teacher" / "teacher_final.pt"
-    arguments = [*TINY, "--teacher_checkpoint", teacher, "--student_sigmas", 80, 5, 1, "--dfake_gen_update_ratio", 2]
-    arguments += ["--optimizer", optimizer, "--save_every", 1, "--keep_last", 9, "--output_dir", tmp_path]
-    succeed("train_dmd2.py", *arguments)
-    start, trained = load(teacher)["ema_state_dict"]["conv_in.weight"], []
+    options = dict(student_sigmas=[80, 5, 1], dfake_gen_update_ratio=2, optimizer=optimizer, save_every=1, keep_last=9)
+    succeed("train_dmd2.py", *TINY, *options_of("dmd2", runs), **options, output_dir=tmp_path)
+    start, trained = load(final(runs, "teacher"))["ema_state_dict"]["conv_in.weight"], []
     for step in (1, 2, 3, 4):
         fakes = load(tmp_path / f"dmd2_checkpoint_step_{step}.pt")["guidance_fake_unet_state_dict"]
         trained.append([not torch.equal(fakes[f"{index}.conv_in.weight"], start) for index in range(3)])
     assert trained == [[True, False, False], [True, True, False], [True, True, False], [True, True, True]]
 
 
-def test_resolutions_that_the_teacher_lacks_are_refused(runs, tmp_path):
-    arguments = [
-        "--teacher_checkpoint",
-        runs / "teacher" / "teacher_final.pt",
-        "--gan_classifier",
-        "--gan_resolutions",
-        16,
-        4,
-    ]
-    done = run_script("train_dmd2.py", *TINY, *arguments, "--output_dir", tmp_path / "out")
-    assert_refused(done, "gan_resolutions 16: the teacher's encoder has 8, 4")
-    assert not (tmp_path / "out").exists()
-    resume = [
-        "--gan_resolutions",
-        8,
-        4,
-        "--resume_from_checkpoint",
-        runs / "dmd2" / "dmd2_final.pt",
-    ]  # which has one head
-    done = run_script("train_dmd2.py", *TINY, *arguments[:3], *resume, "--output_dir", tmp_path / "out")
-    assert_refused(done, "does not fit; resume it with the options of its run")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_where_there_is_none_is_refused(tmp_path):
-    done = run_script("train_teacher.py", "--dataset", "mnist5k", "--device", "cuda", "--output_dir", tmp_path / "out")
-    assert_refused(done, "--device cuda: this machine has 0 CUDA devices")
-
-
-def test_both_stages_on_a_zip_with_colours(tmp_path):
-    """EDM's ZIP layout through teacher, DMD2 and generation, with three channels."""
-    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1, 2] * 8, size=16)]
-    succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--output_dir", tmp_path / "teacher")
-    teacher = tmp_path / "teacher" / "teacher_final.pt"
-    succeed("train_dmd2.py", *TINY, *data, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "dmd2")
-    state = load(tmp_path / "dmd2" / "dmd2_final.pt")
-    assert state["class_names"] == ["0", "1", "2"]
-    assert state["model_config"]["img_channels"] == 3 and state["model_config"]["label_dim"] == 3
-    assert "ema_state_dict" not in state and "guidance_cls_state_dict" not in state
-    succeed("generate.py", "--checkpoint", tmp_path / "dmd2" / "dmd2_final.pt", "--output_dir", tmp_path / "images")
-    assert (tmp_path / "images" / "2_samples.png").exists()
-
-
 # ---- without classes ------------------------------------------------------------------------------------------------
 
 
-def test_both_stages_without_classes(unconditional):
-    for stage in ("teacher", "dmd2"):
-        state = load(unconditional / stage / f"{stage}_final.pt")
-        assert state["model_config"]["label_dim"] == 0 and state["class_names"] == [] and state["step"] == 4
-        assert not any("embed_class" in name for name in state["ema_state_dict"])
-        assert all(np.isfinite(value) for row in metrics(unconditional / stage) for value in row.values())
+@STAGES
+def test_both_stages_without_classes(unconditional, tmp_path, stage):
+    """And a resumed run is bit-identical to one that never stopped."""
+    folder = unconditional / stage
+    state = load(final(unconditional, stage))
+    assert state["model_config"]["label_dim"] == 0 and state["class_names"] == [] and state["step"] == 4
+    assert not any("embed_class" in name for name in state["ema_state_dict"])
+    assert all(np.isfinite(value) for row in metrics(folder) for value in row.values())
     grid = Image.open(unconditional / "dmd2" / "samples" / "step_0000004.png")
     assert grid.size == (8 * (2 * 8 * 10 + 8), 8 * 8 * 10)  # 8x8 of the teacher's beside 8x8 of the student's
-
-
-@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
-def test_resume_without_classes_is_bit_identical(unconditional, tmp_path, stage):
-    config = unconditional / stage / "config.yaml"
-    resume = [
-        "--resume_from_checkpoint",
-        unconditional / stage / f"{stage}_checkpoint_step_2.pt",
-        "--output_dir",
-        tmp_path,
-    ]
-    succeed(f"train_{stage}.py", "--config", config, *resume)
-    assert_same_run(*(folder / f"{stage}_final.pt" for folder in (tmp_path, unconditional / stage)))
+    source = folder / f"{stage}_checkpoint_step_2.pt"
+    options = dict(config=folder / "config.yaml", resume_from_checkpoint=source, output_dir=tmp_path / stage)
+    succeed(f"train_{stage}.py", **options)
+    assert_same_run(final(tmp_path, stage), final(unconditional, stage))
 
 
 def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path):
     """With --label_dim 0, images with labels make the same teacher. It is distilled with them, without a GAN."""
-    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip", labels=[0, 1] * 20, size=8)]
-    told = succeed("train_teacher.py", *TINY, *TINY_NET, *data, "--label_dim", 0, "--output_dir", tmp_path / "teacher")
+    data = flags(*TINY, dataset="folder", data_dir=write_zip(tmp_path / "set.zip", labels=[0, 1] * 20, size=8))
+    told = succeed("train_teacher.py", *TINY_NET, *data, label_dim=0, output_dir=tmp_path / "teacher")
     assert "40 images, no classes" in told
-    ours, theirs = (
-        load(folder / "teacher" / "teacher_final.pt")["ema_state_dict"] for folder in (tmp_path, unconditional)
-    )
+    ours, theirs = (load(final(folder, "teacher"))["ema_state_dict"] for folder in (tmp_path, unconditional))
     assert_same(dict(ours), dict(theirs))
-    teacher = ["--teacher_checkpoint", tmp_path / "teacher" / "teacher_final.pt"]
-    succeed("train_dmd2.py", *TINY, *data, *teacher, "--output_dir", tmp_path / "dmd2")
-    assert load(tmp_path / "dmd2" / "dmd2_final.pt")["class_names"] == []
+    succeed("train_dmd2.py", *data, *options_of("dmd2", tmp_path), output_dir=tmp_path / "dmd2")
+    assert load(final(tmp_path, "dmd2"))["class_names"] == []
 
-    data = ["--dataset", "folder", "--data_dir", unconditional / "set.zip", "--output_dir", tmp_path / "out"]
-    done = run_script("train_dmd2.py", *TINY, *data, "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt")
-    assert_refused(done, "knows 10 classes; the data set folder has none")
+    data = flags(*TINY, dataset="folder", data_dir=unconditional / "set.zip", output_dir=tmp_path / "out")
+    options = [*data, *options_of("dmd2", runs)]
+    refuses("knows 10 classes; the data set folder has none", "train_dmd2.py", *options)
 
 
 def test_two_processes_on_a_large_zip_without_classes(unconditional, tmp_path):
     """Under torchrun one process writes the file of pixels, and both map it."""
-    shutil.copy(unconditional / "set.zip", tmp_path / "set.zip")
+    data = shutil.copy(unconditional / "set.zip", tmp_path / "set.zip")
     (tmp_path / "script.py").write_text(
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from readers import image_files; image_files.LARGE = 0\n"
         f"runpy.run_path({str(ROOT / 'train_teacher.py')!r}, run_name='__main__')\n"
     )
-    options = [
-        *TINY,
-        *TINY_NET,
-        "--dataset",
-        "folder",
-        "--data_dir",
-        tmp_path / "set.zip",
-        "--dropout",
-        0,
-        "--log_every",
-        1,
-    ]
-    succeed("train_teacher.py", *options, "--output_dir", tmp_path / "one")
+    options = flags(*TINY, *TINY_NET, dataset="folder", data_dir=data, dropout=0, log_every=1)
+    succeed("train_teacher.py", *options, output_dir=tmp_path / "one")
     assert not list(tmp_path.glob("*.npy"))
-    done = torchrun(tmp_path / "script.py", *options, "--output_dir", tmp_path / "two")
+    done = torchrun(tmp_path / "script.py", *options, output_dir=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("writing its 40 images") == 1 and len(list(tmp_path.glob("*.npy"))) == 1
     assert [row["step"] for row in metrics(tmp_path / "two")] == [row["step"] for row in metrics(tmp_path / "one")]
 
 
-def test_batch_larger_than_the_data_is_refused(tmp_path):
-    data = ["--dataset", "folder", "--data_dir", write_zip(tmp_path / "set.zip")]
-    done = run_script("train_teacher.py", *data, "--batch_size", 7, "--output_dir", tmp_path / "out")
-    assert_refused(done, "--batch_size 7 is more than the 6 images")
-    assert not (tmp_path / "out").exists()
+# ---- Weights & Biases, data sets, notebooks -------------------------------------------------------------------------
 
 
 def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, tmp_path):
     """The real package, offline, by the README's flags: all of it is in the run's folder, and the key is not."""
     pytest.importorskip("wandb")
-    flags = ["--wandb", "--wandb_mode", "offline", "--wandb_project", "minimal-dmd", "--wandb_run_name", "dmd2-mnist"]
-    flags += ["--wandb_dir", tmp_path / "wandb", "--wandb_log_every", 2, "--wandb_log_images", "--wandb_log_samples"]
-    flags += [
-        "--wandb_sample_every",
-        2,
-        "--wandb_log_checkpoints",
-        "--log_every",
-        1,
-        "--save_every",
-        2,
-        "--wandb_key",
-        "x" * 40,
-    ]
-    teacher = runs / "teacher" / "teacher_final.pt"
-    arguments = [*TINY, "--teacher_checkpoint", teacher, "--output_dir", tmp_path / "out", *flags]
-    succeed("train_dmd2.py", *arguments, env={"HOME": str(tmp_path / "home")})
-    assert list(
-        (tmp_path / "wandb" / "artifacts" / "staging").iterdir()
-    )  # copies of checkpoints, to be sent by `wandb sync`
+    options = dict(wandb=True, wandb_mode="offline", wandb_project="minimal-dmd", wandb_run_name="dmd2-mnist")
+    options |= dict(wandb_dir=tmp_path / "wandb", wandb_log_every=2, wandb_log_images=True, wandb_log_samples=True)
+    options |= dict(wandb_sample_every=2, wandb_log_checkpoints=True, log_every=1, save_every=2, wandb_key="x" * 40)
+    options |= dict(output_dir=tmp_path / "out", env={"HOME": str(tmp_path / "home")})
+    succeed("train_dmd2.py", *TINY, *options_of("dmd2", runs), **options)
+    assert list((tmp_path / "wandb" / "artifacts" / "staging").iterdir())  # copies, to be sent by `wandb sync`
     assert not list((tmp_path / "home").rglob("artifacts"))
     assert "wandb_key" not in load(tmp_path / "out" / "dmd2_final.pt")["config"]
 
@@ -540,72 +364,51 @@ def test_weights_and_biases_offline_holds_scalars_images_and_checkpoints(runs, t
     for name in ("dmd2-mnist", "minimal-dmd", "loss_dm", "guidance_grad_norm", artifact, "generator_lr"):
         assert name.encode() in written, name
     assert b"x" * 40 not in written
-    assert len(list(run_file.parent.glob("files/media/images/images_*.png"))) == 2
-    assert len(list(run_file.parent.glob("files/media/images/samples_*.png"))) == 2
+    for kind in ("images", "samples"):
+        assert len(list(run_file.parent.glob(f"files/media/images/{kind}_*.png"))) == 2
+
+
+def test_without_wandb_it_is_not_imported(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise SystemExit('wandb was imported')")
+    succeed("train_teacher.py", *TINY, *TINY_NET, output_dir=tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
 
 
 def test_gradient_accumulation_takes_the_same_steps(tmp_path):
     """A batch in four parts against one: loss and gradient agree."""
-    arguments = [*TINY, *TINY_NET, "--log_every", 1, "--dropout", 0]
     for parts in (1, 4):
-        succeed("train_teacher.py", *arguments, "--grad_accum", parts, "--output_dir", tmp_path / str(parts))
+        options = flags(log_every=1, dropout=0, grad_accum=parts, output_dir=tmp_path / str(parts))
+        assert train_teacher.main([*TINY, *TINY_NET, *options]) == 0
     for whole, accumulated in zip(metrics(tmp_path / "1"), metrics(tmp_path / "4"), strict=True):
         for name in ("loss", "grad_norm"):
             assert whole[name] == pytest.approx(accumulated[name], rel=1e-4)
 
 
-def test_without_wandb_it_is_not_imported(tmp_path):
-    (tmp_path / "wandb.py").write_text("raise SystemExit('wandb was imported')")
-    succeed("train_teacher.py", *TINY, *TINY_NET, "--output_dir", tmp_path / "out", env={"PYTHONPATH": str(tmp_path)})
-
-
 def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
-    """The default data set through the real script; a sitecustomize disables torchvision's checksums."""
-    from test_data import fabricated_cifar10
+    """The default data set through all scripts: an archive as torchvision expects it, without checksums."""
+    base, lists = tmp_path / "cifar-10-batches-py", [[name, None] for name, _ in CIFAR10.train_list]
+    base.mkdir()
+    for name, _ in lists:
+        pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": [*range(10)]}))
+    (base / "test_batch").write_bytes(b"torchvision wants it to be there")
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setattr(CIFAR10, "train_list", lists)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
 
-    fabricated_cifar10(tmp_path, monkeypatch, n=50)  # of every class
-    (tmp_path / "sitecustomize.py").write_text(
-        "from torchvision.datasets import CIFAR10 as C\n"
-        "C.train_list = [[name, None] for name, _ in C.train_list]\n"
-        "C.test_list, C.meta = [['test_batch', None]], {**C.meta, 'md5': None}\n"
-    )
-    env = {"PYTHONPATH": str(tmp_path)}
-    arguments = [
-        "--data_dir",
-        tmp_path,
-        "--batch_size",
-        8,
-        "--step_number",
-        2,
-        "--model_channels",
-        8,
-        "--num_blocks",
-        1,
-    ]
-    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path / "teacher", env=env)
-    teacher = tmp_path / "teacher" / "teacher_final.pt"
-    arguments = ["--data_dir", tmp_path, "--batch_size", 8, "--step_number", 2, "--teacher_checkpoint", teacher]
-    succeed("train_dmd2.py", *arguments, "--output_dir", tmp_path / "dmd2", env=env)
-    succeed(
-        "generate.py",
-        "--checkpoint",
-        tmp_path / "dmd2" / "dmd2_final.pt",
-        "--output_dir",
-        tmp_path / "images",
-        "--num_samples",
-        2,
-    )
+    data = dict(data_dir=tmp_path, batch_size=8, step_number=2, device="cpu")
+    small = dict(model_channels=8, num_blocks=1, output_dir=tmp_path / "teacher")
+    assert train_teacher.main(flags(**data, **small)) == 0
+    assert train_dmd2.main(flags(*options_of("dmd2", tmp_path), **data, output_dir=tmp_path / "dmd2")) == 0
+    state = load(final(tmp_path, "dmd2"))
+    assert state["class_names"] == names and state["model_config"]["img_channels"] == 3
+    assert "ema_state_dict" not in state and "guidance_cls_state_dict" not in state
+    succeed("generate.py", checkpoint=final(tmp_path, "dmd2"), output_dir=tmp_path / "images", num_samples=2)
     assert (tmp_path / "images" / "airplane_samples.png").exists()
 
 
-RUN = (
-    "README",
-    "training-guide",
-    "evaluation",
-    "generate",
-    "performance",
-    "cifar10-cpu",
-)  # the others need teachers that nobody has here
+RUN = {"README", "training-guide", "evaluation", "generate", "performance", "cifar10-cpu"}  # others need teachers
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
@@ -620,47 +423,37 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
     write_zip(tmp_path / "cifar10.zip", labels=[*range(10)] * 10, size=8)
     (tmp_path / "my_images").mkdir()  # of which `small` makes digits
     small = {
-        "train_teacher.py": [*TINY, *TINY_NET, "--save_every", "2"],
-        "train_dmd2.py": [*TINY, "--save_every", "2"],
-        "evaluate.py": ["--num_samples", "40", "--features", "classifier", "--steps", "2", "--device", "cpu"],
-        "benchmark.py": [*TINY_NET, "--repeats", "1"],
-        "generate.py": ["--num_samples", "2"],
+        "train_teacher.py": [*TINY, *TINY_NET, *flags(save_every=2)],
+        "train_dmd2.py": [*TINY, *flags(save_every=2)],
+        "evaluate.py": flags(num_samples=40, features="classifier", steps=2, device="cpu"),
+        "extras/benchmark.py": [*TINY_NET, *flags(repeats=1)],
+        "generate.py": flags(num_samples=2),
     }
     for runner, script, *arguments in [command for page in PAGES if page.stem in RUN for command in commands(page)]:
-        pretrained = script in ("import_teacher.py", "export.py", "benchmark.py") or "edm_cifar10" in " ".join(
-            arguments
-        )
+        script = script.replace("extras.benchmark", "extras/benchmark.py")
+        edm = "edm_cifar10" in " ".join(arguments)
+        pretrained = script in ("import_teacher.py", "export.py", "extras/benchmark.py") or edm
         if group != ("pretrained" if pretrained else runner):
             continue
         if "--wandb" in arguments:
-            arguments += ["--wandb_mode", "offline"]
+            arguments += flags(wandb_mode="offline")
         arguments = [re.sub(r"step_\d+\.pt", "step_2.pt", argument) for argument in arguments]
         if script.startswith("train") and "--resume_from_checkpoint" not in arguments:
-            arguments += ["--overwrite"]  # the same run is given by flags, by YAML, and with W&B
+            arguments += flags(overwrite=True)  # the same run is given by flags, by YAML, and with W&B
         if "--fid_reference" in arguments:  # this needs Inception's features: here with random weights and few images
             np.savez(tmp_path / "cifar10-32x32.npz", mu=np.zeros(2048), sigma=np.eye(2048))
             write_images(tmp_path / "set", classes=[str(digit) for digit in range(10)], each=2, size=8)
-            arguments += [
-                "--num_samples",
-                4,
-                "--inception_weights",
-                inception_weights,
-                "--dataset",
-                "folder",
-                "--data_dir",
-                "set",
-            ]
+            arguments += flags(num_samples=4, inception_weights=inception_weights, dataset="folder", data_dir="set")
         else:
             arguments += small.get(script, [])
-        if script == "train_dmd2.py" and any("edm_cifar10" in argument for argument in arguments):
-            arguments += ["--dataset", "folder", "--data_dir", "cifar10.zip"]  # that teacher knows no digits
+        if script == "train_dmd2.py" and edm:
+            arguments += flags(dataset="folder", data_dir="cifar10.zip")  # that teacher knows no digits
         if "configs/train1_gan.yaml" in arguments:
-            arguments += ["--gan_resolutions", 8]  # these networks have no feature maps at 32 and 16
-        if runner == "python":
-            succeed(script, *arguments, cwd=tmp_path)
-        else:
-            done = torchrun(script, *arguments, *["--grad_accum", 1] * script.startswith("train"), cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
+            arguments += flags(gan_resolutions=8)  # these networks have no feature maps at 32 and 16
+        if runner == "torchrun" and script.startswith("train"):
+            arguments += flags(grad_accum=1)
+        done = (torchrun if runner == "torchrun" else run_script)(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     evaluated = "log/checkpoints/dmd2/evaluation.json"
     assert (tmp_path / {"python": "generated", "torchrun": evaluated, "pretrained": "generator.onnx"}[group]).exists()
 
@@ -668,9 +461,8 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
 @pytest.mark.slow
 def test_teacher_learns_real_digits(tmp_path):
     """Half a minute on mnist5k: an untrained network has a loss near 2.0, 150 steps must bring it below 0.6."""
-    arguments = ["--config", ROOT / "configs" / "mnist0.yaml", "--step_number", 150, "--lr_decay", 0]
-    arguments += ["--log_every", 10, "--device", "cpu"]
-    succeed("train_teacher.py", *arguments, "--output_dir", tmp_path, "--sample_every", 1000)
+    options = dict(config=ROOT / "configs" / "mnist0.yaml", step_number=150, lr_decay=0, log_every=10, device="cpu")
+    succeed("train_teacher.py", **options, output_dir=tmp_path, sample_every=1000)
     rows = metrics(tmp_path)
     assert rows[0]["loss"] > 1.2 and np.mean([row["loss"] for row in rows[-3:]]) < 0.6
 
@@ -691,8 +483,7 @@ def test_load_network_in_a_notebook(tmp_path):
     images = two_steps(noise, labels)
     torch.testing.assert_close(images, student_sampler(net, noise, labels, [80.0, 3.0]))
     torch.testing.assert_close(images, two_steps(noise, labels))  # independent of torch's own random numbers
-    arguments = ["--output_dir", tmp_path, "--num_samples", 1, "--format", "npz"]
-    succeed("generate.py", "--checkpoint", tmp_path / "one.pt", *arguments)
+    succeed("generate.py", checkpoint=tmp_path / "one.pt", output_dir=tmp_path, num_samples=1, format="npz")
     expected = to_uint8(one_step_sampler(net, *class_noise(range(10), 1, (1, 8, 8), 0), 3.0)).int()
     made = torch.from_numpy(np.load(tmp_path / "samples.npz")["images"]).permute(0, 3, 1, 2).int()
     assert (made - expected).abs().max() <= 1
