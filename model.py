@@ -296,7 +296,7 @@ class SimpleUNet(Denoiser):
             emb = emb + self.embed_class(class_labels)
         emb = F.silu(self.embed_out(F.silu(emb)))
 
-        h = self.conv_in(x.contiguous(memory_format=memory_layout(x.device)))
+        h = self.conv_in(x)  # convolutions take the memory layout of the weights
         skips, maps = [], {}
         for level, blocks in enumerate(self.encoder):
             if level:

@@ -175,7 +175,7 @@ def main(argv=None):
     optimizer_gan = adamw(heads.parameters(), gan_lr) if heads else None
     compile_networks(args, teacher, generator, *model.fake_unets)
 
-    run.start(
+    run.start(  # networks and optimizers are saved and restored, each as NAME_state_dict
         device,
         batches,
         {"model_config": generator.config, "class_names": class_names, "student_sigmas": sigmas},
@@ -201,13 +201,15 @@ def main(argv=None):
     while run.goes_on():
         real_images, labels = next(batches)  # generated images get the labels of real ones: the same class proportions
         noise = torch.randn_like(real_images)
-        micro_batches = list(zip(*[part.chunk(args.grad_accum) for part in (noise, labels, real_images)], strict=True))
+        parts = [batch.chunk(args.grad_accum) for batch in (noise, labels, real_images)]
+        micro_batches = list(zip(*parts, strict=True))
         lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         update_generator = run.step % args.dfake_gen_update_ratio == 0
+        generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
         num_guidance_updates = 0 if args.alternate_turns and update_generator else args.guidance_updates
-        # The steps of a student of several take turns: one has all guidance turns up to its generator turn.
-        student_step = math.ceil(run.step / args.dfake_gen_update_ratio) % len(sigmas)
-        metrics, norms, fake_images = {"real_std": real_images.std(0, correction=0).mean()}, {}, []
+        student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
+        fake_images, norms = [], {}
+        metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
 
         # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), and the GAN loss.
         if update_generator:
@@ -225,7 +227,8 @@ def main(argv=None):
             with torch.no_grad(), autocast(args, device):
                 fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
-        # Guidance turn, on every step: fake_unet learns to denoise generated images, the heads to tell real ones.
+        # Guidance turn, num_guidance_updates times: fake_unet learns to denoise these images, heads to tell them from real.
+        max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
         for _ in range(num_guidance_updates):
             for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
                 with autocast(args, device):
@@ -233,14 +236,13 @@ def main(argv=None):
                 loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
                 (loss / args.grad_accum).backward()
                 add_means(metrics, loss_dict | logits, args.grad_accum * num_guidance_updates)
-            max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
             norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
             if heads:
                 norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
         if ema and update_generator:
-            # At a constant learning rate the weights fluctuate, so the average covers many updates, from early on.
-            update_ema(ema, generator, args.ema_decay, run.step // args.dfake_gen_update_ratio + 1, ramp=2)
+            # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
+            update_ema(ema, generator, args.ema_decay, generator_updates + 1, ramp=2)
         run.step += 1
 
         bad_steps.add(norms)

@@ -94,6 +94,7 @@ def main(argv=None):
     optimizer = build_optimizer(args.optimizer, net, args.lr)
     compile_networks(args, net)
 
+    # Networks and optimizers are saved and restored, each as NAME_state_dict.
     facts = {"model_config": net.config, "class_names": class_names}
     run.start(device, batches, facts, model=net, ema=ema, optimizer=optimizer)
     logger = run.logger
@@ -109,18 +110,17 @@ def main(argv=None):
         images, labels = next(batches)
         # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
         sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
-        noise = torch.randn_like(images)
+        noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
+        micro_batches = zip(*[batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)], strict=True)
+        lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         metrics = {}
-        micro_batches = [part.chunk(args.grad_accum) for part in (images, labels, sigmas, noise)]
-        for x, y, sigma, n in zip(*micro_batches, strict=True):
-            noisy = x + sigma[:, None, None, None] * n
+        for x, x0, sigma, y in micro_batches:
             with autocast(args, device):
-                denoised = net(noisy, sigma, y)
-            loss = denoising_loss(denoised, x, sigma, args.sigma_data)
+                denoised = net(x, sigma, y)
+            loss = denoising_loss(denoised, x0, sigma, args.sigma_data)
             (loss / args.grad_accum).backward()
             add_means(metrics, {"loss": loss}, args.grad_accum)
 
-        lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
         run.step += 1
         update_ema(ema, net, args.ema_decay, run.step)
@@ -135,7 +135,7 @@ def main(argv=None):
                 sample_grid = heun_sampler(ema, *grid)
             logger.samples(run.step, sample_grid, columns=8)
         if logger.wandb_wants("images", run.step):
-            logger.images(run.step, x, noisy, denoised.detach())
+            logger.images(run.step, x0, x, denoised.detach())
         run.save_if_due()
 
     return run.finish()

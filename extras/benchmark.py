@@ -59,7 +59,7 @@ def main(argv=None):
         speed, rate = args.batch_size / median(times), flops[name] / median(times)
         rows[name] = {"images_per_second": speed, "flops_per_second": rate, "peak_memory": memory.get(name)}
         peak = f", at most {memory[name] / 2**30:.2f} GiB" if memory else ""
-        print(f"{name:16}{speed:10.4g} images/s{rate / 1e9:10.4g} GFLOP/s{peak}")
+        print(f"{name:20}{speed:10.4g} images/s{rate / 1e9:10.4g} GFLOP/s{peak}")
     speed_ratio = rows["one step"]["images_per_second"] / rows["Heun, 18 steps"]["images_per_second"]
     print(f"one step is {speed_ratio:.1f} times as fast as 18 Heun steps")
     result = {
@@ -125,11 +125,13 @@ def make_tasks(args, device):
         "one step": partial(sample, model.generate),
         "Heun, 18 steps": partial(sample, partial(heun_sampler, ema)),
     }
+    plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # on CUDA, eager norms copy channels last
+    tasks["teacher step, NCHW"] = training(plain, lambda: denoising(plain))
     if args.peers:
         peer = diffusers_unet(net.config).to(device, memory_format=memory_layout(device))
         tasks["diffusers step"] = training(peer, lambda: denoising(peer))
         tasks["diffusers Heun"] = partial(sample, partial(heun_sampler, peer))
-    return tasks, [net, ema, generator, model.guidance_model.real_unet, fake_unet]
+    return tasks, [net, plain, ema, generator, model.guidance_model.real_unet, fake_unet]
 
 
 def diffusers_unet(config):

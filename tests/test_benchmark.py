@@ -10,7 +10,7 @@ def test_benchmark_tells_speed_and_arithmetic(tmp_path):
     peers = ["--peers"] if find_spec("diffusers") else []
     told = succeed("extras/benchmark.py", *network, *options, *peers, "--optimizer", "adamw", cwd=tmp_path)
     result = json.loads((tmp_path / "b.json").read_text())
-    names = ["teacher step", "guidance turn", "generator turn", "one step", "Heun, 18 steps"]
+    names = ["teacher step", "guidance turn", "generator turn", "one step", "Heun, 18 steps", "teacher step, NCHW"]
     assert list(result["rows"]) == names + ["diffusers step", "diffusers Heun"] * bool(peers)
     assert all(name in told for name in result["rows"])
     rows = list(result["rows"].values())
