@@ -95,12 +95,14 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except MemoryError:
-        raise
-    except Exception:  # a damaged file can make torch's reader raise anything
+    except Exception as error:  # a damaged file can make torch's reader raise anything
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         state = None
     if state is None:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
+    if isinstance(state, dict):  # earlier versions stored None for an average that there is not
+        state = {name: value for name, value in state.items() if value is not None}
     with as_user_error(f"checkpoint {path}"):
         check_state(state)
     return state

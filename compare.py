@@ -22,7 +22,7 @@ from sampling import class_noise
 from support.device import MACHINE, choose_device
 from support.images import to_uint8
 from support.options import Option, count, number, parse_args, path, positive, public
-from support.script import UserError, make_folder, run_script, writing
+from support.script import TORCHRUN, UserError, make_folder, run_script, writing
 from support.shared_work import map_batches
 
 OPTIONS = {
@@ -48,6 +48,8 @@ FREE -= {"batch_size", "grad_accum", "precision"}
 
 def main(argv=None):
     """Compares configurations with the options in `argv`. Results of earlier calls are reused."""
+    if TORCHRUN:
+        raise UserError("compare.py is one process: start it without torchrun")
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
@@ -57,6 +59,8 @@ def main(argv=None):
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
     options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
+    for name in names:  # a mistake in the last configuration is told before the first is trained
+        train_dmd2.build_model(options[name], net)
     steps = {name: args.step_number or steps_of(args, options[name], net) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
@@ -131,6 +135,7 @@ def train(options, seed, steps, folder):
     if not (folder / "dmd2_final.pt").exists():
         every = spacing(steps)
         of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto"}
+        of_run |= {"max_minutes": None, "overwrite": False}
         of_run |= {"step_number": steps, "save_every": every, "keep_every": every, "sample_every": steps}
         run(train_dmd2, public(options) | of_run)
 

@@ -139,10 +139,10 @@ class Batches:
     process gets its rows. Raises UserError if the data set is smaller than a batch.
     """
 
-    def __init__(self, dataset, batch_size, seed, hflip=False):
+    def __init__(self, dataset, batch_size, seed, hflip=False, share=own_rows):
         if batch_size > len(dataset.labels):
             raise UserError(f"--batch_size {batch_size} is more than the {len(dataset.labels)} images of the data set")
-        self.dataset, self.batch_size, self.seed, self.hflip = dataset, batch_size, seed, hflip
+        self.dataset, self.batch_size, self.seed, self.hflip, self.share = dataset, batch_size, seed, hflip, share
         self.images_seen = 0
         self.epochs = {}  # permutations and flips of the epochs in use
 
@@ -162,7 +162,7 @@ class Batches:
             drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
         self.images_seen += self.batch_size
 
-        index, flipped = own_rows(drawn.T).T
+        index, flipped = self.share(drawn.T).T
         pixels, labels, _ = subset(self.dataset, index)
         images = to_float(pixels.to(labels.device))
         if self.hflip:

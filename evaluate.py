@@ -191,7 +191,7 @@ def load_real_images(args, models, device):
     """The data set of real images, at most MOST_REAL of them. Raises UserError if it does not fit the models."""
     config, shape = models[-1].facts["config"], models[0].net.config
     args.dataset, args.data_dir = args.dataset or config.get("dataset"), args.data_dir or config.get("data_dir")
-    if not args.dataset or not args.data_dir:
+    if args.dataset not in [*READERS] or not isinstance(args.data_dir, str):
         raise UserError(f"{models[-1].file} does not say what it was trained on: give --dataset and --data_dir")
     own = "data_dir" in args.given or args.data_dir == DATA[1].default
     if not own and not Path(args.data_dir).exists():  # a checkpoint does not choose where data are put

@@ -42,7 +42,7 @@ RUN = [
         None,
         path,
         "checkpoint to resume from; `latest`: the newest in output_dir; `auto`: that, or a new run if there is none. "
-        "Options that are not given are those of its run, but for the machine's and W&B's; output_dir is its folder",
+        "Options that are not given are those of its run, but for device, compile, max_minutes and W&B's",
     ),
     Option(
         "overwrite", False, flag, "start a new run in an output_dir that holds another: its checkpoints are deleted"
@@ -74,7 +74,10 @@ class Run:
         self.kind, self.step, self.resumed = kind, 0, None
         if args.resume_from_checkpoint == "auto":
             found = checkpoint.by_step(args.output_dir, kind)
-            print(f"--resume_from_checkpoint auto: {'the newest in' if found else 'a new run in'} {args.output_dir}")
+            if os.environ.get("RANK", "0") == "0":  # the processes have not joined yet
+                print(
+                    f"--resume_from_checkpoint auto: {'the newest in' if found else 'a new run in'} {args.output_dir}"
+                )
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
             if args.overwrite:
@@ -100,7 +103,8 @@ class Run:
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
                 source = f"checkpoint {self.resumed_from}: {option.name}"
                 values[option.name] = convert(option, stored[option.name], source)
-        if values["data_dir"] != args.data_dir and not os.path.exists(values["data_dir"]):
+        read = values["data_dir"] != args.data_dir and values["dataset"] != "mnist5k"
+        if read and not os.path.exists(values["data_dir"]):
             where = f"trained on data in {values['data_dir']}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
         return Namespace(**values)

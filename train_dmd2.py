@@ -73,7 +73,7 @@ OPTIONS = {
             "f_divergence",
             "rkl",
             choice(*F_DIVERGENCES),
-            "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per part of a batch",
+            "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per process and part",
         ),
         Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss; none: plain squared error"),
     ],
@@ -111,6 +111,8 @@ def check(args):
             raise UserError(
                 f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)}; give one of them"
             )
+    elif args.student_steps > 1 and args.conditioning_sigma <= args.sigma_min:
+        raise UserError(f"--student_steps {args.student_steps}: --conditioning_sigma must be above --sigma_min")
     if args.gan_lr and not args.gan_classifier:
         raise UserError("--gan_lr needs --gan_classifier")
     if args.alternate_turns and args.dfake_gen_update_ratio == 1:
@@ -124,7 +126,7 @@ def build_model(args, teacher):
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
         known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
         raise UserError(f"--{option} {outside[0]}: {known}")
-    with as_user_error(f"teacher {args.teacher_checkpoint}"):
+    with as_user_error("the options"):
         guidance = GuidanceModel(
             teacher,
             num_train_timesteps=args.num_train_timesteps,
@@ -227,7 +229,7 @@ def main(argv=None):
             with torch.no_grad(), autocast(args, device):
                 fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
-        # Guidance turn, num_guidance_updates times: fake_unet learns to denoise these images, heads to tell them from real.
+        # Guidance turn, num_guidance_updates times: fake_unet learns to denoise these images, the heads to tell them.
         max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
         for _ in range(num_guidance_updates):
             for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):

@@ -33,7 +33,7 @@ NO_DOWNLOAD = (
     "Inception's weights could not be downloaded: get weights-inception-2015-12-05-6726825d.pth elsewhere and name it "
     "with --inception_weights, or use --features classifier, which needs no download"
 )
-VERSION = 1  # of the classifier: a change of its network, its data or its training needs another number
+VERSION = 2  # of the classifier: a change of its network, its data or its training needs another number
 
 
 def averaged_pixels(images):
@@ -191,7 +191,7 @@ def train_classifier(network, dataset):
     """Trains `network`, in place. Data and augmentation of a step follow from its number alone."""
     steps, batch_size = plan(dataset)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05, fused=True)
-    batches = Batches(dataset, batch_size, seed=0)
+    batches = Batches(dataset, batch_size, seed=0, share=lambda rows: rows)  # rank 0 trains alone
     coloured = not torch.equal(dataset.images, dataset.images[:, :1].expand_as(dataset.images))
     for step in progress(range(steps), "training the classifier", "step"):
         images, labels = next(batches)

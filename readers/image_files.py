@@ -150,6 +150,9 @@ def json_labels(path, files, names, read):
         raise UserError(f"{path}: dataset.json must hold labels as pairs of file name and class index") from None
     if len(listed) < len(given):
         raise UserError(f"{path}: dataset.json gives {Counter(given).most_common(1)[0][0]} more than one label")
+    absent = sorted(name for name in listed.keys() - set(names) if is_image(name) and not is_litter(name))
+    if absent:
+        raise UserError(f"{path}: dataset.json names {absent[0]}, which is not there ({len(absent)} such)")
     for name in names:
         label = listed.get(name)
         if type(label) is not int or not 0 <= label < len(names):

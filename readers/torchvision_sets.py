@@ -14,14 +14,14 @@ def load(name, data_dir, shape):
 
     They are downloaded if they are missing. `shape` is not used. Raises UserError if they are damaged, or cannot be.
     """
-    try:
-        with one_first():
+    with one_first():
+        try:
             dataset = CLASSES[name](data_dir, train=True, download=True)
-    # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
-    except (OSError, RuntimeError, AssertionError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
-        help = "delete damaged files and copy torchvision's there by hand, or use --dataset mnist5k, which is at hand"
-        problem = f"is missing from {data_dir} or damaged there, and could not be downloaded ({error})"
-        raise UserError(f"data set {name} {problem}; {help}") from None
+        # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
+        except (OSError, RuntimeError, AssertionError, EOFError, LookupError, TypeError, ValueError) as error:
+            help = "delete damaged files and copy torchvision's there by hand, or use --dataset mnist5k, which is here"
+            problem = f"is missing from {data_dir} or damaged there, and could not be downloaded ({error})"
+            raise UserError(f"data set {name} {problem}; {help}") from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes

@@ -144,7 +144,8 @@ class Logger:
             parts = [f"step {step}/{self.args.step_number}", *(f"{name} {value}" for name, value in losses.items())]
             print(*parts, f"{images_per_second:.0f} img/s", f"{left:.0f} s left", sep="  ", flush=True)
         self.for_wandb |= row
-        if self.wandb_run and step - self.last_wandb_step >= self.args.wandb_log_every:
+        due = step - self.last_wandb_step >= self.args.wandb_log_every or step == self.args.step_number
+        if self.wandb_run and due:
             self.send(lambda run: run.log(self.for_wandb, step=step))
             self.last_wandb_step, self.for_wandb = step, {}
 

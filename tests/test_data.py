@@ -341,6 +341,7 @@ REFUSED = [  # files, or what writes them, and the message
     (PAIR | {JSON: {"labels": [[1, 0]]}}, "pairs of file name and class index"),
     (PAIR | {JSON: "[" * 100_000}, "pairs of file name and class index"),
     (PAIR | labels_of("a.png 0"), "gives b.png the label None"),
+    (PAIR | labels_of("a.png 0", "b.png 1", "c.png 0"), "names c.png, which is not there"),
     (PAIR | labels_of("a.png 0", "b.png true"), "gives b.png the label True"),
     (PAIR | labels_of('a.png "0"', 'b.png "1"'), "gives a.png the label '0'"),
     (PAIR | labels_of("a.png 0", "b.png 1", "a.png 1"), "gives a.png more than one label"),

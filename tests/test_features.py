@@ -6,7 +6,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from data import Dataset
 from evaluation import features
-from support import progress
+from support import processes, progress
 from support.images import to_uint8
 from support.script import UserError
 
@@ -66,6 +66,15 @@ def test_only_one_process_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "is_main", lambda: False)
     features.classifier(shades(), tmp_path / "classifier.pt", CPU)
     assert not list(tmp_path.iterdir())
+
+
+def test_rank_0_alone_trains_on_whole_batches(short, monkeypatch):
+    """Under torchrun too: a share of each batch would make another, worse classifier."""
+    monkeypatch.setattr(processes, "world_size", lambda: 4)
+    seen, augment = [], features.augment
+    monkeypatch.setattr(features, "augment", lambda images, *more: seen.append(len(images)) or augment(images, *more))
+    features.train_classifier(features.Classifier(1, 2), shades())
+    assert seen == [4] * 8
 
 
 def test_steps_suit_the_data():
