@@ -230,7 +230,8 @@ class Run:
     def lock_folder(self):
         """Locks the folder until `finish` or the process's end. Raises UserError if another process holds the lock."""
         with writing(self.folder):
-            self.lock = (self.folder / ".lock").open("a")
+            (self.folder / ".lock").touch()
+            self.lock = (self.folder / ".lock").open()  # to read: a file open for writing keeps a disk busy
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -110,9 +110,9 @@ def load_optimizer(optimizer, state):
     if isinstance(optimizer, Muon):
         optimizer.load_state_dict(state)
         return
-    # All but the moments is this run's own: the state may come from another kind of device.
+    # Other settings are this run's own: the state may come from another kind of device.
     groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
-    groups = [ours | {"params": theirs["params"]} for ours, theirs in groups]
+    groups = [ours | {"params": theirs["params"], "lr": float(theirs["lr"])} for ours, theirs in groups]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
     for parameter, moments in optimizer.state.items() if isinstance(optimizer, torch.optim.AdamW) else ():
         for name in ("exp_avg", "exp_avg_sq"):
