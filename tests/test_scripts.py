@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     state, bad, theirs = load(teacher), tmp_path / "bad.pt", tmp_path / "theirs"
     for change, told in (
         ({"lr": "fast"}, f"checkpoint {bad}: lr needs a number, not 'fast'"),
-        ({"lr": 1e-4, "data_dir": str(theirs)}, "which is not here: give --data_dir"),
+        ({"lr": 1e-4, "dataset": "cifar10", "data_dir": str(theirs)}, "which is not here: give --data_dir"),
     ):
         state["config"] |= change
         checkpoint.save(bad, state)
