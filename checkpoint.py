@@ -170,6 +170,11 @@ def kind(state):
     return "dmd2" if WEIGHTS["dmd2"] in state else "teacher"
 
 
+def class_names(state, label_dim):
+    """The names of the `label_dim` classes that a network knows; their numbers if the checkpoint has no names."""
+    return state.get("class_names") or [str(label) for label in range(label_dim)]
+
+
 def weights(state):
     """The `state_dict` of a checkpoint's network: averaged weights if there are any."""
     return state.get("ema_state_dict") or state.get(WEIGHTS[kind(state)], {})

@@ -59,9 +59,9 @@ def main(argv=None):
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
     options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
-    for name in names:  # a mistake in the last configuration is told before the first is trained
-        train_dmd2.build_model(options[name], net)
-    steps = {name: args.step_number or steps_of(args, options[name], net) for name in names}
+    # Built before the first training, so that a mistake in any configuration is told at once.
+    models = {name: train_dmd2.build_model(options[name], net).to("meta") for name in names}
+    steps = {name: args.step_number or steps_of(args, options[name], models[name]) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
@@ -124,10 +124,10 @@ def check_settings(args, folder, options):
     write_results(folder / "settings.json", stored | settings)
 
 
-def steps_of(args, options, teacher):
-    """The number of iterations for the work of `--forward_passes`: of a batch, through `teacher`, on `meta`."""
-    model = train_dmd2.build_model(options, teacher).to("meta")
-    return max(1, round(args.forward_passes * forward_flops(teacher) / iteration_flops(options, model)))
+def steps_of(args, options, model):
+    """The number of iterations of `model`, on `meta`, for the work of `--forward_passes` of a batch by its teacher."""
+    passes = args.forward_passes * forward_flops(model.guidance_model.real_unet)
+    return max(1, round(passes / iteration_flops(options, model)))
 
 
 def train(options, seed, steps, folder):

@@ -111,7 +111,7 @@ def main(argv=None):
     if inception:
         mean_and_covariance = fid_reference or metrics.statistics(torch.cat([real["features"], seen["features"]]))
         fid_reference = metrics.with_root(*[part.to(place) for part in mean_and_covariance])
-    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)]
+    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)] if is_main() else []
     sets, class_names = [held_out.images.cpu()], dataset.class_names
     del dataset, training, real, seen  # large
 
@@ -119,6 +119,8 @@ def main(argv=None):
     labels = generate(args, models, sets[0].shape[1:], device)
     for model in models:
         row, seen = model.row, see(model.images)
+        if not is_main():
+            continue
         log, config = read_metrics(Path(model.file).with_name("metrics.jsonl")), model.facts["config"]
         if log and config.get("batch_size"):
             row["minutes"] = training_minutes(log, config["batch_size"], row["step"])

@@ -70,7 +70,7 @@ def main(argv=None):
     runtime = page.find_runtime(args.ort) if args.page else None
 
     facts = {
-        "class_names": (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim],
+        "class_names": checkpoint.class_names(state, net.label_dim),
         "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
         "student_sigmas": state["student_sigmas"],
         "step": state["step"],

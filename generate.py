@@ -44,7 +44,7 @@ def main(argv=None):
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
     compile_networks(args, net)
-    names = (state.get("class_names") or [str(label) for label in range(net.label_dim)])[: net.label_dim]
+    names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]
     folder, stems = Path(args.output_dir), [stems[label] for label in classes]
     check_folder(folder, args.format, stems)

@@ -73,7 +73,8 @@ class Run:
     def __init__(self, args, tables, kind):
         self.kind, self.step, self.resumed = kind, 0, None
         if args.resume_from_checkpoint == "auto":
-            found = checkpoint.by_step(args.output_dir, kind)
+            final = Path(args.output_dir, f"{kind}_final.pt")
+            found = final.exists() or checkpoint.numbered(args.output_dir, kind)
             if os.environ.get("RANK", "0") == "0":  # the processes have not joined yet
                 print(
                     f"--resume_from_checkpoint auto: {'the newest in' if found else 'a new run in'} {args.output_dir}"

@@ -77,7 +77,8 @@ def main(argv=None):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "teacher")
     args = run.args  # completed by the options of the run that is resumed, if any
-    build_network(args, 1, 1)  # wrong options are told before the data are read
+    with torch.device("meta"):
+        build_network(args, 1, 1)  # wrong options are told before the data are read
     device = choose_device(args)
     torch.manual_seed(args.seed)
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
