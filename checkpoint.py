@@ -217,16 +217,16 @@ def load_network(path, device="cpu"):
     return network(load(path), path, device)
 
 
-def load_teacher(path):
-    """The state of the teacher at `path`, the value of `--teacher_checkpoint`. Raises UserError for anything else."""
+def load_teacher(path, option="teacher_checkpoint"):
+    """The state of the teacher at `path`, the value of `option`. Raises UserError for anything else."""
     if not os.path.exists(path):
         raise UserError(
-            f"--teacher_checkpoint {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py "
+            f"--{option} {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py "
             "imports a pretrained one"
         )
     state = load(path)
     if kind(state) != "teacher":
-        raise UserError(f"--teacher_checkpoint {path}: a generator; give a teacher's checkpoint")
+        raise UserError(f"--{option} {path}: a generator; give a teacher's checkpoint")
     return state
 
 

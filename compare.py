@@ -54,13 +54,15 @@ def main(argv=None):
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
     folder, device = Path(args.output_dir), choose_device(args)
-    net = checkpoint.network(checkpoint.load_teacher(args.teacher_checkpoint), args.teacher_checkpoint, "meta")
+    state = checkpoint.load_teacher(args.teacher_checkpoint)
+    net = checkpoint.network(state, args.teacher_checkpoint, "meta")
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
     options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
     # Built before the first training, so that a mistake in any configuration is told at once.
-    models = {name: train_dmd2.build_model(options[name], net).to("meta") for name in names}
+    generators = {name: train_dmd2.load_generator(options[name], state, "meta") for name in names}
+    models = {name: train_dmd2.build_model(options[name], net, generators[name]).to("meta") for name in names}
     steps = {name: args.step_number or steps_of(args, options[name], models[name]) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)

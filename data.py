@@ -99,8 +99,8 @@ def check_classes(source, dataset, state, name):
     """The names of the classes that a network knows. Raises UserError if the data set `name` has others.
 
     state: the network's checkpoint; source: where it comes from, such as "--teacher_checkpoint teacher.pt".
-    A folder's classes may have other names if one side has only the names 0, 1, 2, ..., as in EDM's layout.
-    A network without classes accepts any data set.
+    A folder's classes may have other names if one side has only the names 0, 1, 2, ..., as in EDM's layout; the others
+    are returned. A network without classes accepts any data set.
     """
     ours, label_dim = dataset.class_names, state["model_config"]["label_dim"]
     if not label_dim:
@@ -109,10 +109,11 @@ def check_classes(source, dataset, state, name):
         raise UserError(f"{source}: knows {label_dim} classes; the data set {name} has {len(ours) or 'none'}")
     check_no_class_is_empty(f"the data set {name}", dataset)
     theirs = state.get("class_names") or ours
-    numbered = [str(label) for label in range(label_dim)] in (ours, theirs) and sorted(ours) != sorted(theirs)
+    numbers = [str(label) for label in range(label_dim)]
+    numbered = numbers in (ours, theirs) and sorted(ours) != sorted(theirs)
     if ours != theirs and not (numbered and "folder" in (name, state["config"].get("dataset"))):
         raise UserError(f"{source}: {difference(ours, theirs)}")
-    return theirs
+    return ours if numbered and theirs == numbers else theirs
 
 
 def difference(ours, theirs, most=5):
@@ -162,9 +163,16 @@ class Batches:
             drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
         self.images_seen += self.batch_size
 
-        index, flipped = self.share(drawn.T).T
-        pixels, labels, _ = subset(self.dataset, index)
-        images = to_float(pixels.to(labels.device))
+        rows, device = self.share(drawn.T), self.dataset.labels.device
+        index, flipped = moved(rows, device).T
+        images = to_float(moved(self.dataset.images[rows[:, 0]], device))
         if self.hflip:
-            images = torch.where(flipped.to(labels.device).bool()[:, None, None, None], images.flip(3), images)
-        return images, labels
+            images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
+        return images, self.dataset.labels[index]
+
+
+def moved(tensor, device):
+    """`tensor` on `device`. From the CPU to CUDA it goes through pinned memory, so that nothing waits for it."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

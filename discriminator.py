@@ -7,27 +7,28 @@ from torch import nn
 from model import group_norm
 
 
-def gan_head(channels):
-    """A head from a feature map `[B, channels, h, w]` to a logit `[B, 1]`, positive for "real"."""
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1),
-        group_norm(channels),
-        nn.SiLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, 1),
-    )
+def gan_head(channels, resolution):
+    """A head from a feature map `[B, channels, resolution, resolution]` to a logit `[B, 1]`, positive for "real".
+
+    As in DMD2's code: convolutions of stride 2 until the map is at most 4x4, one over all of it, and a linear layer.
+    """
+    layers = []
+    while resolution > 4:
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU()]
+        resolution //= 2
+    layers += [nn.Conv2d(channels, channels, resolution), group_norm(channels), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
 
 
 class Discriminator(nn.Module):
     """One head per feature map: from a list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32.
 
-    channels: the width of each feature map
+    feature_channels: a dict from resolutions to the width of the feature map there; resolutions: those to use
     """
 
-    def __init__(self, channels):
+    def __init__(self, feature_channels, resolutions):
         super().__init__()
-        self.heads = nn.ModuleList(gan_head(width) for width in channels)
+        self.heads = nn.ModuleList(gan_head(feature_channels[resolution], resolution) for resolution in resolutions)
 
     def forward(self, features):
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()

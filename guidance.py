@@ -16,6 +16,7 @@ class GuidanceModel(nn.Module):
     """The frozen teacher `real_unet`, the trainable `fake_unet`, the noise added to their inputs, and the losses.
 
     real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, in eval mode
+    fake_unet:                 another module called in this way, trained in place; default: a copy of `real_unet`
     num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
     sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of `real_unet`
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
@@ -24,7 +25,7 @@ class GuidanceModel(nn.Module):
     f_divergence:              key of `F_DIVERGENCES`: what dmd minimises; all but rkl need `gan_classifier`
     fake_loss_weighting:       of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: squared error
     gan_classifier:            adds heads that tell real images from generated ones by feature maps (DMD2 section 4.3);
-                               `real_unet` must then be a `Denoiser`
+                               the network of `gan_features` must then be a `Denoiser`
     gan_features:              of `fake_unet`'s encoder ("fake"), which then learns from both losses, or "teacher"
     gan_resolutions:           resolutions of the feature maps, one head per resolution; default: the coarsest alone
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
@@ -37,6 +38,7 @@ class GuidanceModel(nn.Module):
         self,
         real_unet,
         *,
+        fake_unet=None,
         num_train_timesteps=1000,
         sigma_min=0.002,
         sigma_max=80.0,
@@ -56,7 +58,7 @@ class GuidanceModel(nn.Module):
     ):
         super().__init__()
         self.real_unet = real_unet.requires_grad_(False).eval()
-        self.fake_unet = copy.deepcopy(real_unet).requires_grad_(True)
+        self.fake_unet = (copy.deepcopy(real_unet) if fake_unet is None else fake_unet).requires_grad_(True)
         self.sigma_data = sigma_data
         self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
@@ -76,11 +78,11 @@ class GuidanceModel(nn.Module):
         self.gan_steps = min(diffusion_gan_max_timestep, num_train_timesteps)
         if gan_classifier:
             self.gan_features = gan_features
-            self.gan_resolutions = gan_resolutions or [min(real_unet.feature_channels)]
-            if missing := set(self.gan_resolutions) - real_unet.feature_channels.keys():
-                known = ", ".join(map(str, real_unet.feature_channels))
-                raise ValueError(f"gan_resolutions {min(missing)}: the teacher's encoder has {known}")
-            self.cls_pred_branch = Discriminator([real_unet.feature_channels[side] for side in self.gan_resolutions])
+            channels = self.gan_network.feature_channels
+            self.gan_resolutions = gan_resolutions or [min(channels)]
+            if missing := set(self.gan_resolutions) - channels.keys():
+                raise ValueError(f"gan_resolutions {min(missing)}: the encoder has {', '.join(map(str, channels))}")
+            self.cls_pred_branch = Discriminator(channels, self.gan_resolutions)
 
         self.f_divergence = f_divergence
         if f_divergence not in F_DIVERGENCES:

@@ -308,7 +308,8 @@ def find_checkpoint(name, folder, kind):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
-            print(f"{error}; resuming from the one before", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{error}; resuming from the one before", file=sys.stderr)
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 
 

@@ -51,6 +51,12 @@ OPTIONS = {
     ],
     "generator": [
         Option(
+            "generator_checkpoint",
+            None,
+            path,
+            "a teacher, such as a smaller one, as which the generator starts; default: teacher_checkpoint",
+        ),
+        Option(
             "conditioning_sigma", 80.0, positive, "noise level at which the generator is called; of several, the first"
         ),
         Option("student_steps", 1, count, "steps of the generator, at noise levels spaced evenly over the schedule"),
@@ -119,12 +125,29 @@ def check(args):
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
 
 
-def build_model(args, teacher):
-    """The generator and its guidance. Raises UserError for options `args` that do not fit the teacher."""
+def load_generator(args, teacher_state, device):
+    """The network of `--generator_checkpoint`, or None. Raises UserError if images or classes are not the teacher's."""
+    if not args.generator_checkpoint:
+        return None
+    state = checkpoint.load_teacher(args.generator_checkpoint, "generator_checkpoint")
+    source = f"--generator_checkpoint {args.generator_checkpoint}"
+    ours, theirs = state["model_config"], teacher_state["model_config"]
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        if ours[name] != theirs[name]:
+            raise UserError(f"{source}: its {name} is {ours[name]}, the teacher's {theirs[name]}")
+    names = [of.get("class_names") for of in (state, teacher_state)]
+    if all(names) and names[0] != names[1]:
+        raise UserError(f"{source}: its classes are not the teacher's, or not in the same order")
+    return checkpoint.network(state, args.generator_checkpoint, device)
+
+
+def build_model(args, teacher, generator=None):
+    """The generator and its guidance. Raises UserError for options `args` that do not fit the networks."""
     sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
-    if outside := [sigma for sigma in sigmas if not teacher.sigma_min <= sigma <= teacher.sigma_max]:
+    student = generator or teacher
+    if outside := [sigma for sigma in sigmas if not student.sigma_min <= sigma <= student.sigma_max]:
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
-        known = f"the teacher knows noise from {teacher.sigma_min:.2g} to {teacher.sigma_max:.4g}"
+        known = f"the network knows noise from {student.sigma_min:.2g} to {student.sigma_max:.4g}"
         raise UserError(f"--{option} {outside[0]}: {known}")
     with as_user_error("the options"):
         guidance = GuidanceModel(
@@ -146,7 +169,9 @@ def build_model(args, teacher):
             diffusion_gan=args.diffusion_gan,
             diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
         )
-    return UnifiedModel(guidance, student_sigmas=sigmas).eval()  # turns dropout off, in all its networks alike
+    return UnifiedModel(
+        guidance, student_sigmas=sigmas, generator=generator
+    ).eval()  # turns dropout off, in all its networks alike
 
 
 def main(argv=None):
@@ -159,7 +184,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
-    model = build_model(args, teacher).to(device)
+    model = build_model(args, teacher, load_generator(args, teacher_state, device)).to(device)
     broadcast(model)
     guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
     shape = teacher.config["img_resolution"], teacher.config["img_channels"]
@@ -174,7 +199,7 @@ def main(argv=None):
     optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
     optimizer_guidance = build_optimizer(args.optimizer, fake_unet, args.guidance_lr)
     gan_lr = args.gan_lr or args.guidance_lr
-    optimizer_gan = adamw(heads.parameters(), gan_lr) if heads else None
+    optimizer_gan = adamw(heads.parameters(), gan_lr, betas=(0.5, 0.99)) if heads else None  # a discriminator's betas
     compile_networks(args, teacher, generator, *model.fake_unets)
 
     run.start(  # networks and optimizers are saved and restored, each as NAME_state_dict

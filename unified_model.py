@@ -17,19 +17,21 @@ from sampling import few_step_sampler
 
 
 class UnifiedModel(nn.Module):
-    """`feedforward_model`, the generator, starts as a copy of the teacher; `guidance_model` is a `GuidanceModel`.
+    """`feedforward_model`, the generator, and `guidance_model`, a `GuidanceModel`.
 
     conditioning_sigma: the noise level at which a one-step generator is called
     student_sigmas:     the levels, descending, of a generator of several steps; default: `conditioning_sigma` alone
+    generator:          called as `net(x, sigma, labels)` and trained in place; default: a copy of the teacher
 
     A generator of several steps has a `fake_unet` per step, in `fake_unets`: one for all would learn the mixture of
     their images, and the images of each step could drift.
     """
 
-    def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None):
+    def __init__(self, guidance_model, conditioning_sigma=80.0, student_sigmas=None, generator=None):
         super().__init__()
         self.guidance_model = guidance_model
-        self.feedforward_model = copy.deepcopy(guidance_model.real_unet).requires_grad_(True)
+        generator = copy.deepcopy(guidance_model.real_unet) if generator is None else generator
+        self.feedforward_model = generator.requires_grad_(True)
         self.student_sigmas = list(student_sigmas or [conditioning_sigma])
         fake_unet = guidance_model.fake_unet
         self.fake_unets = nn.ModuleList([fake_unet, *(copy.deepcopy(fake_unet) for _ in self.student_sigmas[1:])])

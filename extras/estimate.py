@@ -72,14 +72,15 @@ def of_dmd2(args):
     """The same for train_dmd2.py."""
     train_dmd2.check(args)
     teacher = load_teacher(args.teacher_checkpoint)
-    model = train_dmd2.build_model(args, teacher).to("meta")
+    generator = load_teacher(args.generator_checkpoint) if args.generator_checkpoint else None
+    model = train_dmd2.build_model(args, teacher, generator).to("meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
-    trained = model.feedforward_model, model.fake_unets
+    generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
     fixed = {
         "weights": nbytes(model),
-        "averaged weights": nbytes(teacher) if args.ema_decay else 0,
+        "averaged weights": nbytes(generator) if args.ema_decay else 0,
         "moments": sum(optimizer_costs(args.optimizer, net)[1] for net in trained) + 2 * heads,
-        "gradients": nbytes(teacher) + heads,  # of the networks that are trained in a turn
+        "gradients": max(nbytes(generator), nbytes(teacher) + heads),  # of the networks that are trained in a turn
         "data": data_set(args, teacher.config["img_resolution"], teacher.config["img_channels"])[0],
     }
 

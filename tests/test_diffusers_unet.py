@@ -184,7 +184,7 @@ def test_imported_and_distilled_by_command_line(tmp_path):
     succeed("generate.py", "--checkpoint", generator, "--output_dir", tmp_path / "out", "--num_samples", 1)
     for option, values in (("--conditioning_sigma", ["200.0"]), ("--student_sigmas", ["80", "0.001"])):
         done = run_script("train_dmd2.py", *arguments, option, *values, "--output_dir", tmp_path / "other")
-        assert_refused(done, f"{option} {values[-1]}: the teacher knows noise from 0.01 to 157.4")
+        assert_refused(done, f"{option} {values[-1]}: the network knows noise from 0.01 to 157.4")
 
 
 def test_older_folders(tmp_path):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from discriminator import discriminator_gan_loss, gan_head, generator_gan_loss
@@ -13,11 +14,13 @@ def test_losses_follow_dmd2_equation_4():
     torch.testing.assert_close(fake.grad, -torch.sigmoid(-fake.detach()) / 2)  # largest where it is caught
 
 
-def test_head_gives_a_logit_for_each_image_of_any_resolution():
+@pytest.mark.parametrize("resolution, convolutions", [(1, 1), (2, 1), (4, 1), (7, 2), (8, 2), (16, 3)])
+def test_head_gives_a_logit_for_each_image_of_any_resolution(resolution, convolutions):
     torch.manual_seed(0)
-    head = gan_head(16)
-    for side in (1, 4, 7):
-        features = torch.randn(3, 16, side, side)
-        logits = head(features)
-        assert logits.shape == (3, 1)
-        torch.testing.assert_close(head(features[1:2]), logits[1:2])  # images do not see each other
+    head, features = gan_head(16, resolution), torch.randn(3, 16, resolution, resolution)
+    logits = head(features)
+    assert logits.shape == (3, 1)
+    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in head) == convolutions
+    torch.testing.assert_close(head(features[1:2]), logits[1:2])  # images do not see each other
+    features[:, :, -1, -1] += 1
+    assert (head(features) - logits).abs().min() > 1e-4  # every pixel counts

@@ -74,7 +74,7 @@ def test_the_schedule_keeps_to_the_teachers_noise_levels():
 
 WRONG = [
     (dict(objective="sdi"), "objective must be dmd or sid"),
-    (dict(gan_classifier=True, gan_resolutions=[5]), "gan_resolutions 5: the teacher's encoder has 8, 4"),
+    (dict(gan_classifier=True, gan_resolutions=[5]), "gan_resolutions 5: the encoder has 8, 4"),
     (dict(f_divergence="lk"), "f_divergence must be one of rkl"),
     (dict(f_divergence="kl"), "needs gan_classifier"),
     (dict(f_divergence="kl", gan_classifier=True, objective="sid"), "needs objective dmd"),
@@ -87,6 +87,19 @@ WRONG = [
 def test_arguments_that_do_not_fit_are_refused(options, told):
     with pytest.raises(ValueError, match=told):
         GuidanceModel(tiny_unet(), **options)
+
+
+def test_networks_that_are_handed_in_are_trained_as_they_are():
+    """An exact teacher has neither parameters nor features: generator, `fake_unet` and heads come from elsewhere."""
+    fake_unet, generator = tiny_unet(), tiny_unet(model_channels=16)
+    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), fake_unet=fake_unet.requires_grad_(False), gan_classifier=True)
+    model = UnifiedModel(guidance, generator=generator.requires_grad_(False))
+    assert guidance.fake_unet is fake_unet and model.feedforward_model is generator
+    losses, _, images = model.generator_turn(torch.randn(4, 1, 8, 8), LABELS)
+    sum(losses.values()).backward()
+    losses, _ = model.guidance_turn(images, LABELS, images, LABELS)
+    sum(losses.values()).backward()
+    assert all_have_grads(generator) and all_have_grads(fake_unet)
 
 
 @pytest.mark.parametrize("weighting", ["edm", "none"])

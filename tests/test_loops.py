@@ -1,15 +1,19 @@
 """The two training loops against the same steps written out by hand, and what they pass on."""
 
+import re
+
 import pytest
 import torch
-from conftest import flags, metrics, refuses, tiny_unet, write_images
+from conftest import ROOT, flags, metrics, refuses, tiny_unet, write_images
 
 import checkpoint
+import guidance
 import train_dmd2
 import train_teacher
 from data import Batches, load_dataset
 from guidance import GuidanceModel
 from model import SimpleUNet
+from run import read_metrics
 from support.script import UserError
 from unified_model import UnifiedModel
 
@@ -17,8 +21,8 @@ NET = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2], num_blocks=1
 RUN = dict(batch_size=16, step_number=4, log_every=1, device="cpu")
 
 
-def adamw(parameters, lr):
-    return torch.optim.AdamW(parameters, lr, betas=(0.9, 0.999), weight_decay=0.01)
+def adamw(parameters, lr, betas=(0.9, 0.999)):
+    return torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=0.01)
 
 
 def step(optimizer, lr, most):
@@ -108,12 +112,12 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     batches = Batches(load_dataset("mnist5k", tmp_path, 8, 1, "cpu"), 16, seed=5)
     torch.manual_seed(5)
     net = checkpoint.load_network(teacher)
-    guidance = GuidanceModel(net, gan_classifier=True, max_step_percent=0.7, sigma_data=net.sigma_data)
-    model = UnifiedModel(guidance, conditioning_sigma=4.0).eval()
-    generator, fake_unet, heads = model.feedforward_model, guidance.fake_unet, guidance.cls_pred_branch
+    model = GuidanceModel(net, gan_classifier=True, max_step_percent=0.7, sigma_data=net.sigma_data)
+    fake_unet, heads, model = model.fake_unet, model.cls_pred_branch, UnifiedModel(model, conditioning_sigma=4.0).eval()
+    generator = model.feedforward_model
     start, first_heads, ema = weights(generator), weights(heads), weights(generator)
     generators = adamw(generator.parameters(), 1e-2)
-    guidances = [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), gan_lr or 5e-3)]
+    guidances = [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), gan_lr or 5e-3, betas=(0.5, 0.99))]
     for number, factor in enumerate(FACTORS):
         real, labels = next(batches)
         noise, fakes = torch.randn_like(real), []
@@ -138,6 +142,50 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     assert_close(state["guidance_fake_unet_state_dict"], weights(fake_unet), start)
     assert_close(state["guidance_cls_state_dict"], weights(heads), first_heads)
     assert_close(state["ema_state_dict"], ema, start)
+
+
+def test_the_generator_may_start_as_another_network(teacher, tmp_path):
+    """Of another width. It has that network's weights; `fake_unet` has the teacher's. A resumed run goes on with both."""
+    state, other = checkpoint.load(teacher), tiny_unet(model_channels=16)
+    file = tmp_path / "other.pt"
+    checkpoint.save(file, state | {"ema_state_dict": other.state_dict(), "model_config": other.config})
+    options = RUN | dict(dataset="mnist5k", teacher_checkpoint=teacher, generator_checkpoint=file)
+    options |= dict(output_dir=tmp_path / "run", generator_lr=1e-9, guidance_lr=1e-9)
+    assert train_dmd2.main(flags(**options, ema_decay=0.5)) == 0
+    assert train_dmd2.main(flags(**options | dict(step_number=6), resume_from_checkpoint="latest")) == 0
+    state = checkpoint.load(tmp_path / "run" / "dmd2_final.pt")
+    assert state["step"] == 6 and state["model_config"] == other.config
+    own = checkpoint.load(teacher)["ema_state_dict"]
+    for stored, start in (
+        ("feedforward_model", other.state_dict()),
+        ("ema", other.state_dict()),
+        ("guidance_fake_unet", own),
+    ):
+        torch.testing.assert_close(state[f"{stored}_state_dict"], dict(start), rtol=1e-4, atol=1e-6)
+
+    for changes, told in (
+        ({"model_config": other.config | {"img_resolution": 16}}, "its img_resolution is 16, the teacher's 8"),
+        ({"class_names": [*"1023456789"]}, "its classes are not the teacher's, or not in the same order"),
+    ):
+        checkpoint.save(file, checkpoint.load(file) | changes)
+        refuses(f"--generator_checkpoint {file}: {told}", "train_dmd2.py", **options, overwrite=True)
+        checkpoint.save(file, checkpoint.load(file) | {"model_config": other.config})
+    refuses(
+        f"--generator_checkpoint {tmp_path}/no.pt: there is no",
+        "train_dmd2.py",
+        **options | dict(generator_checkpoint=tmp_path / "no.pt"),
+    )
+
+
+def test_the_quickstart_trains_with_dmd2s_gradient_and_its_gan(teacher, tmp_path, monkeypatch):
+    (config,) = re.findall(r"train_dmd2.py --config (\S+)", (ROOT / "quickstart.sh").read_text())
+    calls, loss = [], guidance.dmd_loss
+    monkeypatch.setattr(guidance, "dmd_loss", lambda *given: calls.append(given) or loss(*given))
+    options = dict(config=ROOT / config, optimizer="adamw", step_number=6, log_every=1, batch_size=16, device="cpu")
+    assert train_dmd2.main(flags(**options, teacher_checkpoint=teacher, output_dir=tmp_path)) == 0
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(calls) == sum("loss_dm" in row for row in rows) == 2  # ratio 5
+    assert all("guidance_cls_loss" in row for row in rows) and "gen_cls_loss" in rows[0]
 
 
 REACH = [

@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     refuses("not a generator with the teacher's network", *dmd2, resume_from_checkpoint=teacher, **digits)
     refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
     heads = dict(gan_classifier=True, **digits)
-    refuses("gan_resolutions 16: the teacher's encoder has 8, 4", *dmd2, gan_resolutions=[16, 4], **heads)
+    refuses("gan_resolutions 16: the encoder has 8, 4", *dmd2, gan_resolutions=[16, 4], **heads)
     heads |= dict(gan_resolutions=[8, 4], resume_from_checkpoint=student)  # which has one head
     refuses("does not fit; resume it with the options of its run", *dmd2, **heads)
     write_images(tmp_path / "set", each=8, size=8)
