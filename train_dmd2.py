@@ -36,9 +36,6 @@ OPTIONS = {
     "the two time scales": [
         Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
         Option(
-            "guidance_updates", 1, count, "guidance updates per iteration, on the same images at fresh noise levels"
-        ),
-        Option(
             "alternate_turns", False, flag, "no guidance update in an iteration that updates the generator (FastGen)"
         ),
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
@@ -233,7 +230,7 @@ def main(argv=None):
         lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
         update_generator = run.step % args.dfake_gen_update_ratio == 0
         generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
-        num_guidance_updates = 0 if args.alternate_turns and update_generator else args.guidance_updates
+        update_guidance = not (args.alternate_turns and update_generator)
         student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
         fake_images, norms = [], {}
         metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
@@ -254,15 +251,15 @@ def main(argv=None):
             with torch.no_grad(), autocast(args, device):
                 fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
-        # Guidance turn, num_guidance_updates times: fake_unet learns to denoise these images, the heads to tell them.
-        max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
-        for _ in range(num_guidance_updates):
+        # Guidance turn: fake_unet learns to denoise these images, the heads to tell them from real ones.
+        if update_guidance:
             for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
                 with autocast(args, device):
                     loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
                 loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
                 (loss / args.grad_accum).backward()
-                add_means(metrics, loss_dict | logits, args.grad_accum * num_guidance_updates)
+                add_means(metrics, loss_dict | logits, args.grad_accum)
+            max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
             norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
             if heads:
                 norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)

@@ -133,7 +133,7 @@ def iteration_flops(args, model):
     The mean is over the generator's steps, and over iterations with and without a generator update.
     """
     ratio, levels = args.dfake_gen_update_ratio, len(model.student_sigmas)
-    guided = args.guidance_updates * (ratio - args.alternate_turns)  # guidance turns in `ratio` iterations
+    guided = ratio - args.alternate_turns  # guidance turns in `ratio` iterations
     costs = [[flops for flops, _ in turn_costs(model, 1, student_step)] for student_step in range(levels)]
     turns = mean(generator + (ratio - 1) * generate + guided * guidance for generate, generator, guidance in costs)
     networks = model.feedforward_model, model.fake_unets  # of several `fake_unets`, one is trained at a time
