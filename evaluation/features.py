@@ -17,7 +17,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import checkpoint
-from data import Batches, subset
+from data import Batches, moved, subset
 from model import memory_layout
 from sampling import random_stream
 from support.images import to_float
@@ -134,7 +134,8 @@ def augment(images, stream, coloured):
     else:
         turn, zoom, mirror = 0.17 * turn, 1 + 0.1 * zoom, torch.ones_like(mirror)
     rows = [mirror * zoom * turn.cos(), -zoom * turn.sin(), right, mirror * zoom * turn.sin(), zoom * turn.cos(), down]
-    grid = F.affine_grid(torch.stack(rows, dim=1).reshape(-1, 2, 3).to(images), images.shape, align_corners=False)
+    matrices = moved(torch.stack(rows, dim=1).reshape(-1, 2, 3), images.device)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
