@@ -116,8 +116,6 @@ def check(args):
             )
     elif args.student_steps > 1 and args.conditioning_sigma <= args.sigma_min:
         raise UserError(f"--student_steps {args.student_steps}: --conditioning_sigma must be above --sigma_min")
-    if args.gan_lr and not args.gan_classifier:
-        raise UserError("--gan_lr needs --gan_classifier")
     if args.alternate_turns and args.dfake_gen_update_ratio == 1:
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
 
