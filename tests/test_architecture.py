@@ -14,7 +14,7 @@ FLOORS = [  # from the ground up; a module imports from its own room and from th
     [{"data", "checkpoint", "run"}],
     [{"evaluation"}],
     [{"train_teacher", "train_dmd2", "generate", "evaluate"}],
-    [{"compare", "import_teacher"}],
+    [{"compare", "import_teacher"}, {"toy"}],
     [{"extras"}],
     [{"export"}],
 ]

@@ -407,7 +407,15 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     assert (tmp_path / "images" / "airplane_samples.png").exists()
 
 
-RUN = {"README", "training-guide", "evaluation", "generate", "performance", "cifar10-cpu"}  # others need teachers
+RUN = {
+    "README",
+    "how-it-works",
+    "training-guide",
+    "evaluation",
+    "generate",
+    "performance",
+    "cifar10-cpu",
+}  # others need teachers
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
@@ -427,6 +435,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         "evaluate.py": flags(num_samples=40, features="classifier", steps=2, device="cpu"),
         "extras/benchmark.py": [*TINY_NET, *flags(repeats=1)],
         "generate.py": flags(num_samples=2),
+        "toy.py": flags(step_number=5, batch_size=32),
     }
     for runner, script, *arguments in [command for page in PAGES if page.stem in RUN for command in commands(page)]:
         script = script.replace("extras.benchmark", "extras/benchmark.py")
