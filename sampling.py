@@ -43,11 +43,6 @@ def student_sampler(net, noise, labels, sigmas):
     return few_step_sampler(net, noise, labels, sigmas, fresh_noise=fresh_noise)
 
 
-def spread_levels(num_steps, conditioning_sigma, sigma_min=0.002, rho=7.0):
-    """A list of a student's `num_steps` noise levels, spaced evenly over the schedule below `conditioning_sigma`."""
-    return [conditioning_sigma, *get_sigmas_karras(num_steps + 1, sigma_min, conditioning_sigma, rho)[1:-1].tolist()]
-
-
 def one_step_sampler(net, noise, labels, conditioning_sigma):
     """Images in one forward pass, G(z) = D(sigma z; sigma) at sigma = `conditioning_sigma` (DMD2 section 3)."""
     return few_step_sampler(net, noise, labels, [conditioning_sigma])

@@ -10,7 +10,7 @@ from data import DATA, Batches, check_classes, describe, load_dataset
 from guidance import GuidanceModel
 from objectives import F_DIVERGENCES
 from run import RUN, Run
-from sampling import grid_noise, heun_sampler, spread_levels, student_sampler
+from sampling import grid_noise, heun_sampler, student_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.logger import LOGGING, WANDB
 from support.optimizers import (
@@ -53,12 +53,13 @@ OPTIONS = {
             path,
             "a teacher, such as a smaller one, as which the generator starts; default: teacher_checkpoint",
         ),
+        Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called"),
         Option(
-            "conditioning_sigma", 80.0, positive, "noise level at which the generator is called; of several, the first"
-        ),
-        Option("student_steps", 1, count, "steps of the generator, at noise levels spaced evenly over the schedule"),
-        Option(
-            "student_sigmas", None, positive, "noise levels of its steps, descending; instead of student_steps", "+"
+            "student_sigmas",
+            None,
+            positive,
+            "of a generator of several steps: their noise levels, descending, in place of conditioning_sigma",
+            "+",
         ),
     ],
     "noise levels": [
@@ -106,16 +107,9 @@ def check(args):
     for low, high in (("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")):
         if getattr(args, low) >= getattr(args, high):
             raise UserError(f"--{low} ({getattr(args, low)}) must be below --{high} ({getattr(args, high)})")
-    if sigmas := args.student_sigmas:
-        if sigmas != sorted(set(sigmas), reverse=True):
-            listed = " ".join(map(str, sigmas))
-            raise UserError(f"--student_sigmas {listed}: must descend, starting with the most noise")
-        if args.student_steps not in (1, len(sigmas)):
-            raise UserError(
-                f"--student_steps {args.student_steps}: --student_sigmas gives {len(sigmas)}; give one of them"
-            )
-    elif args.student_steps > 1 and args.conditioning_sigma <= args.sigma_min:
-        raise UserError(f"--student_steps {args.student_steps}: --conditioning_sigma must be above --sigma_min")
+    if args.student_sigmas and args.student_sigmas != sorted(set(args.student_sigmas), reverse=True):
+        listed = " ".join(map(str, args.student_sigmas))
+        raise UserError(f"--student_sigmas {listed}: must descend, starting with the most noise")
     if args.alternate_turns and args.dfake_gen_update_ratio == 1:
         raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
 
@@ -138,7 +132,7 @@ def load_generator(args, teacher_state, device):
 
 def build_model(args, teacher, generator=None):
     """The generator and its guidance. Raises UserError for options `args` that do not fit the networks."""
-    sigmas = args.student_sigmas or spread_levels(args.student_steps, args.conditioning_sigma, args.sigma_min, args.rho)
+    sigmas = args.student_sigmas or [args.conditioning_sigma]
     student = generator or teacher
     if outside := [sigma for sigma in sigmas if not student.sigma_min <= sigma <= student.sigma_max]:
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"

@@ -33,7 +33,7 @@ PASSES = {
     "": 4.4,
     "--dfake_gen_update_ratio 5": 4.8,
     "--alternate_turns": 4.1,
-    "--student_steps 2": 4.9,
+    "--student_sigmas 80 2.5": 4.9,
     "--objective sid": 4.6,
 }
 

@@ -96,8 +96,6 @@ WRONG = [  # script, arguments, part of the one-line message
     (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent"),
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
     (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, starting with the most noise"),
-    (D, "--student_sigmas 5 1 --student_steps 3", "--student_steps 3: --student_sigmas gives 2; give one of them"),
-    (D, "--student_steps 2 --conditioning_sigma 0.001", "--conditioning_sigma must be above --sigma_min"),
     (D, "--alternate_turns --dfake_gen_update_ratio 1", "needs a --dfake_gen_update_ratio of at least 2"),
     (D, "--lr 1e-4", "unknown argument --lr"),
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda, cuda:N or mps"),

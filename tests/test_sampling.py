@@ -3,14 +3,12 @@ from itertools import pairwise
 import torch
 from conftest import GaussianDenoiser
 
-from model import get_sigmas_karras
 from sampling import (
     class_noise,
     few_step_sampler,
     grid_noise,
     heun_sampler,
     one_step_sampler,
-    spread_levels,
     student_sampler,
 )
 
@@ -91,14 +89,6 @@ def test_a_students_images_depend_on_their_own_noise_alone():
     student_sampler(net, z[7:9], labels[7:9], sigmas)
     assert torch.equal(seen[1] / 2, second[7:9]) and torch.equal(seen[2], third[7:9])
     assert student_sampler(net, z[:0], labels[:0], sigmas).shape == (0, 1, 4, 4)  # the share of a process that has none
-
-
-def test_levels_are_spread_evenly_over_the_schedule():
-    assert spread_levels(1, 80.0) == [80.0]
-    schedule = get_sigmas_karras(1001)  # 80 down to 0.002 in a thousand steps
-    torch.testing.assert_close(torch.tensor(spread_levels(4, 80.0)), schedule[[0, 250, 500, 750]])
-    levels = spread_levels(3, 2.5)
-    assert levels[0] == 2.5 and levels == sorted(levels, reverse=True) and len(levels) == 3
 
 
 def test_heun_keeps_within_the_networks_noise_levels():

@@ -263,10 +263,9 @@ def test_turns_can_alternate(runs, tmp_path):
 def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     """Every script finds them in the checkpoint; a resume that asks for others is refused."""
     options, folder = [*TINY, *options_of("dmd2", runs)], tmp_path / "run"
-    succeed("train_dmd2.py", *options, student_steps=2, save_every=2, output_dir=folder)
+    succeed("train_dmd2.py", *options, student_sigmas=[80, 2.5], save_every=2, output_dir=folder)
     student = folder / "dmd2_final.pt"
-    sigmas = load(student)["student_sigmas"]
-    assert sigmas[0] == 80 and len(sigmas) == 2 and 2 < sigmas[1] < 3  # half way down the schedule
+    assert load(student)["student_sigmas"] == [80, 2.5]
     data = dict(features="classifier", num_samples=20, data_dir=tmp_path, device="cpu", batch_size=7)
     succeed("evaluate.py", checkpoint=student, **data)
     assert json.loads((folder / "evaluation.json").read_text())["rows"][1]["evaluations"] == 2
@@ -275,8 +274,14 @@ def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
         succeed("generate.py", checkpoint=student, **out)
     ours, theirs = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("7", "100"))
     assert np.abs(ours.astype(int) - theirs).max() <= 1
-    resume = dict(student_steps=4, resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
-    refuses("a student at sigma [80.0, ", "train_dmd2.py", *options, output_dir=tmp_path / "other", **resume)
+    resume = dict(student_sigmas=[80, 5, 1], resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
+    refuses(
+        "a student at sigma [80.0, 2.5], not at [80.0, 5.0, 1.0]",
+        "train_dmd2.py",
+        *options,
+        output_dir=tmp_path / "other",
+        **resume,
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
