@@ -63,6 +63,7 @@ def main(argv=None):
     # Built before the first training, so that a mistake in any configuration is told at once.
     generators = {name: train_dmd2.load_generator(options[name], state, "meta") for name in names}
     models = {name: train_dmd2.build_model(options[name], net, generators[name]).to("meta") for name in names}
+    del state  # mainly to free its optimizer's moments
     steps = {name: args.step_number or steps_of(args, options[name], models[name]) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
@@ -113,10 +114,10 @@ def read_options(args, config):
 def check_settings(args, folder, options):
     """Stores in `folder` what its results are made with. Raises UserError if those that are there differ in it."""
     common = {name: getattr(args, name) for name in ("forward_passes", "step_number", "features", "num_samples")}
-    digest = hashlib.sha256(Path(args.teacher_checkpoint).read_bytes()).hexdigest()  # it may have been trained anew
-    settings = {".": common | {"teacher_checkpoint": f"{args.teacher_checkpoint} (SHA-256 {digest[:8]})"}}
+    settings = {".": common | {"teacher_checkpoint": identity(args.teacher_checkpoint)}}
     for name, of_runs in options.items():
         settings[name] = {option: value for option, value in public(of_runs).items() if option not in FREE}
+        settings[name]["generator_checkpoint"] = identity(of_runs.generator_checkpoint)
     stored = read_results(folder / "settings.json") or {}
     for name in settings.keys() & stored.keys():
         for option, value in settings[name].items():
@@ -124,6 +125,11 @@ def check_settings(args, folder, options):
                 made = f"{folder / name} holds results for {option} {before}, not {value}"
                 raise UserError(f"{made}: delete it, or choose another --output_dir")
     write_results(folder / "settings.json", stored | settings)
+
+
+def identity(file):
+    """`file` with a digest of its content, as a network may have been trained anew; None for None."""
+    return file and f"{file} (SHA-256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]})"
 
 
 def steps_of(args, options, model):

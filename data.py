@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sampling import random_stream
+from support.device import moved
 from support.images import resize, to_float
 from support.options import Option, choice, path
 from support.processes import own_rows
@@ -109,11 +110,16 @@ def check_classes(source, dataset, state, name):
         raise UserError(f"{source}: knows {label_dim} classes; the data set {name} has {len(ours) or 'none'}")
     check_no_class_is_empty(f"the data set {name}", dataset)
     theirs = state.get("class_names") or ours
-    numbers = [str(label) for label in range(label_dim)]
-    numbered = numbers in (ours, theirs) and sorted(ours) != sorted(theirs)
+    numbered = one_is_numbered(ours, theirs)
     if ours != theirs and not (numbered and "folder" in (name, state["config"].get("dataset"))):
         raise UserError(f"{source}: {difference(ours, theirs)}")
-    return ours if numbered and theirs == numbers else theirs
+    return ours if numbered and theirs == [str(label) for label in range(label_dim)] else theirs
+
+
+def one_is_numbered(ours, theirs):
+    """Whether one list of class names is 0, 1, 2, ..., and the other has other names."""
+    numbers = [str(label) for label in range(len(ours))]
+    return numbers in (ours, theirs) and sorted(ours) != sorted(theirs)
 
 
 def difference(ours, theirs, most=5):
@@ -169,10 +175,3 @@ class Batches:
         if self.hflip:
             images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
         return images, self.dataset.labels[index]
-
-
-def moved(tensor, device):
-    """`tensor` on `device`. From the CPU to CUDA it goes through pinned memory, so that nothing waits for it."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

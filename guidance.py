@@ -18,7 +18,7 @@ class GuidanceModel(nn.Module):
     real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, in eval mode
     fake_unet:                 another module called in this way, trained in place; default: a copy of `real_unet`
     num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
-    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of `real_unet`
+    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of both networks
     sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
     min_step_percent, max_step_percent: the range of `karras_sigmas`, as shares, for the distribution-matching loss
     objective:                 dmd or sid (`objectives.py`); sid_alpha: alpha of sid
@@ -31,7 +31,7 @@ class GuidanceModel(nn.Module):
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
     diffusion_gan_max_timestep: the heads' noise is drawn from so many of the lowest `karras_sigmas`
 
-    Raises ValueError for arguments that do not fit together or to `real_unet`.
+    Raises ValueError for arguments that do not fit together or to the networks.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GuidanceModel(nn.Module):
         self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
-        low, high = known_range(real_unet, sigma_min, sigma_max)
+        low, high = known_range(self.fake_unet, *known_range(real_unet, sigma_min, sigma_max))
         if low >= high:
             raise ValueError(
                 f"sigma_min {sigma_min}, sigma_max {sigma_max}: the teacher knows none of these noise levels"
@@ -78,7 +78,9 @@ class GuidanceModel(nn.Module):
         self.gan_steps = min(diffusion_gan_max_timestep, num_train_timesteps)
         if gan_classifier:
             self.gan_features = gan_features
-            channels = self.gan_network.feature_channels
+            channels = getattr(self.gan_network, "feature_channels", None)
+            if not channels:
+                raise ValueError(f"gan_features {gan_features}: this network has no feature maps")
             self.gan_resolutions = gan_resolutions or [min(channels)]
             if missing := set(self.gan_resolutions) - channels.keys():
                 raise ValueError(f"gan_resolutions {min(missing)}: the encoder has {', '.join(map(str, channels))}")

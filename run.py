@@ -51,7 +51,7 @@ RUN = [
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
 NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes"} | {o.name for o in WANDB}
-KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with the teacher's network"}
+KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with this network"}
 
 
 class Run:

@@ -1,8 +1,9 @@
 """See DMD2 move: points in the plane, an exact teacher, one command, under a minute on a CPU core.
 
 The target is a mixture of Gaussians, so the answer of a perfect denoiser is known in closed form. It is the teacher.
-Generator and `fake_unet` are small networks that first learn to denoise the target. All else is the code that distils
-images. Writes toy.gif and toy.png, and prints how far the points of generator and teacher are from the target.
+Generator and `fake_unet` are small networks that first learn to denoise the target. Losses, turns and samplers are
+those of images; only the loop is its own. Writes toy.gif and toy.png, and prints how far the points of generator and
+teacher are from the target.
 """
 
 import copy
@@ -41,7 +42,7 @@ OPTIONS = {
         *shared(step_number=5000, batch_size=512, dfake_gen_update_ratio=5, generator_lr=4e-3, guidance_lr=8e-3),
         *shared(ema_decay=0.99, conditioning_sigma=2.5),
     ],
-    "objective": shared(objective="dmd", f_divergence="rkl", gan_classifier=False),
+    "objective": [SHARED[name] for name in ("objective", "f_divergence", "gan_classifier")],
     "run": [*shared(seed=0), SHARED["output_dir"]._replace(default="./log/toy", help="where the pictures go")],
 }
 GEN_CLS_LOSS_WEIGHT = 0.1

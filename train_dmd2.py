@@ -6,7 +6,7 @@ import math
 import torch
 
 import checkpoint
-from data import DATA, Batches, check_classes, describe, load_dataset
+from data import DATA, Batches, check_classes, describe, load_dataset, one_is_numbered
 from guidance import GuidanceModel
 from objectives import F_DIVERGENCES
 from run import RUN, Run
@@ -125,7 +125,7 @@ def load_generator(args, teacher_state, device):
         if ours[name] != theirs[name]:
             raise UserError(f"{source}: its {name} is {ours[name]}, the teacher's {theirs[name]}")
     names = [of.get("class_names") for of in (state, teacher_state)]
-    if all(names) and names[0] != names[1]:
+    if all(names) and names[0] != names[1] and not one_is_numbered(*names):
         raise UserError(f"{source}: its classes are not the teacher's, or not in the same order")
     return checkpoint.network(state, args.generator_checkpoint, device)
 
@@ -158,9 +158,8 @@ def build_model(args, teacher, generator=None):
             diffusion_gan=args.diffusion_gan,
             diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
         )
-    return UnifiedModel(
-        guidance, student_sigmas=sigmas, generator=generator
-    ).eval()  # turns dropout off, in all its networks alike
+    model = UnifiedModel(guidance, student_sigmas=sigmas, generator=generator)
+    return model.eval()  # turns dropout off, in all its networks alike
 
 
 def main(argv=None):

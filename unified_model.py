@@ -1,10 +1,10 @@
 """UnifiedModel: the generator and its guidance, with the two turns of a DMD2 iteration.
 
-Their cost in forward passes of one network, where a backward pass counts as two: A generator turn costs 5 passes, 3 for
-the generator and 1 each for teacher and `fake_unet` (with SiD 2 each, as the gradient flows through both). A guidance
-turn costs 3, and 1 more to generate its images if the generator is not trained in that iteration. With one generator
-update in r iterations, an iteration costs 4 + 4 / r passes on average: 4.4 at r = 10. A student of N steps needs
-(N - 1) / 2 more passes per batch of images, on average.
+Their cost in forward passes of one network, where a backward pass counts as two, if all networks have one size: A
+generator turn costs 5 passes, 3 for the generator and 1 each for teacher and `fake_unet` (with SiD 2 each, as the
+gradient flows through both). A guidance turn costs 3, and 1 more to generate its images if the generator is not trained
+in that iteration. With one generator update in r iterations, an iteration costs 4 + 4 / r passes on average: 4.4 at
+r = 10. A student of N steps needs (N - 1) / 2 more passes per batch of images, on average.
 """
 
 import copy

@@ -17,9 +17,10 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 import checkpoint
-from data import Batches, moved, subset
+from data import Batches, subset
 from model import memory_layout
 from sampling import random_stream
+from support.device import moved
 from support.images import to_float
 from support.optimizers import lr_factor
 from support.processes import barrier, broadcast, is_main

@@ -72,7 +72,7 @@ def of_dmd2(args):
     """The same for train_dmd2.py."""
     train_dmd2.check(args)
     teacher = load_teacher(args.teacher_checkpoint)
-    generator = load_teacher(args.generator_checkpoint) if args.generator_checkpoint else None
+    generator = args.generator_checkpoint and load_teacher(args.generator_checkpoint, "generator_checkpoint")
     model = train_dmd2.build_model(args, teacher, generator).to("meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
@@ -91,10 +91,10 @@ def of_dmd2(args):
     return fixed, activations, iteration_flops(args, model) * args.batch_size
 
 
-def load_teacher(path):
+def load_teacher(path, option="teacher_checkpoint"):
     """The teacher at `path`, or a new network with default arguments if `path` is the name of one, on `meta`."""
     if path not in checkpoint.NETWORKS or path == "DiffusersUNet":  # its arguments have no defaults
-        return checkpoint.network(checkpoint.load_teacher(path), path, "meta")
+        return checkpoint.network(checkpoint.load_teacher(path, option), path, "meta")
     with torch.device("meta"):
         return checkpoint.network_class(path)().to(memory_format=memory_layout("meta"))
 

@@ -99,7 +99,7 @@ def test_networks_that_are_handed_in_are_trained_as_they_are():
     sum(losses.values()).backward()
     losses, _ = model.guidance_turn(images, LABELS, images, LABELS)
     sum(losses.values()).backward()
-    assert all_have_grads(generator) and all_have_grads(fake_unet)
+    assert all_have_grads(generator) and all_have_grads(fake_unet) and all_have_grads(guidance.cls_pred_branch)
 
 
 @pytest.mark.parametrize("weighting", ["edm", "none"])

@@ -151,6 +151,8 @@ def test_the_generator_may_start_as_another_network(teacher, tmp_path):
     options = RUN | dict(dataset="mnist5k", teacher_checkpoint=teacher, generator_checkpoint=file)
     options |= dict(output_dir=tmp_path / "run", generator_lr=1e-9, guidance_lr=1e-9)
     assert train_dmd2.main(flags(**options, ema_decay=0.5)) == 0
+    drawn = {name: torch.randn_like(tensor) for name, tensor in other.state_dict().items()}
+    checkpoint.save(file, checkpoint.load(file) | {"ema_state_dict": drawn})  # the run goes on with its own weights
     assert train_dmd2.main(flags(**options | dict(step_number=6), resume_from_checkpoint="latest")) == 0
     state = checkpoint.load(tmp_path / "run" / "dmd2_final.pt")
     assert state["step"] == 6 and state["model_config"] == other.config

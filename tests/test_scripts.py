@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     digits = dict(teacher_checkpoint=teacher)
     refuses("--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train", *dmd2)
     refuses("a generator; give a teacher's checkpoint", *dmd2, teacher_checkpoint=student)
-    refuses("not a generator with the teacher's network", *dmd2, resume_from_checkpoint=teacher, **digits)
+    refuses("not a generator with this network", *dmd2, resume_from_checkpoint=teacher, **digits)
     refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
     heads = dict(gan_classifier=True, **digits)
     refuses("gan_resolutions 16: the encoder has 8, 4", *dmd2, gan_resolutions=[16, 4], **heads)
