@@ -59,11 +59,12 @@ class Run:
 
         run = Run(args, OPTIONS, "teacher")     # loads the checkpoint to resume from, if any
         run.start(...)                          # locks the folder, restores the checkpoint, opens `run.logger`
-        while run.goes_on():
-            ...
-            run.step += 1                       # finished steps
-            run.save_if_due()
-        return run.finish()                     # saves the last checkpoint; returns the script's exit status
+        with run:                               # gives the lock and the signals back, whatever happens
+            while run.goes_on():
+                ...
+                run.step += 1                   # finished steps
+                run.save_if_due()
+            return run.finish()                 # saves the last checkpoint; returns the script's exit status
 
     args, tables: the script's options, from `parse_args`. In `run.args` those that were not given have the values of
     the run that is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. Under torchrun only rank 0
@@ -229,7 +230,7 @@ class Run:
         return continues
 
     def lock_folder(self):
-        """Locks the folder until `finish` or the process's end. Raises UserError if another process holds the lock."""
+        """Locks the folder until `__exit__` or the process's end. Raises UserError if another process holds it."""
         with writing(self.folder):
             (self.folder / ".lock").touch()
             self.lock = (self.folder / ".lock").open()  # to read: a file open for writing keeps a disk busy
@@ -289,12 +290,18 @@ class Run:
         if not self.done:
             resume = f"resume with --resume_from_checkpoint {self.folder / name}"
             self.logger.message(f"stopped after step {self.step}; {resume}")
-        self.logger.close()
         processes.barrier()  # when the first process ends with a signal's status, torchrun ends the others at once
+        return 0 if self.done else self.stop.exit_status
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
+        """Lets the next run in this process, as in a notebook, use the folder and the signals."""
+        self.logger.close(exit_code=int(error is not None))
         self.stop.end()
         if processes.is_main():
             self.lock.close()
-        return 0 if self.done else self.stop.exit_status
 
 
 def find_checkpoint(name, folder, kind):

@@ -213,69 +213,70 @@ def main(argv=None):
     seen = None  # noised and denoised images of the latest generator turn
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    while run.goes_on():
-        real_images, labels = next(batches)  # generated images get the labels of real ones: the same class proportions
-        noise = torch.randn_like(real_images)
-        parts = [batch.chunk(args.grad_accum) for batch in (noise, labels, real_images)]
-        micro_batches = list(zip(*parts, strict=True))
-        lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
-        update_generator = run.step % args.dfake_gen_update_ratio == 0
-        generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
-        update_guidance = not (args.alternate_turns and update_generator)
-        student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
-        fake_images, norms = [], {}
-        metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
+    with run:
+        while run.goes_on():
+            # Generated images get the labels of real ones: the same class proportions.
+            real_images, labels = next(batches)
+            noise = torch.randn_like(real_images)
+            parts = [batch.chunk(args.grad_accum) for batch in (noise, labels, real_images)]
+            micro_batches = list(zip(*parts, strict=True))
+            lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+            update_generator = run.step % args.dfake_gen_update_ratio == 0
+            generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
+            update_guidance = not (args.alternate_turns and update_generator)
+            student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
+            fake_images, norms = [], {}
+            metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
 
-        # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), and the GAN loss.
-        if update_generator:
-            for z, y, _ in micro_batches:
-                with autocast(args, device):
-                    loss_dict, seen, images = model.generator_turn(z, y, student_step)
-                loss = loss_dict["loss_dm"] + args.gen_cls_loss_weight * loss_dict.get("gen_cls_loss", 0.0)
-                (loss / args.grad_accum).backward()
-                add_means(metrics, loss_dict, args.grad_accum)
-                fake_images.append(images)
-            lr = args.generator_lr * lr_scale
-            norms["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
-            metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
-        else:
-            with torch.no_grad(), autocast(args, device):
-                fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
+            # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), GAN loss.
+            if update_generator:
+                for z, y, _ in micro_batches:
+                    with autocast(args, device):
+                        loss_dict, seen, images = model.generator_turn(z, y, student_step)
+                    loss = loss_dict["loss_dm"] + args.gen_cls_loss_weight * loss_dict.get("gen_cls_loss", 0.0)
+                    (loss / args.grad_accum).backward()
+                    add_means(metrics, loss_dict, args.grad_accum)
+                    fake_images.append(images)
+                lr = args.generator_lr * lr_scale
+                norms["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
+                metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
+            else:
+                with torch.no_grad(), autocast(args, device):
+                    fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
-        # Guidance turn: fake_unet learns to denoise these images, the heads to tell them from real ones.
-        if update_guidance:
-            for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
-                with autocast(args, device):
-                    loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
-                loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
-                (loss / args.grad_accum).backward()
-                add_means(metrics, loss_dict | logits, args.grad_accum)
-            max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
-            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
-            if heads:
-                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
+            # Guidance turn: fake_unet learns to denoise these images, the heads to tell them from real ones.
+            if update_guidance:
+                for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
+                    with autocast(args, device):
+                        loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
+                    loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
+                    (loss / args.grad_accum).backward()
+                    add_means(metrics, loss_dict | logits, args.grad_accum)
+                max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
+                norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
+                if heads:
+                    norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
-        if ema and update_generator:
-            # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
-            update_ema(ema, generator, args.ema_decay, generator_updates + 1, ramp=2)
-        run.step += 1
+            if ema and update_generator:
+                # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
+                update_ema(ema, generator, args.ema_decay, generator_updates + 1, ramp=2)
+            run.step += 1
 
-        bad_steps.add(norms)
-        if run.step % args.log_every == 0 or run.done:
-            bad_steps.check(run.step)
-        logger.log(run.step, metrics | norms)
-        if logger.wants_samples(run.step):
-            with torch.no_grad(), autocast(args, device):
-                if teacher_grid is None:
-                    logger.message(f"drawing {len(grid[0])} images of the teacher, with 35 network evaluations each")
-                    teacher_grid = heun_sampler(teacher, *grid)
-                student_grid = student_sampler(ema or generator, *grid, sigmas)
-            logger.samples(run.step, teacher_grid, student_grid, columns=8)
-        if seen and logger.wandb_wants("images", run.step):
-            logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
-        run.save_if_due()
-
-    return run.finish()
+            bad_steps.add(norms)
+            if run.step % args.log_every == 0 or run.done:
+                bad_steps.check(run.step)
+            logger.log(run.step, metrics | norms)
+            if logger.wants_samples(run.step):
+                with torch.no_grad(), autocast(args, device):
+                    if teacher_grid is None:
+                        logger.message(f"drawing {len(grid[0])} images of the teacher, 35 network evaluations each")
+                        teacher_grid = heun_sampler(teacher, *grid)
+                    student_grid = student_sampler(ema or generator, *grid, sigmas)
+                logger.samples(run.step, teacher_grid, student_grid, columns=8)
+            if seen and logger.wandb_wants("images", run.step):
+                logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
+            run.save_if_due()
+        return run.finish()
 
 
 if __name__ == "__main__":

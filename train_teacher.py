@@ -107,39 +107,41 @@ def main(argv=None):
     grid = [part.to(device) for part in grid_noise(net.label_dim, dataset.images.shape[1:], args.seed)]
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    while run.goes_on():
-        images, labels = next(batches)
-        # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
-        sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
-        noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
-        micro_batches = zip(*[batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)], strict=True)
-        lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
-        metrics = {}
-        for x, x0, sigma, y in micro_batches:
-            with autocast(args, device):
-                denoised = net(x, sigma, y)
-            loss = denoising_loss(denoised, x0, sigma, args.sigma_data)
-            (loss / args.grad_accum).backward()
-            add_means(metrics, {"loss": loss}, args.grad_accum)
+    with run:
+        while run.goes_on():
+            images, labels = next(batches)
+            # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
+            sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
+            noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
+            micro_batches = zip(
+                *[batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)], strict=True
+            )
+            lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
+            metrics = {}
+            for x, x0, sigma, y in micro_batches:
+                with autocast(args, device):
+                    denoised = net(x, sigma, y)
+                loss = denoising_loss(denoised, x0, sigma, args.sigma_data)
+                (loss / args.grad_accum).backward()
+                add_means(metrics, {"loss": loss}, args.grad_accum)
 
-        norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
-        run.step += 1
-        update_ema(ema, net, args.ema_decay, run.step)
+            norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
+            run.step += 1
+            update_ema(ema, net, args.ema_decay, run.step)
 
-        bad_steps.add(norms)
-        if run.step % args.log_every == 0 or run.done:
-            bad_steps.check(run.step)
-        logger.log(run.step, metrics | norms | {"lr": lr})
-        if logger.wants_samples(run.step):
-            logger.message(f"drawing {len(grid[0])} images, with 35 network evaluations each")
-            with autocast(args, device):
-                sample_grid = heun_sampler(ema, *grid)
-            logger.samples(run.step, sample_grid, columns=8)
-        if logger.wandb_wants("images", run.step):
-            logger.images(run.step, x0, x, denoised.detach())
-        run.save_if_due()
-
-    return run.finish()
+            bad_steps.add(norms)
+            if run.step % args.log_every == 0 or run.done:
+                bad_steps.check(run.step)
+            logger.log(run.step, metrics | norms | {"lr": lr})
+            if logger.wants_samples(run.step):
+                logger.message(f"drawing {len(grid[0])} images, 35 network evaluations each")
+                with autocast(args, device):
+                    sample_grid = heun_sampler(ema, *grid)
+                logger.samples(run.step, sample_grid, columns=8)
+            if logger.wandb_wants("images", run.step):
+                logger.images(run.step, x0, x, denoised.detach())
+            run.save_if_due()
+        return run.finish()
 
 
 if __name__ == "__main__":

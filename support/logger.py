@@ -187,6 +187,6 @@ class Logger:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
-    def close(self):
+    def close(self, exit_code=0):
         self.bar.close()
-        self.send(lambda run: run.finish())
+        self.send(lambda run: run.finish(exit_code=exit_code))

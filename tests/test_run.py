@@ -346,6 +346,16 @@ def test_main_runs_in_a_thread_and_gives_the_signals_back(tmp_path):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_an_error_in_the_loop_gives_folder_and_signals_back(tmp_path, monkeypatch):
+    """In a notebook the next call may train in the same folder, although the error is still held there."""
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError) as error:
+        patch.setattr(run.Run, "save_if_due", lambda self: 1 / 0)
+        train(tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == before and error.traceback
+    train(tmp_path)
+
+
 def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
     """torchrun and a scheduler may both forward it. What the other processes say counts too."""
     ended = []
