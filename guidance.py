@@ -66,7 +66,7 @@ class GuidanceModel(nn.Module):
         low, high = known_range(self.fake_unet, *known_range(real_unet, sigma_min, sigma_max))
         if low >= high:
             raise ValueError(
-                f"sigma_min {sigma_min}, sigma_max {sigma_max}: the teacher knows none of these noise levels"
+                f"sigma_min {sigma_min}, sigma_max {sigma_max}: the networks know none of these noise levels"
             )
         karras_sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho).flip(0)
         self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)

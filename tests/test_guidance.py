@@ -68,8 +68,11 @@ def test_the_schedule_keeps_to_the_teachers_noise_levels():
     teacher = GaussianDenoiser(0.0, 1.0)
     teacher.sigma_min, teacher.sigma_max = 0.01, 14.6
     assert GuidanceModel(teacher, sigma_min=0.002).karras_sigmas[[0, -1]].tolist() == pytest.approx([0.01, 14.6])
-    with pytest.raises(ValueError, match="the teacher knows none of these noise levels"):
+    with pytest.raises(ValueError, match="the networks know none of these noise levels"):
         GuidanceModel(teacher, sigma_min=20, sigma_max=80)
+    fake_unet = GaussianDenoiser(0.0, 1.0)
+    fake_unet.sigma_max = 5.0
+    assert GuidanceModel(teacher, fake_unet=fake_unet).karras_sigmas[[0, -1]].tolist() == pytest.approx([0.01, 5.0])
 
 
 WRONG = [
