@@ -108,6 +108,8 @@ def test_results_of_other_options_are_not_taken_for_these(compared):
     text = (folder / "half.yaml").read_text()
     (folder / "half.yaml").write_text(text + "generator_lr: 1e-3\n")
     refused(f"{out / 'half'} holds results for generator_lr 2e-06, not 0.001")
+    (folder / "half.yaml").write_text(text + f"generator_checkpoint: {arguments[4]}\n")
+    refused(f"{out / 'half'} holds results for generator_checkpoint None, not {arguments[4]} (SHA-256 ")
     (folder / "half.yaml").write_text(text)
     text = settings.read_text()
     settings.write_text(text.replace("SHA-256 ", "SHA-256 0"))

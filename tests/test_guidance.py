@@ -78,6 +78,10 @@ def test_the_schedule_keeps_to_the_teachers_noise_levels():
 WRONG = [
     (dict(objective="sdi"), "objective must be dmd or sid"),
     (dict(gan_classifier=True, gan_resolutions=[5]), "gan_resolutions 5: the encoder has 8, 4"),
+    (
+        dict(gan_classifier=True, teacher=GaussianDenoiser(0.0, 1.0)),
+        "gan_features fake: this network has no feature maps",
+    ),
     (dict(f_divergence="lk"), "f_divergence must be one of rkl"),
     (dict(f_divergence="kl"), "needs gan_classifier"),
     (dict(f_divergence="kl", gan_classifier=True, objective="sid"), "needs objective dmd"),
@@ -89,7 +93,7 @@ WRONG = [
 @pytest.mark.parametrize("options, told", WRONG)
 def test_arguments_that_do_not_fit_are_refused(options, told):
     with pytest.raises(ValueError, match=told):
-        GuidanceModel(tiny_unet(), **options)
+        GuidanceModel(options.pop("teacher", None) or tiny_unet(), **options)
 
 
 def test_networks_that_are_handed_in_are_trained_as_they_are():

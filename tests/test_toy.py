@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_refused, refuses, run_script, succeed
+from conftest import assert_refused, flags, refuses, run_script, succeed
 from PIL import Image
 
 import toy
@@ -103,6 +103,14 @@ def test_the_command_writes_its_pictures(tmp_path):
     (row,) = [line for line in out.splitlines() if line.startswith("modes found")]
     generator, teacher, target = row.split()[2:]
     assert int(generator) < 25 and teacher == target == "25"
+
+
+@pytest.mark.parametrize("start, modes", [("target", 8), ("collapsed", 1)])
+def test_the_networks_first_learn_the_start(tmp_path, monkeypatch, start, modes):
+    seen = []
+    monkeypatch.setattr(toy, "learn_to_denoise", lambda net, target, size: seen.append(len(target.means)))
+    toy.main(flags(start=start, step_number=1, batch_size=8, output_dir=tmp_path))
+    assert seen == [modes]
 
 
 def test_mistakes_are_told_in_one_line(tmp_path):
