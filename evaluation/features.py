@@ -7,6 +7,7 @@ Inception and the classifier are functions of uint8 images `[N, C, H, W]`. They 
 import hashlib
 import pickle
 import sys
+import tempfile
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -64,11 +65,12 @@ def inception(weights, device):
     Raises UserError if they cannot be loaded.
     """
     try:
-        if weights:  # torch-fidelity's own loader would run code from a hostile file
-            torch.load(weights, "cpu", weights_only=True)
-        with one_first():
+        with one_first(), tempfile.NamedTemporaryFile() as copy:
+            if weights:  # torch-fidelity's own loader would run code from a hostile file, and needs the file's device
+                torch.save(torch.load(weights, "cpu", weights_only=True), copy.name)
             seen = ["2048", "logits_unbiased"]  # features and logits
-            network = FeatureExtractorInceptionV3("inception-v3-compat", seen, weights, verbose=False).eval()
+            file = copy.name if weights else None
+            network = FeatureExtractorInceptionV3("inception-v3-compat", seen, file, verbose=False).eval()
     except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:

@@ -145,6 +145,16 @@ def test_pixels_are_averaged_until_they_are_few():
     assert features.averaged_pixels(images[:2, :1, :16, :16]).shape == (2, 256)  # digits are few as they are
 
 
+def test_inception_weights_that_a_gpu_saved_load_on_a_cpu(inception_weights, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        torch.save(torch.load(inception_weights), tmp_path / "weights.pth")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "weights.pth")
+    see = features.inception(str(tmp_path / "weights.pth"), CPU)
+    assert see(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[0].shape == (1, 2048)
+
+
 @pytest.mark.parametrize(
     "weights, advice", [(None, "with --inception_weights, or use"), ("x.pth", "x.pth: not torch-")]
 )
