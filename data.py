@@ -113,7 +113,7 @@ def check_classes(source, dataset, state, name):
     numbered = one_is_numbered(ours, theirs)
     if ours != theirs and not (numbered and "folder" in (name, state["config"].get("dataset"))):
         raise UserError(f"{source}: {difference(ours, theirs)}")
-    return ours if numbered and theirs == [str(label) for label in range(label_dim)] else theirs
+    return ours if theirs == [str(label) for label in range(label_dim)] else theirs
 
 
 def one_is_numbered(ours, theirs):

@@ -25,14 +25,8 @@ OPTIONS = {
     ]
 }
 SHARED = ("step", "images_seen", "model_config", "class_names", "student_sigmas", "versions")  # with weights, config
-PRIVATE = {
-    "data_dir",
-    "output_dir",
-    "teacher_checkpoint",
-    "generator_checkpoint",
-    "resume_from_checkpoint",
-    "source",
-}  # options, and W&B's
+# These options, and W&B's, stay private.
+PRIVATE = {"data_dir", "output_dir", "teacher_checkpoint", "generator_checkpoint", "resume_from_checkpoint", "source"}
 TOLERANCE = 1e-4  # for images in [-1, 1], where one 8-bit step is 8e-3
 
 

@@ -25,7 +25,7 @@ from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
 from support.options import Option, convert, flag, path, positive, public
 from support.options import count as whole
-from support.script import UserError, make_folder, writing
+from support.script import UserError, is_first, make_folder, writing
 
 RUN = [
     Option("batch_size", 128, whole, "images per step, over all processes"),
@@ -76,10 +76,9 @@ class Run:
         if args.resume_from_checkpoint == "auto":
             final = Path(args.output_dir, f"{kind}_final.pt")
             found = final.exists() or checkpoint.numbered(args.output_dir, kind)
-            if os.environ.get("RANK", "0") == "0":  # the processes have not joined yet
-                print(
-                    f"--resume_from_checkpoint auto: {'the newest in' if found else 'a new run in'} {args.output_dir}"
-                )
+            if is_first():
+                chosen = "the newest in" if found else "a new run in"
+                print(f"--resume_from_checkpoint auto: {chosen} {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
             if args.overwrite:
@@ -290,7 +289,6 @@ class Run:
         if not self.done:
             resume = f"resume with --resume_from_checkpoint {self.folder / name}"
             self.logger.message(f"stopped after step {self.step}; {resume}")
-        processes.barrier()  # when the first process ends with a signal's status, torchrun ends the others at once
         return 0 if self.done else self.stop.exit_status
 
     def __enter__(self):
@@ -299,6 +297,8 @@ class Run:
     def __exit__(self, error, *_):
         """Lets the next run in this process, as in a notebook, use the folder and the signals."""
         self.logger.close(exit_code=int(error is not None))
+        if error is None:
+            processes.barrier()  # when the first process ends with a signal's status, torchrun ends the others at once
         self.stop.end()
         if processes.is_main():
             self.lock.close()
@@ -315,7 +315,7 @@ def find_checkpoint(name, folder, kind):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
+            if is_first():
                 print(f"{error}; resuming from the one before", file=sys.stderr)
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 

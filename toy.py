@@ -43,7 +43,7 @@ OPTIONS = {
         *shared(ema_decay=0.99, conditioning_sigma=2.5),
     ],
     "objective": [SHARED[name] for name in ("objective", "f_divergence", "gan_classifier")],
-    "run": [*shared(seed=0), SHARED["output_dir"]._replace(default="./log/toy", help="where the pictures go")],
+    "run": [SHARED["seed"], SHARED["output_dir"]._replace(default="./log/toy", help="where the pictures go")],
 }
 GEN_CLS_LOSS_WEIGHT = 0.1
 CLIP_GRAD_NORM = 10.0

@@ -47,19 +47,10 @@ OPTIONS = {
         *OPTIMIZATION,
     ],
     "generator": [
-        Option(
-            "generator_checkpoint",
-            None,
-            path,
-            "a teacher, such as a smaller one, as which the generator starts; default: teacher_checkpoint",
-        ),
+        Option("generator_checkpoint", None, path, "another teacher that it starts as, such as a smaller one"),
         Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called"),
         Option(
-            "student_sigmas",
-            None,
-            positive,
-            "of a generator of several steps: their noise levels, descending, in place of conditioning_sigma",
-            "+",
+            "student_sigmas", None, positive, "those of several steps, descending; instead of conditioning_sigma", "+"
         ),
     ],
     "noise levels": [

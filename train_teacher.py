@@ -113,9 +113,8 @@ def main(argv=None):
             # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
             sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
             noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
-            micro_batches = zip(
-                *[batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)], strict=True
-            )
+            parts = [batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)]
+            micro_batches = zip(*parts, strict=True)
             lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
             metrics = {}
             for x, x0, sigma, y in micro_batches:

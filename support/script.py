@@ -14,6 +14,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
 
 
+def is_first():
+    """Whether this process has rank 0. Unlike `processes.is_main` it knows that before torchrun's processes join."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class UserError(ValueError):
     """A user's mistake, reported in one line: what is wrong, where, and what would be right."""
 
@@ -66,7 +71,7 @@ def run_script(main):
     # Of a mistake that all processes make, rank 0 tells; torchrun's report has the others.
     if status == 1:
         print(what, file=sys.stderr, flush=True)
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_first():
         print(f"{os.path.basename(sys.argv[0])}: error: {what}", file=sys.stderr, flush=True)
     if TORCHRUN:
         sys.stdout.flush()

@@ -18,7 +18,7 @@ WAYS = {
     "gan": ["dmd2", "--gan_classifier", "--f_divergence", "js", "--gan_resolutions", 8, 4, "--grad_accum", 2],
     "sid": ["dmd2", "--objective", "sid"],
     "muon": ["dmd2", "--optimizer", "muon"],
-    "another generator": ["dmd2"],
+    "another generator": ["dmd2", "--grad_accum", 2],  # so that its gradients are there in the second part
 }
 
 
@@ -65,7 +65,7 @@ def test_the_estimate_is_what_the_real_loop_takes(request, tmp_path, monkeypatch
     script.main([str(option) for option in [*options, "--output_dir", tmp_path]])
     working = sum(rows[name] for name in ("gradients", "data", "activations")) - 5000 * 64 / 2**30
     assert rows["tflop"] == pytest.approx(MeasuredRun.flops.get_total_flops() / 1e12, rel=1e-3)
-    assert working == pytest.approx(MeasuredRun.memory.peak / 2**30, rel=0.05)
+    assert working == pytest.approx(MeasuredRun.memory.peak / 2**30, rel=0.03)
 
 
 def test_grad_accum_is_the_least_that_fits_and_hours_follow(capsys):
@@ -116,7 +116,7 @@ def test_the_pages_hours_follow_from_its_counts():
     hours = [float(row[4]) * float(row[5].replace(",", "")) / 0.4 / 3600 for row in page("What each training takes")]
     for _, peak, *cells in page("Hours on some cards"):
         found = [float(re.search(r"[\d.]+", cell)[0]) for cell in cells]
-        assert found == pytest.approx([one / float(peak) for one in hours], rel=0.05)
+        assert found == pytest.approx([one / float(peak) for one in hours], rel=0.03)
 
 
 @pytest.mark.slow

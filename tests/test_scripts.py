@@ -412,15 +412,8 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     assert (tmp_path / "images" / "airplane_samples.png").exists()
 
 
-RUN = {
-    "README",
-    "how-it-works",
-    "training-guide",
-    "evaluation",
-    "generate",
-    "performance",
-    "cifar10-cpu",
-}  # others need teachers
+# The pages whose commands run; the others need teachers.
+RUN = {"README", "how-it-works", "training-guide", "evaluation", "generate", "performance", "cifar10-cpu"}
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
