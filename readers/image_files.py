@@ -172,14 +172,11 @@ def json_labels(path, files, images):
             raise UserError(f"{path}{lower[0]} is not read; dataset.json must lie at the top")
         return None
     where = f"{path}dataset.json"
-    content = read(where, files["dataset.json"])
-    try:
-        pairs = json.loads(content).get("labels")
-        if pairs is None:
-            return None
-        listed = {tidy(name): label for name, label in pairs}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{where} must hold labels as pairs of file name and class index") from None
+    with readable(where, "object with labels, pairs of file name and class index"):
+        pairs = json.loads(read(where, files["dataset.json"])).get("labels")
+        listed = {tidy(name): label for name, label in pairs or []}
+    if pairs is None:
+        return None
     if len(listed) < len(pairs):
         raise UserError(f"{where} gives {len(pairs) - len(listed)} of its files more than one label")
     if absent := listed.keys() - files:

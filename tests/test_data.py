@@ -1,4 +1,3 @@
-import gzip
 import io
 import json
 import re
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import write_images, write_zip
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import train_teacher
@@ -78,7 +78,6 @@ def test_batches_cover_every_epoch_and_go_on_from_a_position():
 
 def test_flips_are_left_to_right_for_about_half():
     row = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2).expand(1000, 1, 2, 2)
-    torch.manual_seed(0)
     images, _ = next(Batches(Dataset(row, torch.zeros(1000, dtype=torch.long), ["0"]), 1000, seed=0, hflip=True))
     assert 400 < (images[:, 0, 0, 0] == 1).sum() < 600
     assert torch.equal(images.sum(3), torch.zeros(1000, 1, 2))
@@ -89,11 +88,16 @@ def test_only_digits_get_a_border(tmp_path):
     assert load_dataset("folder", tmp_path, 32).images[0].float().std(dim=(0, 1))[:2].min() > 10
 
 
-def test_cifar10_through_torchvision(monkeypatch):
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+@pytest.mark.parametrize("local_rank, order", [(0, ["download", "barrier"]), (1, ["barrier", "download"])])
+def test_cifar10_through_torchvision(monkeypatch, local_rank, order):
+    """The first process of a machine downloads; the others, which meet it at a barrier, find the files."""
+    pixels, done = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), []
     cifar10 = Namespace(data=pixels, targets=[3, 0] * 10, classes=["airplane", "automobile", "bird", "cat"])
-    monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", lambda folder, train, download: cifar10)
+    monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", lambda *_, **__: done.append("download") or cifar10)
+    monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(processes, "barrier", lambda: done.append("barrier"))
     dataset = load_dataset("cifar10", "unused", 32)
+    assert done == order
     assert dataset.class_names[3] == "cat" and dataset.labels.tolist() == [3, 0] * 10
     np.testing.assert_array_equal(dataset.images.permute(0, 2, 3, 1), pixels)
     assert load_dataset("cifar10", "unused", 16, img_channels=1).images.shape == (20, 1, 16, 16)
@@ -109,8 +113,6 @@ def test_idx_files_through_torchvision(tmp_path, name, first):
         for kind, array, magic in (("images-idx3", pixels, 2051), ("labels-idx1", np.arange(5, dtype=np.uint8), 2049)):
             header = b"".join(int(number).to_bytes(4, "big") for number in (magic, *array.shape))
             (raw / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
-            with gzip.open(raw / f"{part}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
     dataset = load_dataset(name, tmp_path, 28)
     assert dataset.class_names[0] == first and dataset.labels.tolist() == list(range(5))
     np.testing.assert_array_equal(dataset.images[:, 0], pixels)
@@ -127,18 +129,6 @@ def test_missing_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", offline)
     with pytest.raises(UserError, match=r"cifar10.*no network.*mnist5k"):
         load_dataset("cifar10", tmp_path, 32)
-
-
-@pytest.mark.parametrize("local_rank, order", [(0, ["download", "barrier"]), (1, ["barrier", "download"])])
-def test_the_first_process_of_a_machine_downloads(monkeypatch, local_rank, order):
-    """The others, which meet it at a barrier, find the files."""
-    done = []
-    monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
-    monkeypatch.setattr(processes, "barrier", lambda: done.append("barrier"))
-    cifar10 = Namespace(data=np.zeros((2, 32, 32, 3), np.uint8), targets=[0, 1], classes=["airplane", "automobile"])
-    monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", lambda *a, **b: done.append("download") or cifar10)
-    load_dataset("cifar10", "unused", 32)
-    assert done == order
 
 
 # ---- folders and ZIPs -----------------------------------------------------------------------------------------------
@@ -183,27 +173,23 @@ def labels_of(*pairs):
 CAT_DOG = (["cat", "dog"], [(1, 0), (2, 0), (3, 1)])
 PETS = {"dog/a.png": 3, "cat/a.png": 1, "cat/b.png": 2}
 LITTER = ["cat/._a.png", ".DS_Store", "__MACOSX/cat/._b.png", "dog/@eaDir/a.png", ".git/a.png"]
-JSON = "dataset.json"
 BACKSLASHES = labels_of("dog\\a.png 0", "cat\\a.png 1", "cat/b.png 1")
 LAYOUTS = {  # what lies there, what is read, what is said about files that are left out
     "class folders": (PETS, *CAT_DOG, ""),
     "folders in them": ({"dog/a/b.png": 3, "cat/a/c.png": 1, "cat/a.png": 2}, *CAT_DOG, ""),
-    "numbers": ({"10/a.png": 1, "2/a.png": 2, "0/a.png": 3}, ["0", "2", "10"], [(3, 0), (2, 1), (1, 2)], ""),
     "numbers, words": ({"b/a.png": 1, "10/a.png": 2, "9/a.png": 3}, ["9", "10", "b"], [(3, 0), (2, 1), (1, 2)], ""),
     "an outer folder": ({f"pets/{name}": shade for name, shade in PETS.items()}, *CAT_DOG, ""),
     "images alone": ({"1.png": 1, "2.png": 2}, [], [(1, 0), (2, 0)], ""),
     "and empty folders": ({"1.png": 1, "x.png/": "", "notes/a.txt": ""}, [], [(1, 0)], "1 .txt"),
     "beside": (PETS | {"5.png": 5, "6.png": 6}, *CAT_DOG, "2 .png"),
     "unknown": (PETS | {"cat/a.heic": b"", "cat/b.eps": b""}, *CAT_DOG, "1 .heic, 1 .eps"),
-    "litter": (PETS | dict.fromkeys(LITTER, 9), *CAT_DOG, "(\\d .png|, |1 without suffix){3}"),
-    "a folder called x.png": (PETS | {"cat/x.png/": ""}, *CAT_DOG, ""),
+    "litter": (PETS | dict.fromkeys(LITTER, 9), *CAT_DOG, r"(\d .png|, |1 without suffix){3}"),
     "no train and test": ({"test/a.png": 2, "apple/a.png": 1}, ["apple", "test"], [(1, 0), (2, 1)], ""),
     "EDM": (edm(1, 0, 1), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
     "EDM, one down": (edm(1, 0, 1, folder="outer/00000/"), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
     "EDM, flat": (edm(1, 0, 1, folder="outer/"), ["0", "1"], [(0, 1), (1, 0), (2, 1)], ""),
     "EDM, two folders": (edm(1, labels=None) | {"00001/img00000001.png": 5}, [], [(0, 0), (5, 0)], ""),
     "EDM, labels null": (edm(1, 0, labels=None), [], [(0, 0), (1, 0)], ""),
-    "EDM, no labels": (edm(1, 0) | {"dataset.json": {}}, [], [(0, 0), (1, 0)], ""),
     "EDM, no json": ({"00000/img00000000.png": 1, "00001/img00000001.png": 2}, [], [(1, 0), (2, 0)], ""),
     "backslashes": (PETS | BACKSLASHES, ["0", "1"], [(1, 1), (2, 1), (3, 0)], ""),
 }
@@ -216,7 +202,7 @@ def test_what_is_read(tmp_path, capsys, layout, zipped):
     names, pairs = read_set(write_files(tmp_path / "set", files, zipped))
     said = capsys.readouterr().out
     assert names == class_names and sorted(pairs) == sorted(found)
-    assert pairs == found or JSON in files  # whose images come in the order of the ZIP
+    assert pairs == found or "dataset.json" in files  # whose images come in the order of the ZIP
     assert re.search(rf"set: \d files skipped \(hidden, .*\): {skipped}$", said) if skipped else not said
 
 
@@ -240,14 +226,17 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         read_set(tmp_path / "link")
 
 
-@pytest.mark.parametrize("suffix", ["ppm", "pgm", "jfif", "JPG", "webp", "avif", "jp2", "tga", "tiff", "bmp", "gif"])
-def test_formats(tmp_path, suffix):
-    kind = Image.registered_extensions().get(f".{suffix.lower()}")
-    if kind not in Image.SAVE:
+FORMATS = ["ppm", "pgm", "jfif", "JPG", "webp", "avif", "jp2", "tga", "tiff", "bmp", "gif"]
+MODES = ["png L", "png P", "png 1", "jpg CMYK", "jpg YCbCr"]
+
+
+@pytest.mark.parametrize("suffix, mode", [(suffix, "RGB") for suffix in FORMATS] + [each.split() for each in MODES])
+def test_formats_and_colour_modes(tmp_path, suffix, mode):
+    if (kind := Image.registered_extensions().get(f".{suffix.lower()}")) not in Image.SAVE:
         pytest.skip(f"this Pillow has no {suffix}")
-    files = {f"a/1.{suffix}": picture(77, kind=kind), f"b/1.{suffix}": picture(200, kind=kind)}
-    path = write_files(tmp_path / "set", files)
-    np.testing.assert_allclose([shade for shade, _ in read_set(path)[1]], [77, 200], atol=2)
+    black, white = (picture(Image.new("RGB", (8, 8), shade).convert(mode), kind=kind) for shade in ("black", "white"))
+    path = write_files(tmp_path / "set", {f"a/1.{suffix}": black, f"b/1.{suffix}": white})
+    np.testing.assert_allclose([shade for shade, _ in read_set(path)[1]], [0, 255], atol=2)
 
 
 def half_transparent(mode):
@@ -263,29 +252,15 @@ KINDS = ["RGBA PNG", "LA PNG", "P PNG", "RGB PNG", "L PNG", "RGBA GIF", "RGBA WE
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_transparent_pixels_are_white(tmp_path, kind, channels):
-    mode, kind = kind.split()
+@pytest.mark.parametrize("mode, kind", [kind.split() for kind in KINDS])
+def test_transparent_pixels_are_white(tmp_path, mode, kind, channels):
     options = {"RGB": {"transparency": (60, 60, 60)}, "L": {"transparency": 60}}.get(mode, {})
     content = picture(half_transparent(mode), kind=kind, **options, **({"lossless": True} if kind == "WEBP" else {}))
-    path = write_files(tmp_path / "set", {"a.png": content, "b.png": 0})
+    opaque = Image.merge("RGB", [Image.effect_noise((8, 8), 99) for _ in range(3)]).convert("RGBA")
+    path = write_files(tmp_path / "set", {"a.png": content, "b.png": picture(opaque)})
     images = load_dataset("folder", path, 8, channels).images
     assert torch.equal(images[0], torch.tensor([0] * 4 + [255] * 4, dtype=torch.uint8).expand(channels, 8, 8))
-    assert images[1].max() == 0
-
-
-def test_opaque_images_with_an_alpha_channel_are_as_they_are(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
-    pixels[..., 3] = 255
-    path = write_files(tmp_path / "set", {"a.png": picture(Image.fromarray(pixels))})
-    np.testing.assert_array_equal(load_dataset("folder", path, 8).images[0].permute(1, 2, 0), pixels[..., :3])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "YCbCr"])
-def test_colour_modes_are_converted(tmp_path, mode):
-    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
-    content = picture(Image.new("RGB", (8, 8), "white").convert(mode), kind=kind)
-    assert load_dataset("folder", write_files(tmp_path / "set", {"a.png": content}), 8).images.float().mean() > 250
+    assert torch.equal(images[1], pil_to_tensor(opaque.convert("L" if channels == 1 else "RGB")))
 
 
 # EXIF 2.3: where the stored quarters 3 2 / 0 0 are seen
@@ -310,9 +285,9 @@ def wide_png():
     return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
 
 
-def damaged(path, where=100):
+def damaged(path):
     content = bytearray(path.read_bytes())
-    content[where] ^= 1  # in the first file
+    content[100] ^= 1  # in the first file
     path.write_bytes(content)
 
 
@@ -344,15 +319,14 @@ REFUSED = [  # files, or what writes them, and the message
     (lambda p: write_zip(p, labels=(0, 2, 0)), "class 1 has no images"),
     (lambda p: write_zip(p, labels=(0, 1, -1)), "the label -1"),
     (lambda p: write_zip(p, labels=(0, 3, 0)), "the label 3"),
-    (PAIR | {JSON: {"labels": [[1, 0]]}}, "pairs of file name and class index"),
-    (PAIR | {JSON: "[" * 100_000}, "pairs of file name and class index"),
+    (PAIR | {"dataset.json": {"labels": [[1, 0]]}}, "pairs of file name and class index"),
+    (PAIR | {"dataset.json": "[" * 100_000}, "pairs of file name and class index"),
     (PAIR | labels_of("a.png 0"), "gives b.png the label None"),
     (PAIR | labels_of("a.png 0", "b.png 1", "c.png 0"), "names c.png, which is not there"),
     (PAIR | labels_of("a.png 0", "b.png true"), "gives b.png the label True"),
     (PAIR | labels_of('a.png "0"', 'b.png "1"'), "gives a.png the label '0'"),
     (PAIR | labels_of("a.png 0", "b.png 1", "a.png 1"), "gives 1 of its files more than one label"),
     (labels_of(), "no images"),
-    (lambda p: write_files(p, {"../a.png": 1}, True), "no images"),
     (lambda p: damaged(write_zip(p)), "img00000000.png: not a readable file"),
     (lambda p: zeros(p, "a.png", 100, zipfile.ZIP_LZMA), "a.png is compressed in an unusual way"),
 ]
@@ -380,6 +354,7 @@ def named(*names, counts=None):
 def test_the_classes_are_described():
     assert describe(named("cat", "dog", counts=[3, 1])) == "4 images, 2 classes: cat 3, dog 1"
     assert describe(named()) == "1 images, no classes"
+    assert difference(["a", "b"], ["a"]) == "its class 1 is missing; the data set's is b"
     many = named(*map(str, range(100)), counts=[5] * 70 + [2] + [5] * 29)
     assert describe(many) == "497 images, 100 classes: 2 to 5 images in each"
 
@@ -396,8 +371,6 @@ def test_the_number_of_classes():
 
 DIGITS = [str(number) for number in range(12)]
 BY_VALUE, BY_TEXT = " ".join(DIGITS), " ".join(sorted(DIGITS))  # the second: 0, 1, 10, 11, 2, ...
-
-
 KNOWN = [  # classes of the data, of the network, data set, that of the network, message
     ("cat dog", "cat dog", "folder", "folder", None),
     ("cat dog", "0 1", "folder", "folder", None),
@@ -405,11 +378,9 @@ KNOWN = [  # classes of the data, of the network, data set, that of the network,
     ("1 2", "0 1", "folder", "folder", None),
     ("cat dog", "", "folder", "folder", None),
     ("0 1", "cat dog", "mnist", "cifar10", "its class 0 is cat; the data set's is 0"),
-    ("dog eel", "cat dog", "folder", "folder", "its class 0 is cat; the data set's is dog"),
     ("cat dog", "dog cat", "folder", "folder", "its class 0 is dog; the data set's is cat"),
     (BY_VALUE, BY_TEXT, "folder", "folder", "its class 2 is 10; the data set's is 2"),
     (BY_TEXT, BY_VALUE, "folder", "folder", "its class 2 is 2; the data set's is 10"),
-    ("cat", "cat dog", "folder", "folder", "knows 2 classes; the data set folder has 1"),
     ("", "cat dog", "folder", "folder", "knows 2 classes; the data set folder has none"),
 ]
 
@@ -417,20 +388,15 @@ KNOWN = [  # classes of the data, of the network, data set, that of the network,
 @pytest.mark.parametrize("ours, theirs, name, taught_on, message", KNOWN)
 def test_only_the_classes_of_the_network_are_taken(ours, theirs, name, taught_on, message):
     ours, theirs = ours.split(), theirs.split()
-    state = {"class_names": theirs, "model_config": {"label_dim": len(theirs or ours)}}
-    state["config"] = {"dataset": taught_on}
+    model_config = {"label_dim": len(theirs or ours)}
+    state = {"class_names": theirs, "model_config": model_config, "config": {"dataset": taught_on}}
     if message:
         with pytest.raises(UserError, match=f"^--teacher_checkpoint t.pt: .*{message}$"):
             check_classes("--teacher_checkpoint t.pt", named(*ours), state, name)
-        assert difference(ours, theirs)
+        assert difference(ours, theirs) and not difference(ours, ours)
     else:
         assert check_classes("t.pt", named(*ours), state, name) == (ours if theirs[:1] in ([], ["0"]) else theirs)
     assert check_classes("t.pt", named(*ours), {"model_config": {"label_dim": 0}}, name) == []
-
-
-def test_how_lists_of_classes_differ():
-    assert difference(["cat"], ["cat"]) == ""
-    assert difference(["a", "b"], ["a"]) == "its class 1 is missing; the data set's is b"
 
 
 # ---- large data sets ------------------------------------------------------------------------------------------------
@@ -441,10 +407,7 @@ def test_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
     write_images(tmp_path / "set", each=3)
     for path in (write_zip(tmp_path / "set.zip"), tmp_path / "set"):
         assert len(load_dataset("folder", path, 8).labels) == 6
-        with (
-            monkeypatch.context() as patch,
-            pytest.raises(UserError, match=f"{path}: 6 images of 16x16 are 0.0 GB, more than"),
-        ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"{path}: 6 images of 16x16 are 0.0 GB"):
             patch.setattr(image_files, "read_image", None)
             load_dataset("folder", path, 16)
 
