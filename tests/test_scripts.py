@@ -322,23 +322,6 @@ def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path)
     refuses("knows 10 classes; the data set folder has none", "train_dmd2.py", *options)
 
 
-def test_two_processes_on_a_large_zip_without_classes(unconditional, tmp_path):
-    """Under torchrun one process writes the file of pixels, and both map it."""
-    data = shutil.copy(unconditional / "set.zip", tmp_path / "set.zip")
-    (tmp_path / "script.py").write_text(
-        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from readers import image_files; image_files.LARGE = 0\n"
-        f"runpy.run_path({str(ROOT / 'train_teacher.py')!r}, run_name='__main__')\n"
-    )
-    options = flags(*TINY, *TINY_NET, dataset="folder", data_dir=data, dropout=0, log_every=1)
-    succeed("train_teacher.py", *options, output_dir=tmp_path / "one")
-    assert not list(tmp_path.glob("*.npy"))
-    done = torchrun(tmp_path / "script.py", *options, output_dir=tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("writing its 40 images") == 1 and len(list(tmp_path.glob("*.npy"))) == 1
-    assert [row["step"] for row in metrics(tmp_path / "two")] == [row["step"] for row in metrics(tmp_path / "one")]
-
-
 # ---- Weights & Biases, data sets, notebooks -------------------------------------------------------------------------
 
 
