@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import importlib
+import json
 import math
 import os
 import platform
@@ -26,24 +27,11 @@ NETWORKS = {
     "DhariwalUNet": "networks.dhariwal_unet",
     "DiffusersUNet": "networks.diffusers_unet",
 }
-WEIGHTS = {
-    "teacher": "model_state_dict",
-    "dmd2": "feedforward_model_state_dict",
-}  # of both, if there is an average: ema_...
-FIELDS = {
-    "step": int,
-    "images_seen": int,
-    "class_names": list,
-    "student_sigmas": list,
-    "model_config": dict,
-    "config": dict,
-}
+# Of both, if there is an average, ema_state_dict is what is used.
+WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}
+FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
 FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
-MAX_SIDE, MAX_SIZE, MAX_BLOCKS = (
-    1024,
-    100_000,
-    100,
-)  # in a network's arguments; a hostile file may ask for anything
+MAX_SIDE, MAX_SIZE, MAX_BLOCKS = 1024, 100_000, 100  # of a network; a hostile file may ask for anything
 SAMPLING = [
     Option(
         "sampler", "heun", choice("heun", "euler"), "for a teacher: EDM's, or euler, in even steps of flow matching"
@@ -104,8 +92,6 @@ def load(path):
         state = None
     if state is None:
         raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
-    if isinstance(state, dict):  # earlier versions stored None for an average that there is not
-        state = {name: value for name, value in state.items() if value is not None}
     with as_user_error(f"checkpoint {path}"):
         check_state(state)
     return state
@@ -135,8 +121,7 @@ def check_state(state):
 
     side = config.get("img_resolution")
     require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
-    numbers = [value for value in leaves(config) if type(value) is int]
-    require(max(numbers, default=0) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
+    json.loads(json.dumps(config), parse_int=check_size)  # a list that holds itself is a ValueError too
     parts = [part for part in (config, config.get("unet")) if isinstance(part, dict)]
     blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
     few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)
@@ -152,18 +137,8 @@ def require(condition, otherwise):
         raise ValueError(otherwise)
 
 
-def leaves(value):
-    """The values in a tree of dicts and lists, as a list; a container that occurs twice counts once."""
-    found, containers, seen = [], [value], set()
-    while containers:
-        container = containers.pop()
-        for part in container.values() if isinstance(container, dict) else container:
-            if not isinstance(part, (dict, list)):
-                found.append(part)
-            elif id(part) not in seen:
-                seen.add(id(part))
-                containers.append(part)
-    return found
+def check_size(text):
+    require(len(text) < 9 and int(text) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
 
 
 def kind(state):
