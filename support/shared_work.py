@@ -1,35 +1,8 @@
-"""Work that torchrun's processes share outside training: batches of images to sample or to look at, and downloads."""
+"""What torchrun's processes do one after another: downloads."""
 
 from contextlib import contextmanager
 
-import torch
-import torch.distributed as dist
-
 from support import processes
-from support.processes import own_rows, world_size
-
-
-def map_batches(function, batch_size, *tensors):
-    """`function` of the rows of `tensors`, each `[N, ...]`, `batch_size` at once over all processes, joined on the CPU.
-
-    `function` returns a tensor `[n, ...]`, or a tuple of them. The processes share the rows, and each returns all
-    results.
-    """
-    share = -(-batch_size // world_size())
-    batches = zip(*[own_rows(tensor).split(share) for tensor in tensors], strict=True)
-    results = [function(*batch) for batch in batches]
-    if torch.is_tensor(results[0]):
-        return gather_rows(torch.cat([result.cpu() for result in results]))
-    return tuple(gather_rows(torch.cat([part.cpu() for part in parts])) for parts in zip(*results, strict=True))
-
-
-def gather_rows(rows):
-    """All processes' rows, in the order of `own_rows`, in every process. `rows` is on the CPU."""
-    if world_size() == 1:
-        return rows
-    gathered = [None] * world_size()
-    dist.all_gather_object(gathered, rows)
-    return torch.cat(gathered)
 
 
 @contextmanager
