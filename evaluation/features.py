@@ -173,7 +173,7 @@ def stored(path, fingerprint):
     """The classifier's weights in the file `path`, if it is intact and has this fingerprint; else None."""
     try:
         state = checkpoint.read(path)
-        return state["model_state_dict"] if state["fingerprint"] == fingerprint else None
+        return state["model_state_dict"] if state.get("fingerprint") == fingerprint else None
     except Exception:  # missing, damaged or foreign: it is made again
         return None
 
