@@ -171,14 +171,12 @@ def load_real_images(args, models, device):
     args.dataset, args.data_dir = args.dataset or config.get("dataset"), args.data_dir or config.get("data_dir")
     if args.dataset not in [*READERS] or not isinstance(args.data_dir, str):
         raise UserError(f"{file} does not say what it was trained on: give --dataset and --data_dir")
-    own = "data_dir" in args.given or args.data_dir == DATA[1].default
-    if not own and not Path(args.data_dir).exists():  # a checkpoint does not choose where data are put
+    known = "data_dir" in args.given or args.data_dir == DATA[1].default or Path(args.data_dir).exists()
+    if not known:  # a checkpoint does not choose where data are put
         raise UserError(f"{file} was trained on data in {args.data_dir}, which is not here: give --data_dir")
     dataset = load_dataset(args.dataset, args.data_dir, shape["img_resolution"], shape["img_channels"], device)
     if args.features == "classifier" and len(dataset.class_names) < 2:
-        raise UserError(
-            f"--features classifier: {args.data_dir} has no classes to train one on; use inception or pixels"
-        )
+        raise UserError(f"--features classifier: {args.data_dir} has no classes to train one on; try another")
     for model in models:
         check_classes(f"checkpoint {model.file}", dataset, model.facts, args.dataset)
     if len(dataset.labels) > MOST_REAL:
@@ -188,15 +186,15 @@ def load_real_images(args, models, device):
     return dataset
 
 
-def read_fid_reference(path, size=2048):
-    """The published statistics of real images, (mu `[size]`, sigma `[size, size]`). Raises UserError if it has none."""
+def read_fid_reference(path):
+    """The published statistics of real images, (mu `[2048]`, sigma `[2048, 2048]`). Raises UserError if it has none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-        if mean.shape != (size,) or covariance.shape != (size, size):
+        if mean.shape != (2048,) or covariance.shape != (2048, 2048):
             raise ValueError(f"these are {list(mean.shape)} and {list(covariance.shape)}")
     except Exception as error:  # any file may be given
-        needed = f"needs an .npz file with mu [{size}] and sigma [{size}, {size}]"
+        needed = "needs an .npz file with mu [2048] and sigma [2048, 2048]"
         raise UserError(f"--fid_reference {path}: {needed} ({error!s:.100})") from None
     return mean, covariance
 
@@ -205,8 +203,7 @@ def read_fid_reference(path, size=2048):
 def generate(args, models, image_shape, device):
     """Gives each model its `images`, uint8 `[N, C, H, W]`, and `seconds` per image. Returns the labels `[N]`.
 
-    Image i draws its noise, then its label, from random stream number i of the seed, as in EDM. Without classes the
-    labels are 0.
+    Image i draws its noise, then its label (0 without classes), from random stream i of the seed, as in EDM.
     """
     labels, label_dim = [], models[0].net.label_dim
     for model in models:

@@ -36,12 +36,11 @@ def main(argv=None):
     args = parse_args(script.OPTIONS | {"estimate": ESTIMATE}, __doc__, options)
     if args.batch_size % args.grad_accum:
         raise UserError(f"--batch_size {args.batch_size} must be divisible by --grad_accum {args.grad_accum}")
-    sizes, activations, flops = estimate(args)
-    fixed = sum(sizes.values())
-    sizes["activations"] = activations(args.batch_size // args.grad_accum)
+    fixed, activations, flops = estimate(args)
 
     print(f"batch {args.batch_size} in {args.grad_accum} parts, {args.precision}; GiB at the peak, counted:")
-    for name, size in (sizes | {"together": sum(sizes.values())}).items():
+    rows = fixed | {"activations": activations(args.batch_size // args.grad_accum)}
+    for name, size in (rows | {"together": sum(rows.values())}).items():
         print(f"  {name:20}{size / GIB:10.4g}")
     print(f"{flops / 1e12:.4g} TFLOP per iteration, {args.step_number} iterations")
     if args.peak_tflops:
@@ -49,7 +48,7 @@ def main(argv=None):
         print(f"{seconds:.3g} s per iteration, {seconds * args.step_number / 3600:.3g} hours in total")
         print(f"(at {SHARE_OF_PEAK:.0%} of {args.peak_tflops:g} TFLOP/s, a share that is assumed, not measured)")
     if args.memory_gb:
-        limit = (1 - HEADROOM) * args.memory_gb * GIB - fixed
+        limit = (1 - HEADROOM) * args.memory_gb * GIB - sum(fixed.values())
         parts = [parts for parts in range(1, args.batch_size + 1) if args.batch_size % parts == 0]
         least = bisect_left(parts, True, key=lambda number: activations(args.batch_size // number) <= limit)
         answer = f"use --grad_accum {parts[least]}" if least < len(parts) else "too little even for one image at a time"
@@ -63,12 +62,10 @@ def of_teacher(args):
         net = train_teacher.build_network(args, channels, classes if args.label_dim is None else args.label_dim)
     net = net.to(memory_format=memory_layout("meta"))
     flops, moments = optimizer_costs(args.optimizer, net)
-    sizes = dict.fromkeys(("weights", "averaged weights", "gradients"), nbytes(net)) | {
-        "moments": moments,
-        "data": data,
-    }
     flops += teacher_costs(net, 1)[0] * args.batch_size
-    return sizes, lambda images: teacher_costs(net, images, args.precision == "bf16")[1], flops
+    weights = nbytes(net)
+    fixed = {"weights": weights, "averaged weights": weights, "moments": moments, "gradients": weights, "data": data}
+    return fixed, lambda images: teacher_costs(net, images, args.precision == "bf16")[1], flops
 
 
 def of_dmd2(args):
@@ -79,11 +76,11 @@ def of_dmd2(args):
     model = train_dmd2.build_model(args, teacher, generator).to("meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
-    sizes = {
+    fixed = {
         "weights": nbytes(model),
         "averaged weights": nbytes(generator) if args.ema_decay else 0,
-        "gradients": max(nbytes(generator), nbytes(teacher) + heads),  # of the networks that are trained in a turn
         "moments": sum(optimizer_costs(args.optimizer, net)[1] for net in trained) + 2 * heads,
+        "gradients": max(nbytes(generator), nbytes(teacher) + heads),  # of the networks that are trained in a turn
         "data": data_set(args, teacher.config["img_resolution"], teacher.config["img_channels"])[0],
     }
 
@@ -91,7 +88,7 @@ def of_dmd2(args):
         steps, bf16 = range(len(model.student_sigmas)), args.precision == "bf16"
         return max(peak for step in steps for _, peak in turn_costs(model, images, step, bf16))
 
-    return sizes, activations, iteration_flops(args, model) * args.batch_size
+    return fixed, activations, iteration_flops(args, model) * args.batch_size
 
 
 def load_teacher(path, option="teacher_checkpoint"):

@@ -1,12 +1,9 @@
-import re
-
 import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from data import Dataset
 from evaluation import features
-from support import progress
 from support.images import to_uint8
 from support.script import UserError
 
@@ -54,12 +51,6 @@ def test_a_classifier_is_trained_once_and_anew_where_it_does_not_fit(tmp_path, s
         path.write_bytes(content)
         assert trains(ours)
         torch.testing.assert_close(stored(path)["model_state_dict"], expected, rtol=0, atol=0)
-
-
-def test_training_tells_how_long_it_takes(tmp_path, short, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "REPORT_AFTER", -1)
-    features.classifier(shades(), tmp_path / "classifier.pt", CPU)
-    assert re.search(r"training the classifier: step \d of 8, about \d+\.\d minutes left", capsys.readouterr().out)
 
 
 def test_steps_suit_the_data():
