@@ -154,7 +154,7 @@ def load_models(args, device):
         state = checkpoint.load_teacher(file) if file is teacher else checkpoint.load(file)
         net = checkpoint.network(state, file, device)
         compile_networks(args, net)
-        sampler, evaluations = checkpoint.sampler(state, args.steps)
+        sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
         row = {"name": f"{checkpoint.kind(state)}, step {state['step']}", "checkpoint": str(file)}
         row |= {"step": state["step"], "evaluations": evaluations}

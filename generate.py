@@ -42,7 +42,7 @@ def main(argv=None):
     device, folder = choose_device(args), Path(args.output_dir)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
-    sampler, evaluations = checkpoint.sampler(state, args.steps)
+    sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
     compile_networks(args, net)
     names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]
