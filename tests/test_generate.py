@@ -56,7 +56,7 @@ def test_a_grid_of_each_class(student, tmp_path, capsys):
     "stage, sampler, evaluations", [("teacher", "heun", 5), ("teacher", "euler", 3), ("dmd2", "heun", 1)]
 )
 def test_images_are_what_the_samplers_give(runs, tmp_path, capsys, stage, sampler, evaluations):
-    """npz: uint8 [N, H, W, C] and int64 labels; the student in one step, the teacher in three, from the seed's noise."""
+    """npz: uint8 [N, H, W, C] and int64 labels; the student in one step, the teacher in three, of the seed's noise."""
     file = runs / stage / f"{stage}_final.pt"
     arguments = ["--num_samples", 5, "--classes", "7,2", "--steps", 3, "--seed", 4, "--batch_size", 3]
     generated(file, tmp_path, *arguments, "--format", "npz", "--sampler", sampler)
