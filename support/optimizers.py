@@ -25,7 +25,7 @@ OPTIMIZATION = [
 
 
 def adamw(parameters, lr, betas=(0.9, 0.999)):
-    """AdamW, fused: it can skip a step by itself (`optimizer_step`). `meta`, where costs are counted, has no fused one."""
+    """AdamW, fused: it can skip a step by itself (`optimizer_step`). On `meta`, to count costs, it is not."""
     parameters = list(parameters)
     return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=parameters[0].device.type != "meta")
 
