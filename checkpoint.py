@@ -37,7 +37,7 @@ SAMPLING = [
         "sampler", "heun", choice("heun", "euler"), "for a teacher: EDM's, or euler, in even steps of flow matching"
     ),
     Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
-    Option("batch_size", 250, count, "images generated at once, over all processes"),
+    Option("batch_size", 250, count, "images generated at once"),
 ]
 
 
@@ -74,24 +74,28 @@ def write(path, writer):
         raise UserError(f"{path}: {reason}; an earlier file of this name is intact") from None
 
 
+def read(path):
+    """What `save` wrote to `path`, on the CPU. No code in the file is run. May raise anything if it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())  # as torch does
+        if not stored or archive.testzip():  # torch writes checksums but does not check them
+            raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(path):
-    """The state that `save` wrote, on the CPU. No code in the file is run.
+    """The state in the checkpoint at `path`, on the CPU. No code in the file is run.
 
     Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())  # as torch does
-            intact = stored and archive.testzip() is None  # torch writes checksums but does not check them
-        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
+        state = read(path)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file can make torch's reader raise anything
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
-        state = None
-    if state is None:
-        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
+        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py") from None
     with as_user_error(f"checkpoint {path}"):
         check_state(state)
     return state

@@ -25,10 +25,9 @@ OPTIMIZATION = [
 
 
 def adamw(parameters, lr, betas=(0.9, 0.999)):
-    """AdamW, fused: it can skip a step by itself (`optimizer_step`). On `meta`, where costs are counted, it cannot."""
+    """AdamW, fused: it can skip a step by itself (`optimizer_step`). On `meta`, to count costs, it is not."""
     parameters = list(parameters)
-    fused = parameters[0].device.type != "meta"
-    return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=fused, foreach=False)
+    return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=parameters[0].device.type != "meta")
 
 
 def build_optimizer(name, network, lr):

@@ -29,7 +29,7 @@ def join_processes(device):
         # The group's threads then sometimes abort the process when they free tensors.
         import torch.distributed.nn  # noqa: F401
 
-        # All others wait while rank 0 trains a classifier, or downloads.
+        # All others wait while rank 0 downloads data.
         dist.init_process_group(backends(device), timeout=timedelta(hours=3))
         atexit.register(dist.destroy_process_group)
         if not is_main():

@@ -25,6 +25,12 @@ class UserError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # names in a damaged file may contain line breaks
 
 
+def refuse_torchrun():
+    """Raises UserError under torchrun: for scripts whose work is not shared."""
+    if TORCHRUN:
+        raise UserError("this script is one process: start it without torchrun")
+
+
 @contextmanager
 def as_user_error(where):
     """Turns a ValueError of the method, which knows nothing of users, into a UserError that starts with `where`."""
