@@ -57,7 +57,7 @@ def test_a_velocity_of_the_wrong_direction_shows(data_at, shown):
     images = 0.2 + 0.5 * torch.randn(64, 1, 8, 8)
     net = VelocityDenoiser(velocity_of(GaussianDenoiser(0.2, 0.5), 0, 1.0), data_at)
     errors = relative_errors(net, images, torch.zeros(64, dtype=torch.int64))
-    assert list(errors) == [0.1, 0.3, 1.0, 3.0] and all(error > 1 for error in errors.values()) == shown
+    assert list(errors) == [0.1, 0.3, 1.0] and all(error > 1 for error in errors.values()) == shown
     if not shown:  # the least error is s^2 sigma^2 / (s^2 + sigma^2)
         expected = [0.25 * sigma**2 / (0.25 + sigma**2) / min(sigma**2, 0.25) for sigma in errors]
         assert list(errors.values()) == pytest.approx(expected, rel=0.1)
@@ -66,12 +66,12 @@ def test_a_velocity_of_the_wrong_direction_shows(data_at, shown):
 def test_the_pages_example_distils_a_velocity_network():
     """docs/teachers.md's lines, with a network and a generator step of their kind."""
     (example,) = [part for part in re.findall(r"```python\n(.*?)```", (ROOT / "docs/teachers.md").read_text(), re.S)]
-    velocity, real_images = torch.nn.Module(), 0.5 * torch.randn(4, 1, 8, 8)
+    velocity, real_images = torch.nn.Module(), 0.5 * torch.randn(16, 1, 8, 8)
     velocity.net = tiny_unet()
     velocity.net.conv_out.requires_grad_(False).weight.zero_()  # so D = c_skip x, which is right for these images
     velocity.net.conv_out.bias.zero_()
     velocity.forward = velocity_of(velocity.net, 1, 1.0)
-    names = dict(velocity=velocity, real_images=real_images, labels=torch.tensor([0, 1, 2, 3]))
+    names = dict(velocity=velocity, real_images=real_images, labels=torch.arange(16) % 10)
     exec(example, names)
     model = names["model"]
     assert isinstance(model, UnifiedModel) and names["loss_dict"]["loss_dm"].isfinite()
