@@ -14,7 +14,7 @@ import export
 import generate
 import train_dmd2
 import train_teacher
-from networks.song_unet import SongUNet
+from networks.edm_unet import SongUNet
 from sampling import class_noise, few_step_sampler, one_step_sampler
 from support.images import to_uint8
 from support.options import path
