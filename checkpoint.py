@@ -23,8 +23,8 @@ from support.script import UserError, as_user_error
 # needed.
 NETWORKS = {
     "SimpleUNet": "model",
-    "SongUNet": "networks.song_unet",
-    "DhariwalUNet": "networks.dhariwal_unet",
+    "SongUNet": "networks.edm_unet",
+    "DhariwalUNet": "networks.edm_unet",
     "DiffusersUNet": "networks.diffusers_unet",
 }
 # Of both, if there is an average, ema_state_dict is what is used.

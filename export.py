@@ -39,8 +39,6 @@ class Deployed(torch.nn.Module):
     def __init__(self, net, student_sigmas):
         super().__init__()
         self.net, self.student_sigmas = net, student_sigmas
-        self.input_names = ["noise", *(f"noise_{step}" for step in range(1, len(student_sigmas)))]
-        self.input_names += ["labels"] if net.label_dim else []
         self.register_buffer("classes", torch.arange(net.label_dim))
 
     def forward(self, *inputs):
@@ -88,11 +86,9 @@ def check(args, output):
         raise UserError("--page writes its own generator.onnx: leave out --output and --format pt")
     if args.ort and not args.page:
         raise UserError("--ort names the runtime of a page: add --page")
-    if output.is_dir():
-        raise UserError(f"--output {output}: a folder; give the name of a file, such as generator.{args.format}")
     for file in [output, *(page.files(args.page) if args.page else [])]:
-        if file.exists() and not args.overwrite:
-            raise UserError(f"{file} exists; choose another path, or replace it with --overwrite")
+        if file.is_dir() or (file.exists() and not args.overwrite):
+            raise UserError(f"{file} exists; choose another path, or replace a file with --overwrite")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing and args.format == "onnx":
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
@@ -110,13 +106,13 @@ def write_onnx(output, model, facts):
     """Writes `model` to the path `output` if its images are PyTorch's. Its metadata are the `facts`, each as JSON."""
     import onnxruntime  # not before `check` has reported missing packages
 
-    any_size = {0: torch.export.Dim.DYNAMIC}
+    inputs = example(model, facts["shape"], num_samples=2, seed=0)
     program = torch.onnx.export(
         model,
-        example(model, facts["shape"], num_samples=2, seed=0),
-        input_names=model.input_names,
+        tuple(inputs.values()),
+        input_names=list(inputs),
         output_names=["images", "pixels"],
-        dynamic_shapes={"inputs": (any_size,) * len(model.input_names)},
+        dynamic_shapes={"inputs": ({0: torch.export.Dim.DYNAMIC},) * len(inputs)},
         dynamo=True,
         verbose=False,
     )
@@ -127,31 +123,32 @@ def write_onnx(output, model, facts):
     if not error <= TOLERANCE:
         raise UserError(f"{output}: not written: its images differ from PyTorch's by {error:.1e}")
     checkpoint.write(output, lambda file: file.write(content))
-    print(f"wrote {output}: inputs {', '.join(model.input_names)}; largest difference from PyTorch: {error:.1e}")
+    print(f"wrote {output}: inputs {', '.join(inputs)}; largest difference from PyTorch: {error:.1e}")
 
 
 def example(model, shape, num_samples, seed):
-    """Inputs of `model` for `num_samples` images per class, of at most ten classes, evenly spread."""
+    """Inputs of `model` by name, for `num_samples` images per class, of at most ten classes, evenly spread."""
     K = model.net.label_dim
     noise, labels = class_noise(range(0, K, max(1, -(-K // 10))), num_samples, shape, seed)
     draw = random_stream(seed, K + 1)  # a stream that no class uses
-    fresh = [torch.randn(noise.shape, generator=draw) for _ in model.student_sigmas[1:]]
-    return noise, *fresh, *[labels] * bool(K)
+    levels = range(1, len(model.student_sigmas))
+    fresh = {f"noise_{level}": torch.randn(noise.shape, generator=draw) for level in levels}
+    return {"noise": noise, **fresh} | ({"labels": labels} if K else {})
 
 
 @torch.no_grad()
 def largest_error(session, model, shape):
     """The largest difference of the ONNX `session`'s images from `model`'s; infinite if its pixels differ by two."""
-    errors = []
+    error = torch.zeros(())
     for num_samples in (1, 3):
         inputs = example(model, shape, num_samples, seed=1)
-        feeds = {name: tensor.numpy() for name, tensor in zip(model.input_names, inputs, strict=True)}
+        feeds = {name: tensor.numpy() for name, tensor in inputs.items()}
         images, pixels = map(torch.from_numpy, session.run(["images", "pixels"], feeds))
-        expected_images, expected_pixels = model(*inputs)
+        expected_images, expected_pixels = model(*inputs.values())
         if (pixels.int() - expected_pixels.int()).abs().max() > 1:
             return float("inf")
-        errors.append((images - expected_images).abs().max())
-    return torch.stack(errors).max().item()  # unlike Python's max, it propagates NaN
+        error = torch.maximum(error, (images - expected_images).abs().max())  # unlike Python's max, it keeps NaN
+    return error.item()
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(argv=None):
         raise UserError(f"--output {args.output} exists; give another name, or delete it first")
     names = args.class_names and [name.strip() for name in args.class_names.split(",")]
     imported = load(args.source, names and len(names))
-    net, label_dim = imported.net, imported.net.config["label_dim"]
+    net, label_dim, resolution = imported.net, imported.net.label_dim, imported.net.config["img_resolution"]
     if names and (len(names) != label_dim or len(set(names)) != label_dim or "" in names):
         found = f"--class_names has {len(set(names))} different names"
         raise UserError(f"{found}; the network has {label_dim or 'no'} classes")
@@ -67,7 +67,6 @@ def main(argv=None):
     }
     checkpoint.save(args.output, teacher)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    resolution = net.config["img_resolution"]
     found = f"{type(net).__name__}, {size:.1f} M parameters, {resolution}x{resolution}, {label_dim or 'no'} classes"
     print(f"found {found}, licence: {imported.licence or 'not stated'}", *imported.notes, sep="\n")
     print(f"{len(imported.state)} tensors imported; left out: {', '.join(imported.left_out) or 'none'}")

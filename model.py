@@ -161,6 +161,12 @@ def keep_precision(x):
     return torch.autocast(device, enabled=False) if autocast else nullcontext()
 
 
+def upsample(x):
+    """`[B, C, H, W]` at twice the resolution: each pixel doubled along both sides."""
+    with keep_precision(x):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class GroupNorm(nn.GroupNorm):
     """Under autocast its input and output are bfloat16 on every device, and its statistics float32."""
 
@@ -320,8 +326,7 @@ class SimpleUNet(Denoiser):
             h = block(h, emb)
         for level, blocks in enumerate(self.decoder):
             if level:
-                with keep_precision(h):
-                    h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+                h = upsample(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.conv_out(F.silu(self.norm_out(h)))

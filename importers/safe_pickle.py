@@ -2,18 +2,17 @@
 
 Python's unpickler imports and calls what a pickle names, and allocates as much memory as it asks for. The one that is
 written in Python is a table of small functions, one per opcode. This reader keeps those that only build plain data,
-replaces those that import, call or hash, and has none of the others.
+replaces those that import or hash, and has none of the others.
 """
 
 import pickle
 import sys
 
-DICTS = {"collections.OrderedDict", "collections.Counter", "dnnlib.util.EasyDict"}
-SETS = {"builtins.set", "__builtin__.set"}
-HARMLESS = {*DICTS, *SETS, "_codecs.encode", "argparse.Namespace", "pathlib.PosixPath"}  # of the standard library
-# The opcodes that only build plain data.
+DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
+SET = "builtins.set"
+# The opcodes that only build plain data, and those that call what `find_class` returns: a `Record`.
 KEPT = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE EMPTY_LIST EMPTY_DICT
-    APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID BININT BININT1 BININT2
+    APPEND APPENDS MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BININT BININT1 BININT2
     LONG1 LONG4 BINFLOAT SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8"""
 
 
@@ -25,10 +24,11 @@ class Record:
     """A record of a class or function that the pickle names: `made_by`; or of the object that calling it with `args`
     would make, and of the `state` that it would get."""
 
-    __slots__ = ("args", "made_by", "state")
-
     def __init__(self, made_by, args=None):
         self.made_by, self.args, self.state = made_by, args, None
+
+    def __call__(self, *args):
+        return {} if self.made_by in DICTS else args[0] if self.made_by == SET else Record(self.made_by, args)
 
     def extend(self, items):
         """Items of lists and dicts of other classes are not kept."""
@@ -39,14 +39,9 @@ class Record:
 class Reader(pickle._Unpickler):
     """`Reader(file).load()` is what the pickle at this place in the binary `file` describes.
 
-    That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object or storage of a tensor;
-    sets come as lists. Raises Refused for a damaged pickle, and for one that names something of Python's standard
-    library that is not in `HARMLESS`.
+    That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object; sets come as lists.
+    Raises Refused for a damaged pickle, and for one that names more of Python's standard library than dicts and sets.
     """
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages = {}  # the name of each storage's class, by its key
 
     def load(self):
         try:
@@ -58,20 +53,9 @@ class Reader(pickle._Unpickler):
 
     def find_class(self, module, name):
         name = f"{module}.{name}"
-        if name.partition(".")[0] in sys.stdlib_module_names and name not in HARMLESS:
+        if name.partition(".")[0] in sys.stdlib_module_names and name not in {*DICTS, SET}:
             raise Refused(f"it asks for {name!r:.60}; nothing in it was run")
         return Record(name)
-
-    def persistent_load(self, pid):
-        _, kind, key, _, _, *view = pid
-        if not isinstance(key, str) or any(part is not None for part in view):
-            raise Refused("it has storages of a kind that torch no longer writes")
-        self.storages[key] = kind.made_by
-        return Record(kind.made_by, key)
-
-    def call(self):
-        args, name = self.stack.pop(), self.stack.pop().made_by
-        self.append({} if name in DICTS else args[0] if name in SETS else Record(name, args))
 
     def build(self):
         state, target = self.stack.pop(), self.stack[-1]
@@ -90,10 +74,8 @@ class Reader(pickle._Unpickler):
 
 
 opcodes = pickle._Unpickler.dispatch
-kept = [getattr(pickle, name)[0] for name in KEPT.split()]
-Reader.dispatch = {code: opcodes[code] for code in kept} | {
-    pickle.REDUCE[0]: Reader.call,
-    pickle.NEWOBJ[0]: Reader.call,
+Reader.dispatch = {getattr(pickle, name)[0]: opcodes[getattr(pickle, name)[0]] for name in KEPT.split()} | {
+    pickle.NEWOBJ[0]: opcodes[pickle.REDUCE[0]],
     pickle.BUILD[0]: Reader.build,
     pickle.SETITEM[0]: Reader.set_item,
     pickle.SETITEMS[0]: Reader.set_items,

@@ -1,10 +1,9 @@
 """Finds the tensors of a network in another project's file, and matches them to ours. No code in the file is run."""
 
-import io
-import os
+import argparse
+import pickle
 import zipfile
 from collections import namedtuple
-from functools import cache
 
 import torch
 
@@ -14,12 +13,8 @@ from importers.safe_pickle import Reader
 # notes: what was chosen, for the user to check; licence, data: as the file names them, or None
 Imported = namedtuple("Imported", "net state left_out notes licence data", defaults=[None])
 
-DTYPES = dict(Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64)
-DTYPES |= dict(Int=torch.int32, Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool)
-DTYPES = {f"torch.{name}Storage": dtype for name, dtype in DTYPES.items()}
 ADVICE = "Save the network's tensors alone: torch.save(net.state_dict(), 'weights.pth')"
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the pickles in torch's former file format
-TENSOR, PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
 
 
 def read_safetensors(path):
@@ -33,36 +28,29 @@ def read_safetensors(path):
 
 
 def read_file(path):
-    """(content, storage) of what torch.save wrote, in today's format (a ZIP) or the former one, or of another pickle.
-
-    content: plain data and `Record`s; storage: a function from the key of a tensor's storage to its bytes.
-    """
+    """The content of what torch.save wrote, or that of another pickle, as plain data and `Record`s."""
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             file.seek(0)
-            return read_pickles(file)
-    archive = zipfile.ZipFile(path)
-    total, size = sum(entry.file_size for entry in archive.infolist()), os.path.getsize(path)
-    if total > size:
-        raise ValueError(f"its contents are compressed ({total} bytes in {size}), as torch.save never writes them")
-    pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-    folder = pickled.removesuffix("data.pkl")
-    content = Reader(io.BytesIO(archive.read(pickled))).load()
-    return content, cache(lambda key: bytearray(archive.read(f"{folder}data/{key}")))
+            content = Reader(file).load()
+            if content != MAGIC:
+                return content
+        return load_torch(file)
 
 
-def read_pickles(file):
-    content = Reader(file).load()
-    if content != MAGIC:
-        return content, None
-    Reader(file).load(), Reader(file).load()  # the format's version, facts about the machine
-    reader = Reader(file)
-    content, storages = reader.load(), {}
-    Reader(file).load()  # the keys of the storages, whose bytes follow in this order
-    for key, kind in sorted(reader.storages.items()):
-        count = int.from_bytes(file.read(8), "little")
-        storages[key] = bytearray(file.read(count * DTYPES[kind].itemsize))
-    return content, storages.__getitem__
+def load_torch(file):
+    """Plain data with tensors, or the storage of one, as torch.save wrote them in its present or former format."""
+    file.seek(0)
+    if file.read(2) == b"PK":  # a ZIP, the present format
+        stored, size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()), file.seek(0, 2)
+        if stored > size:
+            raise ValueError(f"its contents are compressed ({stored} bytes in {size}), as torch.save never writes them")
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # options beside the weights
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its message advises to run the file
+        raise ValueError(f"damaged, or of more than tensors and plain data; nothing in it was run. {ADVICE}") from None
 
 
 def find_network(content, sign):
@@ -71,13 +59,14 @@ def find_network(content, sign):
     They may lie in dicts within it, under prefixes such as `module.`, `_orig_mod.` or `ema_model.`. Averaged weights
     are preferred. Raises ValueError if `content` has no network, or several and does not say which.
     """
-    found, places, seen = {}, [("", content)], set()
-    for where, part in places:  # which grows on the way
+    parts = {"": content}
+    for _ in range(3):  # deep enough for {"ema": {"state_dict": ...}}; a hostile dict may hold itself
+        inner = [(f"{where}{name!s:.40}.", part) for where, whole in parts.items() for name, part in whole.items()]
+        parts |= {where: part for where, part in inner if isinstance(part, dict)}
+    found = {}
+    for where, part in parts.items():
         for name, value in part.items():
-            if isinstance(value, dict) and id(value) not in seen and len(where) < 200:  # a hostile dict may hold itself
-                seen.add(id(value))
-                places.append((f"{where}{name!s:.40}.", value))
-            elif is_tensor(value) and len(str(name)) < 200 and f".{name}".endswith(f".{sign}"):
+            if isinstance(value, torch.Tensor) and f".{name}".endswith(f".{sign}"):
                 prefix = name.removesuffix(sign)
                 found[where + prefix] = prefix, part
     chosen = [where for where in found if "ema" in where] if len(found) > 1 else list(found)
@@ -86,42 +75,14 @@ def find_network(content, sign):
     if len(chosen) != 1:
         raise ValueError(f"{len(found)} networks, under {listed(found)}. {ADVICE}")
     prefix, part = found.pop(chosen[0])
-    inside = [name for name, value in part.items() if is_tensor(value) and str(name).startswith(prefix)]
     notes = [f"the network under `{chosen[0]:.80}` was taken, not {listed(found)}"] * bool(found)
-    return {str(name).removeprefix(prefix): part[name] for name in inside}, notes
-
-
-def is_tensor(value):
-    return isinstance(value, torch.Tensor) or getattr(value, "made_by", None) in (TENSOR, PARAMETER)
+    inside = {str(name): value for name, value in part.items() if isinstance(value, torch.Tensor)}
+    return {name.removeprefix(prefix): value for name, value in inside.items() if name.startswith(prefix)}, notes
 
 
 def listed(names, most=6):
     names = [f"{name!s:.40}" for name in names]
     return ", ".join(names[:most] + ["..."] * (len(names) > most)) or "nothing"
-
-
-def make_tensors(records, storage, size):
-    """The tensors that `records` describe, by name, as views of the bytes in the file.
-
-    Raises ValueError if together they are larger than `size`, the bytes in the file: they repeat what is stored once.
-    """
-    tensors, opened = {}, {}
-    for name, record in records.items():
-        if record.made_by == PARAMETER:
-            record = record.args[0]
-        stored, offset, shape, stride = record.args[:4]
-        source = storage
-        if stored.made_by == "torch.storage._load_from_bytes":  # in a pickle a storage is a file of torch.save itself
-            data = stored.args[0]
-            if id(data) not in opened:
-                opened[id(data)] = read_pickles(io.BytesIO(data))
-            stored, source = opened[id(data)]
-        flat = torch.frombuffer(source(stored.args), dtype=DTYPES[stored.made_by])
-        tensors[name] = flat.as_strided(shape, stride, offset)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    if total > size:
-        raise ValueError(f"its tensors take {total} bytes, but the file has {size}: they are expanded. {ADVICE}")
-    return tensors
 
 
 def match(tensors, net, their_name):

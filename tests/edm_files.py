@@ -13,12 +13,9 @@ import torch
 
 import import_teacher
 from importers.edm import edm_name
-from networks.dhariwal_unet import DhariwalUNet
-from networks.song_unet import SongUNet
-from networks.unet import lowpass
+from networks.edm_unet import DhariwalUNet, SongUNet
 from support.script import UserError
 
-NCSNPP = dict(embedding_type="fourier", channel_mult_noise=2, encoder_type="residual", resample_filter=[1, 3, 3, 1])
 SMALL = dict(img_resolution=8, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
 SMALL_ADM = dict(SMALL, img_resolution=16, model_channels=64, attn_resolutions=[8], label_dim=7)
 
@@ -31,13 +28,11 @@ def edm_network(kind=SongUNet, **changes):
 
 def edm_shapes(net):
     """The names and shapes of all tensors in EDM's file of this network, with those that ours does without."""
-    shapes = {edm_name(name, net.config): list(tensor.shape) for name, tensor in net.state_dict().items()}
-    filtered = [name.removesuffix("weight") for name in shapes if re.search(r"_(down|up)\.conv0\.w|_residual\.w", name)]
-    filtered += [name.replace("conv0", "skip") for name in filtered]
-    side = len(net.config.get("resample_filter", [1, 1]))
-    shapes |= {f"{layer}resample_filter": [1, 1, side, side] for layer in filtered}
+    shapes = {edm_name(name, net): list(tensor.shape) for name, tensor in net.state_dict().items()}
+    resampled = [name.removesuffix("conv0.weight") for name in shapes if re.search(r"_(down|up)\.conv0\.w", name)]
+    shapes |= {f"{block}{layer}.resample_filter": [1, 1, 2, 2] for block in resampled for layer in ("conv0", "skip")}
     if isinstance(net, SongUNet):
-        shapes["map_augment.weight"] = [net.embed_hidden.in_features, 9]
+        shapes["map_augment.weight"] = [net.map_layer0.in_features, 9]
     return shapes
 
 
@@ -45,8 +40,6 @@ def formula(name, shape):
     """Numbers that depend on a tensor's name alone, of a size that keeps activations near 1."""
     index = torch.arange(math.prod(shape), dtype=torch.float64)
     waves = (index**2 * 0.6180339887 + zlib.crc32(name.encode()) % 1000).cos().reshape(shape) * 2**0.5
-    if name.endswith("freqs"):
-        return (16 * waves).float()
     if len(shape) == 1:
         return (0.1 * waves + ("norm" in name and name.endswith("weight"))).float()
     return waves.float() if "." not in name else (waves / math.prod(shape[1:]) ** 0.5).float()
@@ -54,10 +47,8 @@ def formula(name, shape):
 
 def edm_tensors(kind=SongUNet, **changes):
     """The formula's weights for a small network, by EDM's names; with the constant filters that its files hold."""
-    net = edm_network(kind, **changes)
-    tensors = {name: formula(name, shape) for name, shape in edm_shapes(net).items()}
-    taps, filters = net.config.get("resample_filter", [1, 1]), [name for name in tensors if "resample_filter" in name]
-    return tensors | {name: lowpass(taps) for name in filters}
+    shapes = edm_shapes(edm_network(kind, **changes))
+    return {n: torch.full(shape, 0.25) if "filter" in n else formula(n, shape) for n, shape in shapes.items()}
 
 
 # ---- NVIDIA's file --------------------------------------------------------------------------------------------------
@@ -78,7 +69,7 @@ def module(class_name, tensors, **state):
 
     What is no tensor is pickled as it is.
     """
-    buffers = {name: tensor for name, tensor in tensors.items() if name in ("freqs", "resample_filter")}
+    buffers = {name: tensor for name, tensor in tensors.items() if name == "resample_filter"}
     own = {name: tensor for name, tensor in tensors.items() if "." not in name and name not in buffers}
     children = {}
     for name in dict.fromkeys(name.partition(".")[0] for name in tensors if "." in name):
@@ -97,10 +88,6 @@ def precond(tensors, name="EDMPrecond", unet="SongUNet", source=""):
     """EDM's network with these weights, as the entry `ema` of its file has it."""
     model = module(unet, tensors, _init_kwargs={"dropout": 0.11})
     return Persistent(name, source, _modules={"model": model}, sigma_data=0.5, use_fp16=False)
-
-
-def inner(network):
-    return network.meta["state"]["_modules"]["model"].meta["state"]
 
 
 def write_pickle(path, content):

@@ -7,7 +7,7 @@ import train_dmd2
 from evaluation.costs import AsOnCuda, count, forward_flops, iteration_flops
 from guidance import GuidanceModel
 from model import SimpleUNet
-from networks.song_unet import SongUNet
+from networks.edm_unet import SongUNet
 from support.options import parse_args
 from unified_model import UnifiedModel
 

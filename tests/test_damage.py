@@ -20,25 +20,17 @@ def write_checkpoint(path):
     checkpoint.save(path, weights | {"step": 1, "model_config": net.config, "config": {}})
 
 
-def write_config(path):
-    path.write_bytes((ROOT / "config_train0.yaml").read_bytes())
-
-
 def read_config(path):
     return parse_args(train_teacher.OPTIONS, "", ["--config", str(path)])
 
 
-def write_state_dict(path, zipped=True):
-    torch.save(edm_tensors(), path, _use_new_zipfile_serialization=zipped)
-
-
 KINDS = {  # file -> who writes it, who reads it
     "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
-    "config.yaml": (write_config, read_config),
+    "config.yaml": (lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()), read_config),
     "images.zip": (write_zip, lambda path: load_dataset("folder", path, 16)),
     "edm.pkl": (write_edm, load),
-    "edm.pth": (write_state_dict, load),
-    "old.pth": (lambda path: write_state_dict(path, zipped=False), load),
+    "edm.pth": (lambda path: torch.save(edm_tensors(), path), load),
+    "old.pth": (lambda path: torch.save(edm_tensors(), path, _use_new_zipfile_serialization=False), load),
 }
 
 

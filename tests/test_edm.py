@@ -1,4 +1,3 @@
-import functools
 import io
 import zipfile
 from argparse import Namespace
@@ -7,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import succeed
-from edm_files import assert_import_refused, edm_tensors, imported, inner, precond, write_edm, write_pickle
+from edm_files import assert_import_refused, edm_tensors, imported, precond, write_edm, write_pickle
 
 import checkpoint
 import import_teacher
-from networks.dhariwal_unet import DhariwalUNet
 from support.script import UserError
 
 TENSORS = edm_tensors(label_dim=10)
@@ -38,23 +36,20 @@ def test_import_by_command_line(tmp_path):
             imported(source, tmp_path, "--class_names", wrong)
 
 
-@pytest.mark.parametrize(
-    "name, data, shape, expected",
-    [
-        ("edm-cifar10-32x32-cond-vp.pkl", None, {}, True),
-        ("a.pkl", "./data/CIFAR-10.zip", {}, True),
-        ("cifar10-uncond.pkl", None, {"label_dim": 0}, True),
-        ("mine.pkl", "./data/mine.zip", {}, False),
-        ("cifar100.pkl", None, {"label_dim": 0}, False),
-        ("cifar10.pkl", None, {"img_resolution": 64}, False),
-        ("cifar10.pkl", None, {"img_channels": 1}, False),
-        ("cifar10.pkl", None, {"label_dim": 100}, False),
-    ],
-)
-def test_what_is_cifar10(tmp_path, name, data, shape, expected):
-    config = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, **shape}
-    found = SimpleNamespace(net=SimpleNamespace(config=config), data=data)
-    assert import_teacher.of_cifar10(found, tmp_path / name) == expected
+def test_what_is_cifar10(tmp_path):
+    """By the name of the file or of NVIDIA's training data, and by the network's shape."""
+
+    def is_cifar10(name, data=None, img_resolution=32, img_channels=3, label_dim=10):
+        config = dict(img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim)
+        return import_teacher.of_cifar10(
+            SimpleNamespace(net=SimpleNamespace(config=config), data=data), tmp_path / name
+        )
+
+    assert is_cifar10("edm-cifar10-32x32-cond-vp.pkl") and is_cifar10("a.pkl", "./data/CIFAR-10.zip")
+    assert is_cifar10("cifar10-uncond.pkl", label_dim=0)
+    assert not is_cifar10("mine.pkl", "./data/mine.zip") and not is_cifar10("cifar100.pkl", label_dim=0)
+    for shape in (dict(img_resolution=64), dict(img_channels=1), dict(label_dim=100)):
+        assert not is_cifar10("cifar10.pkl", **shape)
 
 
 @pytest.mark.parametrize("resolution, name, dataset", [(32, "cat", "cifar10"), (16, "3", "folder")])
@@ -115,23 +110,20 @@ MANY_BLOCKS = {f"enc.8x8_block{index}.conv0.weight": torch.ones(1) for index in 
 WRONG = {  # what is saved, part of the one-line message
     "missing": (but(dec__8x8_up__skip__bias=None), "no tensor dec.8x8_up.skip.bias"),
     "left over": (but(u=STEP), "tensor 'u' does not belong to SongUNet (1 such, of "),
-    "left over in ADM": (edm_tensors(DhariwalUNet) | {"u": STEP}, "tensor 'u' does not belong to DhariwalUNet"),
-    "aux_skip": (but(enc__4x4_aux_skip__weight=STEP), "tensor 'enc.4x4_aux_skip.weight' does not belong to SongUNet"),
+    "NCSN++": (but(map_noise__freqs=STEP), 'an NCSN++ (EDM\'s "ve" files), which is not supported; take DDPM++ ("vp")'),
     "shape": (but(**{BIAS: torch.ones(3)}), "tensor map_layer1.bias has shape [3], not [64]"),
     "not finite": (but(**{BIAS: torch.full((64,), torch.nan)}), "map_layer1.bias (torch.float32) does not hold finite"),
     "integers": (but(**{BIAS: torch.ones(64).char()}), "map_layer1.bias (torch.int8) does not hold"),
-    "filter": (but(enc__4x4_down__skip__resample_filter=torch.ones(1, 1, 2, 2)), "is not the low-pass of [1, 1]"),
+    "filter": (but(enc__4x4_down__skip__resample_filter=torch.ones(1, 1, 2, 2)), "is not the mean of 2x2 pixels"),
     "half a label layer": (but(map_label__weight=None), "tensor 'map_label.bias' does not belong to SongUNet"),
     "other network": ({"conv.weight": STEP}, "no tensor map_layer0.weight in it, but conv.weight. Save the network's"),
     "flat": (but(enc__8x8_conv__weight=torch.ones(3)), "damaged, or not a network that is known here"),
-    "no tensors": ({"step": 3}, "but step. Save the network's tensors alone: torch.save("),
     "two parts": ({"a": TENSORS, "b": OTHER}, "2 networks, under a., b.. Save"),
     "two prefixes": (under("a.") | under("b."), "2 networks, under a., b.. Save"),
-    "whole module": (torch.nn.Linear(1, 1), "but torch.nn.modules.linear.Linear. Save the network's tensors alone"),
-    "function": ({"model": TENSORS, "schedule": functools.partial(print)}, "it asks for 'functools.partial'"),
+    "whole module": (torch.nn.Linear(1, 1), "of more than tensors and plain data; nothing in it was run. Save the"),
     "ours": ({"model_config": {}}, "already a checkpoint of this project"),
     "expanded": (but(**{BIAS: torch.ones(1).expand(1 << 40)}), "they are expanded. Save"),
-    "blocks": (TENSORS | MANY_BLOCKS, "num_blocks 65: at most 64 are supported"),
+    "blocks": (TENSORS | MANY_BLOCKS, "65 blocks at a resolution; at most 64 are supported"),
 }
 
 
@@ -161,17 +153,19 @@ def test_safetensors(tmp_path):
         assert_import_refused(tmp_path / "a.safetensors", tmp_path, "damaged, or not a network")
 
 
-def loop():
+def shared():
     network = precond(TENSORS)
-    inner(network)["_modules"]["again"] = inner(network)["_modules"]["map_label"]
+    modules = network.meta["state"]["_modules"]["model"].meta["state"]["_modules"]
+    modules["again"] = modules["map_label"]
     return network
 
 
 PICKLES = {  # other pickles, part of the one-line message
     "other preconditioning": (lambda: precond({}, "VPPrecond"), "preconditioned by 'VPPrecond'; only EDM's"),
     "other network": (lambda: precond({}, unet="DiT"), "the network is a 'DiT'; only SongUNet"),
+    "NCSN++": (lambda: precond({**TENSORS, "map_noise.freqs": STEP}), "an NCSN++ (EDM's"),
     "number": (lambda: 7, "no tensor map_layer0.weight in it, but ema, dataset_kwargs"),
-    "shared": (loop, "the module 'again.' occurs twice"),
+    "shared": (shared, "the module 'again.' occurs twice"),
     "expanded": (lambda: precond({**TENSORS, "w": torch.ones(1).expand(1 << 40)}), "they are expanded"),
 }
 

@@ -10,8 +10,7 @@ import torch
 import torch._inductor.compile_fx
 from conftest import ROOT, needs_muon, tiny_unet
 
-from networks.dhariwal_unet import DhariwalUNet
-from networks.song_unet import SongUNet
+from networks.edm_unet import DhariwalUNet, SongUNet
 from support.device import compile_networks
 from support.optimizers import BadSteps, Muon, adamw, load_optimizer, lr_factor, optimizer_step, update_ema
 from support.script import UserError

@@ -1,14 +1,12 @@
-"""The page of `export.py --page` in a headless Chromium, driven through its debugging pipe."""
+"""The page of `export.py --page` in a headless Chromium: a script after its own uses it, and sends what it saw."""
 
 import functools
 import http.server
 import json
-import os
+import queue
 import shutil
 import subprocess
 import threading
-import time
-from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -22,164 +20,104 @@ from support.images import to_uint8
 from support.script import UserError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+SCRIPT = """<script type="module">
+const find = (selector) => [...document.querySelectorAll(selector)];
+const texts = (selector) => find(selector).map((element) => element.textContent);
+const shown = (canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data];
+const idle = async () => { do await new Promise((done) => setTimeout(done, 20)); while (!page.idle()); };
+const { image, from, to, slider } = window; // elements by their id
+
+async function look() {
+  await page.ready; // the first sample and the grid have been drawn
+  const seen = { tiles: find("#grid canvas").length, names: texts("#grid span"), buttons: texts("#classes button") };
+  Object.assign(seen, { drawn: [], walk: [], before: shown(to) });
+  for (const [noise, label] of GIVEN) {
+    await page.draw(image, noise.map((z) => Float32Array.from(z)), label);
+    seen.drawn.push(shown(image));
+  }
+  find("#classes button").at(-1).click();
+  await idle();
+  for (slider.value of [0, 0.5, 1]) {
+    slider.dispatchEvent(new Event("input"));
+    await idle();
+    seen.walk.push(shown(image));
+  }
+  const quarter = [0, 0.25, 0.5, 1].map((t) => page.slerp([3, 0], [0, 3], t));
+  return { ...seen, quarter, ends: [from, to].map(shown), texts: ["#about", "#pace", "#caption"].flatMap(texts) };
+}
+const seen = await look().catch((error) => ({ error: String(error) }));
+fetch("seen", { method: "POST", body: JSON.stringify(seen) });
+</script>"""
 
 
-@contextmanager
-def served(folder):
-    """The address at which the folder is served, as by `python -m http.server`."""
+class Server(http.server.SimpleHTTPRequestHandler):
+    seen = queue.Queue()
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        log_message = lambda *arguments: None  # noqa: E731
+    def do_POST(self):
+        self.seen.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
+    def log_message(self, *arguments):
+        pass
+
+
+def look(folder, profile, given):
+    """What `SCRIPT` sees on the page in `folder`, where it draws the images of the pairs (noise, label) in `given`."""
+    script = SCRIPT.replace("GIVEN", json.dumps(given))  # floats pass through JSON bit for bit
+    (folder / "test.html").write_text((folder / "index.html").read_text() + script)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-@contextmanager
-def opened(url, profile, size=(960, 1000)):
-    """Opens `url` in Chromium; gives a function `call(method, **parameters)` of the page's DevTools protocol."""
-    (read_here, written), (read, write_here) = os.pipe(), os.pipe()  # Chromium reads descriptor 3, writes to 4
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", "about:blank"]
-    wrapped = ["bash", "-c", f'exec "$@" 3<&{read} 4>&{written}', "bash", *command]  # sh takes one digit
-    browser = subprocess.Popen(wrapped, pass_fds=(read, written), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.close(read), os.close(written)
-    try:
-        with os.fdopen(read_here, "rb") as answers, os.fdopen(write_here, "wb") as questions:
-
-            def call(method, session=None, **parameters):
-                call.number += 1
-                message = {"id": call.number, "method": method, "params": parameters}
-                message |= {"sessionId": session} if session else {}
-                questions.write(json.dumps(message).encode() + b"\0")
-                questions.flush()
-                while (answer := receive()).get("id") != call.number:
-                    pass  # events
-                if "error" in answer:
-                    raise ConnectionError(answer["error"]["message"])
-                return answer["result"]
-
-            def receive():
-                text = bytearray()
-                while (byte := answers.read(1)) != b"\0":
-                    assert byte, "Chromium ended"
-                    text += byte
-                return json.loads(text)
-
-            call.number = 0
-            target = call("Target.createTarget", url=url)["targetId"]
-            session = call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-            yield functools.partial(call, session=session)
-            call("Browser.close")
-            browser.wait(20)
-    finally:
-        browser.kill()
-        browser.wait()
-
-
-def evaluate(call, expression):
-    """The value of a JavaScript expression on the page, awaited where it is a promise."""
-    answer = call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-    assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-    return answer["result"].get("value")
-
-
-def until(call, expression):
-    """Waits until a JavaScript expression holds."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        with suppress(ConnectionError):  # between two documents there is no page to ask
-            if evaluate(call, expression):
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"never came: {expression}; the page says {evaluate(call, 'document.body.innerText')}")
-
-
-def canvas(call, name):
-    """What the canvas shows, uint8 `[H, W, 4]`."""
-    script = f"(() => {{ const c = document.getElementById('{name}');"
-    script += " return [c.height, c.width, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]; })()"
-    height, width, data = evaluate(call, script)
-    return np.array(data, dtype=np.uint8).reshape(height, width, 4)
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-    """onnxruntime-web, as npm's package holds it."""
-    folder = tmp_path_factory.mktemp("onnxruntime-web")
-    for name, content in (page.find_runtime() or pytest.skip("npm cannot fetch onnxruntime-web")).items():
-        (folder / name).write_bytes(content)
-    return folder
+        url = f"http://127.0.0.1:{server.server_port}/test.html"
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", url]
+        browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return Server.seen.get(timeout=120)
+        finally:
+            browser.terminate()
+            browser.wait()
+            server.shutdown()
 
 
 @pytest.mark.slow
 @needs_onnx
 @pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
-@pytest.mark.parametrize("classes, channels, sigmas, images", [(3, 1, [40.0], 30), (0, 3, [80.0, 2.0], 100)])
-def test_the_page_draws_what_pytorch_draws(tmp_path, runtime, classes, channels, sigmas, images):
-    net = tiny_unet(label_dim=classes, img_channels=channels)
-    about = "8x8 pixels, grey · 3 classes · 1 network evaluation per image · trained for 7 steps"
-    if not classes:
-        about = "8x8 pixels, colour · 2 network evaluations per image · trained for 7 steps"
-    buttons = [f"class {label}" for label in range(classes)] or ["draw"]
-    generator, folder = write_generator(tmp_path / "x.pt", net, sigmas=sigmas), tmp_path / "page"
-    exported(generator, "--page", folder, "--ort", runtime)
+@pytest.mark.parametrize("classes, channels, sigmas", [(3, 1, [40.0]), (0, 3, [80.0, 2.0])])
+def test_the_page_draws_what_pytorch_draws(tmp_path, classes, channels, sigmas):
+    net, folder = tiny_unet(label_dim=classes, img_channels=channels), tmp_path / "page"
+    exported(write_generator(tmp_path / "x.pt", net, sigmas=sigmas), "--page", folder)
+    if not (folder / page.RUNTIME[0]).exists():
+        pytest.skip("npm cannot fetch onnxruntime-web")
     assert {path.name for path in folder.iterdir()} == {"generator.onnx", *(path.name for path in page.files(folder))}
 
-    noise, labels = class_noise(range(net.label_dim) or [0], 2, (net.config["img_channels"], 8, 8), seed=3)
+    noise, labels = class_noise(range(classes), 2, (channels, 8, 8), seed=3)
     draw = torch.Generator().manual_seed(4)
-    levels = [noise, *(torch.randn(noise.shape, generator=draw) for _ in sigmas[1:])]
+    levels = torch.stack([noise, *(torch.randn(noise.shape, generator=draw) for _ in sigmas[1:])], dim=1)
     with torch.no_grad():
         expected = few_step_sampler(net, noise, labels, sigmas, torch.Generator().manual_seed(4))
     expected = to_uint8(expected).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    seen = look(folder, tmp_path / "profile", list(zip(levels.flatten(2).tolist(), labels.tolist(), strict=True)))
+    assert "error" not in seen, seen
+    drawn, ends, walk, before = (
+        np.array(seen[key]).reshape(-1, 8, 8, 4) for key in ("drawn", "ends", "walk", "before")
+    )
+    np.testing.assert_allclose(drawn[..., :3], expected, atol=1)
+    assert (drawn[..., 3] == 255).all() and drawn[..., 0].std(axis=(1, 2)).min() > 3
 
-    texts = "[...document.querySelectorAll('%s')].map((element) => element.textContent)"
-    with served(folder) as url, opened(url, tmp_path / "profile") as call:
-        until(call, "Boolean(window.page)")
-        evaluate(call, "page.ready")  # the first sample and the grid have been drawn
-        assert evaluate(call, "document.getElementById('about').textContent") == about
-        assert evaluate(call, "document.querySelectorAll('#grid canvas').length") == images
-        assert f"{images} of {images} images, " in evaluate(call, "document.getElementById('pace').textContent")
-        assert evaluate(call, texts % "#grid span") == (buttons if net.label_dim else [])
+    about, pace, caption = seen["texts"]
+    names, tiles = [f"class {label}" for label in range(classes)], 10 * (classes or 10)
+    assert seen["names"] == names and seen["buttons"] == (names or ["draw"])
+    assert seen["tiles"] == tiles and f"{tiles} of {tiles} images, " in pace
+    colour = "grey · 3 classes · 1 network evaluation" if classes else "colour · 2 network evaluations"
+    assert about == f"8x8 pixels, {colour} per image · trained for 7 steps"
+    assert caption.endswith(" ms") and caption.startswith("class 2 · " if classes else "")
 
-        for index, label in enumerate(labels.tolist()):  # floats pass through JSON bit for bit
-            given = json.dumps([level[index].flatten().tolist() for level in levels])
-            image = f"document.getElementById('image'), {given}.map((z) => Float32Array.from(z)), {label}"
-            assert evaluate(call, f"page.draw({image})") > 0  # milliseconds
-            drawn = canvas(call, "image")
-            np.testing.assert_allclose(drawn[..., :3].astype(int), expected[index], atol=1)
-            assert (drawn[..., 3] == 255).all() and drawn[..., 0].std() > 3
-
-        # a click draws a new sample; the slider walks from its noise to another
-        assert evaluate(call, texts % "#classes button") == buttons
-        before = canvas(call, "to")
-        evaluate(call, "document.querySelector('#classes button:last-child').click()")
-        until(call, "document.querySelector('#classes button:last-child').getAttribute('aria-pressed') === 'true'")
-        until(call, "page.idle()")
-        caption = evaluate(call, "document.getElementById('caption').textContent")
-        assert caption.endswith(" ms") and caption.startswith("class 2 · " if net.label_dim else "")
-        assert (canvas(call, "to") != before).any() and (canvas(call, "to") != canvas(call, "from")).any()
-        for place, end in ((0.5, None), (1, "to"), (0, "from")):
-            evaluate(call, f"(() => {{ slider.value = {place}; slider.dispatchEvent(new Event('input')); }})()")
-            until(call, "page.idle()")
-            image = canvas(call, "image").astype(int)
-            differences = {name: np.abs(image - canvas(call, name)).max() for name in ("from", "to")}
-            assert min(differences.values()) > 1 if end is None else differences[end] <= 1
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
-def test_the_walk_keeps_to_the_sphere(tmp_path):
-    """A quarter of a circle from one axis to the other: (cos, sin) of t pi/2, at the length of both."""
-    source = page.TEMPLATE.read_text()
-    function = source[source.index("function slerp") :].split("\n}\n")[0] + "\n}"
-    script = f"{function}; console.log(JSON.stringify([0, 0.25, 0.5, 1].map((t) => slerp([3, 0], [0, 3], t))))"
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    # a click draws a new sample; the slider walks from its noise to another, along the sphere
+    apart = np.abs(walk[:, None] - ends).max(axis=(2, 3, 4))  # [place on the walk, end]
+    assert apart[0, 0] <= 1 and apart[2, 1] <= 1 and min(apart[0, 1], *apart[1]) > 1 and (ends[1] != before).any()
     angles = np.pi / 2 * np.array([0, 0.25, 0.5, 1])
-    expected = 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    np.testing.assert_allclose(json.loads(done.stdout), expected, atol=1e-12)
+    np.testing.assert_allclose(seen["quarter"], 3 * np.stack([np.cos(angles), np.sin(angles)], axis=1), atol=1e-12)
 
 
 def test_the_runtime_comes_from_a_folder_from_npm_or_from_its_public_source(tmp_path, monkeypatch, capsys):
@@ -191,13 +129,13 @@ def test_the_runtime_comes_from_a_folder_from_npm_or_from_its_public_source(tmp_
     assert facts == {"class_names": ["</script>"], "runtime": page.PUBLIC}
     assert f"the page loads it from {page.PUBLIC}" in capsys.readouterr().out
 
+    content = {name: name.encode() for name in page.RUNTIME}
     (tmp_path / "dist").mkdir()
     for name in page.RUNTIME:
         with pytest.raises(UserError, match=f"--ort {tmp_path}: needs {page.RUNTIME[0]}"):
             page.find_runtime(tmp_path)
-        (tmp_path / "dist" / name).write_bytes(name.encode())
-    content = {name: name.encode() for name in page.RUNTIME}
+        (tmp_path / "dist" / name).write_bytes(content[name])
     assert page.find_runtime(tmp_path) == page.find_runtime(tmp_path / "dist") == content
     page.write(tmp_path, {}, content)
     assert json.loads((tmp_path / "generator.json").read_text()) == {"runtime": "./"}
-    assert all((tmp_path / name).read_bytes() == name.encode() for name in page.RUNTIME)
+    assert all((tmp_path / name).read_bytes() == content[name] for name in page.RUNTIME)

@@ -44,14 +44,15 @@ def called(command):
 
 
 DAMAGED, REFUSED = "damaged, or not a pickle", "system'; nothing in it was run"
+NOT_RUN = "of more than tensors and plain data; nothing in it was run. Save the network's tensors alone"
 DOUBLING = [b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cuq%c" % (n, n, n + 1) for n in range(100)]  # a dict that holds the last twice
 HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line message
     "call": (lambda command: Call(os.system, command), REFUSED),
     "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
     "beside a network": (lambda command: {"ema": precond({}), "x": [{"y": Call(os.system, command)}]}, REFUSED),
     "function of torch": (lambda command: Call(torch.load, hostile_bytes(command)), "but torch.serialization.load. S"),
-    "torch's file": (hostile_bytes, REFUSED),
-    "tensor's bytes": (hostile_storage, REFUSED),
+    "torch's file": (hostile_bytes, NOT_RUN),
+    "tensor's bytes": (hostile_storage, NOT_RUN),
     "state": (lambda command: opcodes(b"cfunctools\npartial\n)\x81(cos\nsystem\n", called(command), b"tb"), "partial'"),
     "class as a call": (lambda command: opcodes(b"cos\nsystem\n", called(command), b"\x81"), "it asks for 'os.system'"),
     "state of a name": (lambda command: opcodes(b"cdnnlib.util\nEasyDict\n}b"), "but dnnlib.util.EasyDict. S"),
@@ -66,10 +67,6 @@ HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line mess
     ),
     "a tree of dicts": (lambda command: opcodes(b"}q\0", *DOUBLING), "no tensor map_layer0.weight in it, but a, b"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
-    "deep key of a storage": (
-        lambda command: opcodes(b"(Nca\nb\n)" + b"\x85" * 100_000 + b"NNtQ"),
-        "it has storages of",
-    ),
     "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), DAMAGED),
     "registry": (lambda command: opcodes(b"\x82\x01"), DAMAGED),
     "text": (lambda command: b"no pickle", DAMAGED),
