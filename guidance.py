@@ -228,6 +228,6 @@ def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0), generator=None)
     errors = {}
     for sigma in sigmas:
         denoised = net(images + sigma * noise, images.new_full((len(images),), sigma), labels)
-        trivial = min(sigma**2, images.var(0).mean().item())
+        trivial = min((sigma * noise).square().mean().item(), images.var(0).mean().item())
         errors[sigma] = (denoised - images).square().mean().item() / trivial
     return errors
