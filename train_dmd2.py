@@ -200,9 +200,7 @@ def main(argv=None):
     errors = relative_errors(teacher, to_float(some.images.to(device)), some.labels, generator=random_stream(0, 0))
     if worse := ", ".join(f"{sigma}" for sigma, error in errors.items() if not error < 1):
         where = f"--teacher_checkpoint {args.teacher_checkpoint}: at sigma {worse}"
-        logger.message(
-            f"{where} its images are worse than a trivial guess; does it know other images, or is it misread?"
-        )
+        logger.message(f"{where} it denoises worse than a trivial guess; does it know other images, or is it misread?")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = None  # drawn when it is first needed
     seen = None  # noised and denoised images of the latest generator turn

@@ -212,6 +212,31 @@ def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, option
     assert {name: seen[name] for name in options} == options
 
 
+def test_a_flow_matching_teacher_is_distilled_as_one(tmp_path, monkeypatch):
+    """t is logit-normal by default; the checkpoint says what it predicts; `fake_unet` learns with its loss."""
+    options = RUN | dict(dataset="mnist5k", output_dir=tmp_path / "teacher", step_number=1)
+    assert train_teacher.main(flags(**options, **NET, prediction="flow")) == 0
+    file = tmp_path / "teacher" / "teacher_final.pt"
+    assert {name: checkpoint.load(file)["config"][name] for name in ("P_mean", "P_std")} == dict(P_mean=0.0, P_std=1.0)
+    seen, loss = [], guidance.denoising_loss
+    monkeypatch.setattr(guidance, "denoising_loss", lambda *given: seen.append(given[3:]) or loss(*given))
+    assert train_dmd2.main(flags(**options | dict(output_dir=tmp_path / "run"), teacher_checkpoint=file)) == 0
+    assert seen == [(0.5, "flow")] and checkpoint.load_network(tmp_path / "run" / "dmd2_final.pt").prediction == "flow"
+
+
+@pytest.mark.parametrize("sigma_data, told", [(0.5, False), (5.0, True)])
+def test_a_misread_teacher_is_told(teacher, tmp_path, capsys, sigma_data, told):
+    """With ten times the sigma_data it was trained for, it leaves most of the noise in its images."""
+    state = checkpoint.load(teacher)
+    state["ema_state_dict"] = {name: torch.zeros_like(tensor) for name, tensor in state["ema_state_dict"].items()}
+    checkpoint.save(
+        tmp_path / "teacher.pt", state | {"model_config": state["model_config"] | dict(sigma_data=sigma_data)}
+    )
+    options = RUN | dict(dataset="mnist5k", teacher_checkpoint=tmp_path / "teacher.pt", output_dir=tmp_path / "run")
+    assert train_dmd2.main(flags(**options | dict(step_number=1))) == 0
+    assert ("at sigma 1.0 it denoises" in capsys.readouterr().out) == told
+
+
 @pytest.mark.parametrize("hflip", [True, False])
 def test_real_images_are_mirrored_if_the_teachers_were(teacher, tmp_path, monkeypatch, hflip):
     """Or the GAN's heads would learn that mirrored means generated."""
