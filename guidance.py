@@ -4,11 +4,10 @@ import copy
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
-from model import denoising_loss, get_sigmas_karras, known_range
+from model import denoising_loss, get_sigmas_flow, get_sigmas_karras, known_range
 from objectives import F_DIVERGENCES, NUM_BINS, dmd_loss, f_divergence_weight, sid_loss
 
 
@@ -17,19 +16,19 @@ class GuidanceModel(nn.Module):
 
     real_unet:                 any module called as `net(x, sigma, labels)` -> denoised image; frozen, in eval mode
     fake_unet:                 another module called in this way, trained in place; default: a copy of `real_unet`
-    num_train_timesteps:       number of noise levels in `karras_sigmas` (ascending: index 0 is the least noise)
-    sigma_min, sigma_max, rho: the noise schedule (EDM eq. 5), limited to the noise levels of both networks
-    sigma_data:                standard deviation of the data, in the weight of `fake_unet`'s loss
-    min_step_percent, max_step_percent: the range of `karras_sigmas`, as shares, for the distribution-matching loss
+    num_train_timesteps:       number of noise levels in `sigmas` (ascending: index 0 is the least noise)
+    schedule:                  karras (EDM eq. 5), of shape `rho`, or flow: even in flow matching's time, with `shift`
+    sigma_min, sigma_max:      its bounds, limited to the noise levels of both networks
+    sigma_data, prediction:    of `fake_unet`, in the weight of its loss (`model.denoising_loss`)
+    min_step_percent, max_step_percent: the range of `sigmas`, as shares, for the distribution-matching loss
     objective:                 dmd or sid (`objectives.py`); sid_alpha: alpha of sid
     f_divergence:              key of `F_DIVERGENCES`: what dmd minimises; all but rkl need `gan_classifier`
-    fake_loss_weighting:       of `fake_unet`'s loss over noise levels: edm, as for a teacher, or none: squared error
     gan_classifier:            adds heads that tell real images from generated ones by feature maps (DMD2 section 4.3);
                                the network of `gan_features` must then be a `Denoiser`
     gan_features:              of `fake_unet`'s encoder ("fake"), which then learns from both losses, or "teacher"
     gan_resolutions:           resolutions of the feature maps, one head per resolution; default: the coarsest alone
     diffusion_gan:             the heads see noised images, as in the paper; else clean ones
-    diffusion_gan_max_timestep: the heads' noise is drawn from so many of the lowest `karras_sigmas`
+    diffusion_gan_max_timestep: the heads' noise is drawn from so many of the lowest `sigmas`
 
     Raises ValueError for arguments that do not fit together or to the networks.
     """
@@ -40,16 +39,18 @@ class GuidanceModel(nn.Module):
         *,
         fake_unet=None,
         num_train_timesteps=1000,
+        schedule="karras",
         sigma_min=0.002,
         sigma_max=80.0,
-        sigma_data=0.5,
         rho=7.0,
+        shift=1.0,
+        sigma_data=0.5,
+        prediction="edm",
         min_step_percent=0.02,
         max_step_percent=0.98,
         objective="dmd",
         sid_alpha=1.0,
         f_divergence="rkl",
-        fake_loss_weighting="edm",
         gan_classifier=False,
         gan_features="fake",
         gan_resolutions=None,
@@ -59,7 +60,7 @@ class GuidanceModel(nn.Module):
         super().__init__()
         self.real_unet = real_unet.requires_grad_(False).eval()
         self.fake_unet = (copy.deepcopy(real_unet) if fake_unet is None else fake_unet).requires_grad_(True)
-        self.sigma_data = sigma_data
+        self.sigma_data, self.prediction = sigma_data, prediction
         self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
@@ -68,11 +69,16 @@ class GuidanceModel(nn.Module):
             raise ValueError(
                 f"sigma_min {sigma_min}, sigma_max {sigma_max}: the networks know none of these noise levels"
             )
-        karras_sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho).flip(0)
-        self.register_buffer("karras_sigmas", karras_sigmas.contiguous(), persistent=False)
+        if schedule not in ("karras", "flow"):
+            raise ValueError(f"schedule must be karras or flow, not {schedule!r}")
+        if schedule == "flow":
+            sigmas = get_sigmas_flow(num_train_timesteps, low, high, shift)
+        else:
+            sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho)
+        self.register_buffer("sigmas", sigmas.flip(0).contiguous(), persistent=False)
         if objective not in ("dmd", "sid"):
             raise ValueError(f"objective must be dmd or sid, not {objective!r}")
-        self.objective, self.sid_alpha, self.fake_loss_weighting = objective, sid_alpha, fake_loss_weighting
+        self.objective, self.sid_alpha = objective, sid_alpha
 
         self.gan_classifier, self.diffusion_gan = gan_classifier, diffusion_gan
         self.gan_steps = min(diffusion_gan_max_timestep, num_train_timesteps)
@@ -111,11 +117,11 @@ class GuidanceModel(nn.Module):
     def add_noise(self, images, sigma=None, noise=None, first=0, last=None):
         """Returns (`images` `[B, C, H, W]` plus `sigma` `[B]` times standard normal `noise`, `sigma`).
 
-        `sigma` and `noise` are drawn if they are None, `sigma` uniformly over `karras_sigmas[first : last + 1]`.
+        `sigma` and `noise` are drawn if they are None, `sigma` uniformly over `sigmas[first : last + 1]`.
         """
         if sigma is None:
             end = self.num_train_timesteps if last is None else last + 1
-            sigma = self.karras_sigmas[torch.randint(first, end, (len(images),), device=images.device)]
+            sigma = self.sigmas[torch.randint(first, end, (len(images),), device=images.device)]
         if noise is None:
             noise = torch.randn_like(images)
         return images + sigma.reshape(-1, 1, 1, 1) * noise, sigma
@@ -124,7 +130,7 @@ class GuidanceModel(nn.Module):
         """The loss that moves generated images towards the teacher's distribution: the objective, of `objectives.py`.
 
         images: generated, `[B, C, H, W]`; labels: `[B]`. `sigma` `[B]` and standard normal `noise` are drawn if they
-        are None, `sigma` from `karras_sigmas[min_step : max_step + 1]`. Returns two dicts: `loss_dm`,
+        are None, `sigma` from `sigmas[min_step : max_step + 1]`. Returns two dicts: `loss_dm`,
         whose gradient reaches only the generator, and the noised and denoised images, detached.
         """
         if self.objective == "sid":  # SiD eq. 23: the gradient also flows through both denoisers
@@ -144,7 +150,7 @@ class GuidanceModel(nn.Module):
     def compute_f_divergence_weight(self, noisy, sigma, labels):
         """The weights `[B]` of noised images from the heads' mean logit, normalised in ten bins of the schedule."""
         logits = self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions)).mean(1)
-        index = torch.searchsorted(self.karras_sigmas, sigma).clamp(max=self.num_train_timesteps - 1)
+        index = torch.searchsorted(self.sigmas, sigma).clamp(max=self.num_train_timesteps - 1)
         return f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps)
 
     @property
@@ -177,10 +183,7 @@ class GuidanceModel(nn.Module):
             by_products = {"features": features}
         else:
             pred_fake, by_products = self.fake_unet(noisy, sigma, labels), {}
-        if self.fake_loss_weighting == "edm":
-            loss = denoising_loss(pred_fake, images, sigma, self.sigma_data)
-        else:
-            loss = F.mse_loss(pred_fake, images)
+        loss = denoising_loss(pred_fake, images, sigma, self.sigma_data, self.prediction)
         return {"loss_fake_mean": loss}, by_products
 
     def compute_cls_logits(self, images, labels):
@@ -188,7 +191,7 @@ class GuidanceModel(nn.Module):
         if self.diffusion_gan:
             images, sigma = self.add_noise(images, last=self.gan_steps - 1)
         else:
-            sigma = self.karras_sigmas[:1].expand(len(images))
+            sigma = self.sigmas[:1].expand(len(images))
         return self.cls_pred_branch(self.gan_network.encode(images, sigma, labels, self.gan_resolutions))
 
     def compute_generator_clean_cls_loss(self, fake, labels):
@@ -212,3 +215,19 @@ class GuidanceModel(nn.Module):
             fake_logits = self.cls_pred_branch(fake_features)
         loss = discriminator_gan_loss(real_logits, fake_logits)
         return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
+
+
+@torch.no_grad()
+def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0, 3.0), generator=None):
+    """How well `net` denoises real images `[B, C, H, W]`: a dict from noise levels to relative errors, right below 1.
+
+    They are relative to the better of two trivial answers, the noisy image and the mean image. A network is worse if it
+    knows other images, or if its output or its time is misread. generator: of the noise, on the CPU.
+    """
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    errors = {}
+    for sigma in sigmas:
+        denoised = net(images + sigma * noise, images.new_full((len(images),), sigma), labels)
+        trivial = min(sigma**2, images.var(0, correction=0).mean().item())
+        errors[sigma] = (denoised - images).square().mean().item() / trivial
+    return errors

@@ -1,7 +1,7 @@
-"""The noise schedule, the denoising loss, and the networks: the base class `Denoiser`, and `SimpleUNet`.
+"""The noise schedules, the denoising loss, and the networks: the base class `Denoiser`, and `SimpleUNet`.
 
-The parametrisation is EDM's (Karras et al. 2022, arXiv 2206.00364): images are float32 `[B, C, H, W]` in [-1, 1];
-`sigma` is the standard deviation of the noise in x = x0 + sigma * n.
+Noise is EDM's (Karras et al. 2022, arXiv 2206.00364) whatever a network predicts: images are float32 `[B, C, H, W]` in
+[-1, 1]; `sigma` is the standard deviation of the noise in x = x0 + sigma * n.
 """
 
 import math
@@ -24,27 +24,48 @@ def known_range(net, sigma_min, sigma_max):
     return max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
 
 
-def preconditioning(sigma, sigma_data=0.5):
-    """The factors (c_skip, c_out, c_in, c_noise) of EDM eq. 7 and table 1, each of `sigma`'s shape.
+def get_sigmas_flow(n, sigma_min=0.002, sigma_max=80.0, shift=1.0):
+    """`n` noise levels, float32 `[n]`, descending from `sigma_max` to `sigma_min`, even in the time of flow matching.
 
-    They give the network inputs and targets of unit variance at every noise level, for data of standard deviation
-    `sigma_data`.
+    That is t = sigma / (1 + sigma). A `shift` above 1 moves levels to more noise (SD3, arXiv 2403.03206, eq. 23):
+    t' = shift t / (1 + (shift - 1) t), which is sigma' = shift sigma.
     """
-    total = (sigma**2 + sigma_data**2).sqrt()
-    c_skip = sigma_data**2 / total**2
-    c_out = sigma * sigma_data / total
-    c_in = 1 / total
+    t = torch.linspace(sigma_max / (shift + sigma_max), sigma_min / (shift + sigma_min), n, dtype=torch.float64)
+    return (shift * t / (1 - t)).float()
+
+
+PREDICTIONS = ("edm", "flow", "epsilon", "v_prediction", "sample")
+
+
+def preconditioning(sigma, sigma_data=0.5, prediction="edm"):
+    """(c_skip, c_out, c_in, c_noise) of D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), each of `sigma`'s shape.
+
+    prediction: what the network F predicts, one of `PREDICTIONS`. With edm, inputs and targets have unit variance at
+    every noise level, for data of standard deviation `sigma_data` (EDM eq. 7 and table 1).
+    """
     c_noise = sigma.clamp(min=1e-20).log() / 4  # the clamp keeps sigma = 0 finite; there the output is the input
-    return c_skip, c_out, c_in, c_noise
+    if prediction == "edm":
+        total = (sigma**2 + sigma_data**2).sqrt()
+        return sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total, c_noise
+    if prediction == "flow":  # x_t = (1 - t) x0 + t n with t = sigma / (1 + sigma); F = v = n - x0: x0 = x_t - t v
+        return 1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma), c_noise
+    # DDPM's networks see a x0 + s n, with a^2 + s^2 = 1 and sigma = s / a. They predict n, a n - s x0, or x0.
+    a = (1 + sigma**2).rsqrt()
+    if prediction == "epsilon":
+        return torch.ones_like(sigma), -sigma, a, c_noise
+    if prediction == "v_prediction":
+        return a**2, -sigma * a, a, c_noise
+    return torch.zeros_like(sigma), torch.ones_like(sigma), a, c_noise
 
 
-def denoising_loss(denoised, images, sigma, sigma_data=0.5):
-    """EDM's training loss (eq. 2 with the weight of table 1): mean of (sigma^-2 + sigma_data^-2) (D(x; sigma) - x0)^2.
+def denoising_loss(denoised, images, sigma, sigma_data=0.5, prediction="edm"):
+    """The mean squared error of what the network predicts, (D(x; sigma) - x0)^2 / c_out^2, at all noise levels alike.
 
+    For edm that is EDM's loss (eq. 2), with the weight sigma^-2 + sigma_data^-2; for flow it is |v_pred - v|^2.
     `denoised`, `images`: `[B, C, H, W]`; `sigma`: `[B]`. Trains the teacher, and `fake_unet` on the generator's images.
     """
-    weight = (sigma**-2 + sigma_data**-2).reshape(-1, 1, 1, 1)
-    return (weight * (denoised - images) ** 2).mean()
+    _, c_out, _, _ = preconditioning(sigma, sigma_data, prediction)
+    return ((denoised - images) ** 2 * c_out.reshape(-1, 1, 1, 1) ** -2).mean()
 
 
 def resolutions(img_resolution, channel_mult):
@@ -83,6 +104,7 @@ class Denoiser(nn.Module):
             name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
         }
         self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
+        self.prediction = config.get("prediction", "edm")
         self.feature_channels = {}
 
     def forward(self, x, sigma, class_labels=None, features=None):
@@ -105,8 +127,8 @@ class Denoiser(nn.Module):
         return [maps[resolution] for resolution in features]
 
     def factors(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at `sigma`. Networks of another parametrisation override it."""
-        return preconditioning(sigma, self.sigma_data)
+        """(c_skip, c_out, c_in, c_noise) at `sigma`. A network with a time of its own overrides the last."""
+        return preconditioning(sigma, self.sigma_data, self.prediction)
 
     def precondition(self, x, sigma, class_labels, features):
         """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
@@ -128,11 +150,6 @@ class Denoiser(nn.Module):
         return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
-def memory_layout(device):
-    """Channels last, which is faster on tensor cores and CPUs; on mps torch has open bugs with it (pytorch#174345)."""
-    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
-
-
 def keep_precision(x):
     """A context in which operators compute in the precision of `x`.
 
@@ -152,9 +169,9 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def group_norm(channels, channels_per_group=16):
-    """A group norm of at most 32 groups, each of at least `channels_per_group` channels if there are that many."""
-    return GroupNorm(math.gcd(max(1, channels // channels_per_group), 32, channels), channels, eps=1e-6)
+def group_norm(channels):
+    """A group norm of at most 32 groups, each of 16 channels or more: with fewer a CPU is slow, above all in bf16."""
+    return GroupNorm(math.gcd(max(1, channels // 16), 32, channels), channels, eps=1e-6)
 
 
 def zero_init(layer):
@@ -167,10 +184,10 @@ def zero_init(layer):
 class Attention(nn.Module):
     """Residual self-attention over the pixels, with 64 or somewhat more channels per head."""
 
-    def __init__(self, channels, channels_per_group):
+    def __init__(self, channels):
         super().__init__()
         self.num_heads = max(heads for heads in range(1, max(1, channels // 64) + 1) if channels % heads == 0)
-        self.norm = group_norm(channels, channels_per_group)
+        self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -187,16 +204,16 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Residual block; noise level and class enter as a scale and a shift of the second norm (FiLM)."""
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention, channels_per_group):
+    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention):
         super().__init__()
-        self.norm0 = group_norm(in_channels, channels_per_group)
+        self.norm0 = group_norm(in_channels)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_channels, 2 * out_channels)
-        self.norm1 = group_norm(out_channels, channels_per_group)
+        self.norm1 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        self.attention = Attention(out_channels, channels_per_group) if attention else nn.Identity()
+        self.attention = Attention(out_channels) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))
@@ -217,7 +234,7 @@ class SimpleUNet(Denoiser):
     attn_resolutions:   resolutions with self-attention; those that do not occur are ignored
     dropout:            probability, inside the residual blocks
     sigma_data:         standard deviation of the data
-    channels_per_group: least width of a norm's groups; a CPU is slow below 16, especially in bfloat16
+    prediction:         what it predicts inside: edm (EDM's mixture of image and noise) or flow (the velocity)
 
     The default is a DDPM-sized network for CIFAR-10.
     Raises ValueError if `img_resolution` cannot be halved often enough or `model_channels` is not a multiple of 8.
@@ -234,23 +251,13 @@ class SimpleUNet(Denoiser):
         attn_resolutions=(16,),
         dropout=0.1,
         sigma_data=0.5,
-        channels_per_group=16,
+        prediction="edm",
     ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         sides = resolutions(img_resolution, channel_mult)
         if model_channels % 8:
             raise ValueError(f"model_channels must be a multiple of 8, not {model_channels}")
-        super().__init__(
-            img_resolution=img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            model_channels=model_channels,
-            channel_mult=channel_mult,
-            num_blocks=num_blocks,
-            attn_resolutions=attn_resolutions,
-            dropout=dropout,
-            sigma_data=sigma_data,
-            channels_per_group=channels_per_group,
-        )
+        super().__init__(**arguments)
 
         emb_channels = 4 * model_channels
         # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians
@@ -262,7 +269,7 @@ class SimpleUNet(Denoiser):
 
         def block(in_channels, out_channels, resolution):
             attention = resolution in attn_resolutions
-            return ResBlock(in_channels, out_channels, emb_channels, dropout, attention, channels_per_group)
+            return ResBlock(in_channels, out_channels, emb_channels, dropout, attention)
 
         width = model_channels * channel_mult[0]
         self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
@@ -286,7 +293,7 @@ class SimpleUNet(Denoiser):
                 width = model_channels * mult
             self.decoder.append(blocks)
 
-        self.norm_out = group_norm(width, channels_per_group)
+        self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
 
     def run_encoder(self, x, c_noise, class_labels, features):

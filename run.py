@@ -23,7 +23,7 @@ from data import difference
 from support import processes
 from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
-from support.options import Option, convert, flag, path, positive, public
+from support.options import Option, convert, flag, path, public
 from support.options import count as whole
 from support.script import UserError, is_first, make_folder, writing
 
@@ -33,16 +33,14 @@ RUN = [
         "grad_accum", 1, whole, "number of parts into which a batch is split, if it does not fit into memory at once"
     ),
     Option("step_number", 100_000, whole, "training steps in total"),
-    Option("max_minutes", None, positive, "stop after this time, with a checkpoint to resume from"),
     Option("save_every", 5000, whole, "steps between checkpoints"),
     Option("keep_last", 3, whole, "number of newest step checkpoints to keep; the final one is always kept"),
-    Option("keep_every", None, whole, "also keep each checkpoint whose step is a multiple of this"),
     Option(
         "resume_from_checkpoint",
         None,
         path,
         "checkpoint to resume from; `latest`: the newest in output_dir; `auto`: that, or a new run if there is none. "
-        "Options that are not given are those of its run, but for device, compile, max_minutes and W&B's",
+        "Options that are not given are those of its run, but for device, compile and W&B's",
     ),
     Option(
         "overwrite", False, flag, "start a new run in an output_dir that holds another: its checkpoints are deleted"
@@ -50,7 +48,7 @@ RUN = [
 ]
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
-NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile", "max_minutes"} | {o.name for o in WANDB}
+NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile"} | {o.name for o in WANDB}
 KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with this network"}
 
 
@@ -143,7 +141,7 @@ class Run:
         self.logger = Logger(self.args, self.step, wandb_run_id)
         self.report_start()
         self.resumed = None  # it is large, mainly its moments
-        self.stop = Stop(self.args.max_minutes)
+        self.stop = Stop()
 
     def report_start(self):
         message, kind = self.logger.message, self.device.type
@@ -265,7 +263,7 @@ class Run:
             self.save(f"{self.kind}_checkpoint_step_{self.step}.pt")
 
     def save(self, name):
-        """Writes a checkpoint, and deletes old ones according to `--keep_last` and `--keep_every`."""
+        """Writes a checkpoint, and deletes all but the newest `--keep_last`."""
         if not processes.is_main():
             return
         file = self.folder / name
@@ -279,8 +277,7 @@ class Run:
         self.logger.artifact(file)
         files = checkpoint.numbered(self.folder, self.kind)
         for step in list(files)[: -self.args.keep_last]:
-            if not self.args.keep_every or step % self.args.keep_every:
-                files[step].unlink()
+            files[step].unlink()
 
     def finish(self):
         """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""
@@ -340,7 +337,7 @@ def set_aside(file):
 
 
 class Stop:
-    """Ends a loop after the current step: on a signal, or after `max_minutes`.
+    """Ends a loop after the current step, on a signal.
 
     The signals are SIGINT, SIGTERM, SIGUSR1 (a scheduler's warning) and SIGHUP (a closed terminal).
 
@@ -350,9 +347,8 @@ class Stop:
     the same step.
     """
 
-    def __init__(self, max_minutes=None):
+    def __init__(self):
         self.signal = self.exit_status = 0
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
         self.previous = {}  # handlers
         main_thread = threading.current_thread() is threading.main_thread()  # only this may handle signals
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if main_thread else ():
@@ -372,7 +368,5 @@ class Stop:
 
     @property
     def due(self):
-        reason = 128 + self.signal if self.signal else int(time.monotonic() > self.deadline)
-        reason = processes.all_max(reason)
-        self.exit_status = reason if reason > 1 else 0
-        return reason > 0
+        self.exit_status = processes.all_max(128 + self.signal if self.signal else 0)
+        return self.exit_status > 0

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from model import get_sigmas_karras, known_range
+from model import get_sigmas_flow, get_sigmas_karras, known_range
 
 
 def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=None):
@@ -49,13 +49,16 @@ def one_step_sampler(net, noise, labels, conditioning_sigma):
 
 
 @torch.no_grad()
-def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, sigmas=None):
     """EDM's deterministic sampler (algorithm 1): Heun's method along dx/dsigma = (x - D(x; sigma)) / sigma.
 
     noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations.
-    The noise levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds.
+    The noise levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds. sigmas: a schedule
+    of one's own instead, descending.
     """
-    sigmas = [*get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist(), 0.0]
+    if sigmas is None:
+        sigmas = get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist()
+    sigmas = [*sigmas, 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - net(x, noise.new_full((len(x),), sigma), labels)) / sigma
@@ -64,6 +67,22 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
             d_next = (x_next - net(x_next, noise.new_full((len(x),), sigma_next), labels)) / sigma_next
             x_next = x + (sigma_next - sigma) * (d + d_next) / 2
         x = x_next
+    return x
+
+
+@torch.no_grad()
+def euler_sampler(net, noise, labels, num_steps=18, sigma_max=80.0, shift=None):
+    """Euler's method in even steps of flow matching's time t, from `sigma_max` to 0. Shapes as for `heun_sampler`.
+
+    A step mixes the predicted image and the predicted noise anew, in t as in sigma: it is DDIM's step too. There are
+    `num_steps` evaluations. shift: of the levels (`get_sigmas_flow`); default: the network's own `shift`, or 1.
+    """
+    shift = getattr(net, "shift", 1.0) if shift is None else shift
+    sigmas = get_sigmas_flow(num_steps + 1, 0.0, known_range(net, 0.0, sigma_max)[1], shift).tolist()
+    x = noise * sigmas[0]
+    for sigma, sigma_next in pairwise(sigmas):
+        denoised = net(x, noise.new_full((len(x),), sigma), labels)
+        x = denoised + sigma_next / sigma * (x - denoised)
     return x
 
 

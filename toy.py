@@ -39,6 +39,7 @@ OPTIONS = {
         Option("start", "target", choice("target", "collapsed"), "collapsed: the networks first learn one mode alone"),
     ],
     "training": [
+        Option("prediction", "edm", choice("edm", "flow"), "what generator and fake_unet predict"),
         *shared(step_number=5000, batch_size=512, dfake_gen_update_ratio=5, generator_lr=4e-3, guidance_lr=8e-3),
         *shared(ema_decay=0.99, conditioning_sigma=2.5),
     ],
@@ -96,8 +97,8 @@ class ExactTeacher(nn.Module):
 class PointDenoiser(Denoiser):
     """A perceptron of four hidden layers. Its feature map, of resolution 1, serves the GAN's heads."""
 
-    def __init__(self, sigma_data, width=128):
-        super().__init__(sigma_data=sigma_data, width=width, label_dim=0)
+    def __init__(self, sigma_data, prediction="edm", width=128):
+        super().__init__(sigma_data=sigma_data, prediction=prediction, width=width, label_dim=0)
         self.feature_channels = {1: width}
         self.register_buffer("freqs", torch.logspace(-1, 3, 8, base=2))
         self.encoder = nn.Sequential(nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -122,7 +123,7 @@ def learn_to_denoise(net, target, batch_size, steps=400, lr=2e-3):
     for step in range(steps):
         x, sigma = target.sample(batch_size), (1.5 * torch.randn(batch_size) - 0.5).exp()
         noisy = x + sigma.reshape(-1, 1, 1, 1) * torch.randn_like(x)
-        denoising_loss(net(noisy, sigma), x, sigma, net.sigma_data).backward()
+        denoising_loss(net(noisy, sigma), x, sigma, net.sigma_data, net.prediction).backward()
         optimizer_step(optimizer, lr * lr_factor(step, 0, 1.0, steps), CLIP_GRAD_NORM)
 
 
@@ -144,12 +145,13 @@ def main(argv=None):
     torch.set_num_threads(1)  # layers this small gain little from more, and lose much where cores are shared
     torch.manual_seed(args.seed)
     teacher = ExactTeacher(*mixture(args.target))
-    generator = PointDenoiser(sigma_data=teacher.sample(100_000).std().item())
+    generator = PointDenoiser(teacher.sample(100_000).std().item(), args.prediction)
     with as_user_error("the options"):
         guidance = GuidanceModel(
             teacher,
             fake_unet=copy.deepcopy(generator),
             sigma_data=generator.sigma_data,
+            prediction=args.prediction,
             objective=args.objective,
             f_divergence=args.f_divergence,
             gan_classifier=args.gan_classifier,

@@ -6,12 +6,13 @@ import math
 import torch
 
 import checkpoint
-from data import DATA, Batches, check_classes, describe, load_dataset, one_is_numbered
-from guidance import GuidanceModel
+from data import DATA, Batches, check_classes, describe, load_dataset, one_is_numbered, subset
+from guidance import GuidanceModel, relative_errors
 from objectives import F_DIVERGENCES
 from run import RUN, Run
-from sampling import grid_noise, heun_sampler, student_sampler
+from sampling import grid_noise, heun_sampler, random_stream, student_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
+from support.images import to_float
 from support.logger import LOGGING, WANDB
 from support.optimizers import (
     OPTIMIZATION,
@@ -23,7 +24,7 @@ from support.optimizers import (
     optimizer_step,
     update_ema,
 )
-from support.options import Option, choice, count, flag, nonnegative, number, parse_args, path, positive, share
+from support.options import Option, choice, count, flag, noise_level, number, parse_args, path, positive, share
 from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
@@ -35,9 +36,6 @@ OPTIONS = {
     ],
     "the two time scales": [
         Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
-        Option(
-            "alternate_turns", False, flag, "no guidance update in an iteration that updates the generator (FastGen)"
-        ),
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
         Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model"),
         Option("clip_guidance", True, flag, "apply clip_grad_norm to the guidance model too"),
@@ -48,16 +46,20 @@ OPTIONS = {
     ],
     "generator": [
         Option("generator_checkpoint", None, path, "another teacher that it starts as, such as a smaller one"),
-        Option("conditioning_sigma", 80.0, positive, "noise level at which the generator is called"),
+        Option("conditioning_sigma", 80.0, noise_level, "noise level at which the generator is called"),
         Option(
-            "student_sigmas", None, positive, "those of several steps, descending; instead of conditioning_sigma", "+"
+            "student_sigmas", None, noise_level, "those of several steps, descending; replace conditioning_sigma", "+"
         ),
     ],
     "noise levels": [
         Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
-        Option("sigma_min", 0.002, positive, "lowest noise level of the schedule"),
-        Option("sigma_max", 80.0, positive, "highest noise level of the schedule"),
-        Option("rho", 7.0, number(0.1), "shape of the schedule (EDM eq. 5)"),
+        Option(
+            "schedule", "karras", choice("karras", "flow"), "EDM's, or even in flow matching's t = sigma/(1 + sigma)"
+        ),
+        Option("sigma_min", 0.002, noise_level, "lowest noise level of the schedule"),
+        Option("sigma_max", 80.0, noise_level, "highest noise level of the schedule"),
+        Option("rho", 7.0, number(0.1), "shape of karras (EDM eq. 5)"),
+        Option("shift", 1.0, positive, "of flow; above 1 moves levels to more noise (SD3)"),
         Option("min_step_percent", 0.02, share, "the distribution-matching loss draws from this share of the schedule"),
         Option("max_step_percent", 0.98, share, "... up to this share"),
     ],
@@ -70,7 +72,6 @@ OPTIONS = {
             choice(*F_DIVERGENCES),
             "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per process and part",
         ),
-        Option("fake_loss_weighting", "edm", choice("edm", "none"), "of fake_unet's loss; none: plain squared error"),
     ],
     "GAN on real images (DMD2 section 4.3)": [
         Option("gan_classifier", False, flag, "add the GAN loss"),
@@ -81,8 +82,8 @@ OPTIONS = {
             "gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"
         ),
         Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
-        Option("gen_cls_loss_weight", 3e-3, nonnegative, "weight of the GAN loss in the generator's loss"),
-        Option("cls_loss_weight", 1e-2, nonnegative, "weight of the GAN loss in the guidance model's loss"),
+        Option("gen_cls_loss_weight", 3e-3, number(0), "weight of the GAN loss in the generator's loss"),
+        Option("cls_loss_weight", 1e-2, number(0), "weight of the GAN loss in the guidance model's loss"),
         Option("diffusion_gan", True, flag, "the heads see noised images, as in the paper"),
         Option("diffusion_gan_max_timestep", 1000, count, "... noised at this many of the schedule's lowest levels"),
     ],
@@ -101,8 +102,6 @@ def check(args):
     if args.student_sigmas and args.student_sigmas != sorted(set(args.student_sigmas), reverse=True):
         listed = " ".join(map(str, args.student_sigmas))
         raise UserError(f"--student_sigmas {listed}: must descend, starting with the most noise")
-    if args.alternate_turns and args.dfake_gen_update_ratio == 1:
-        raise UserError("--alternate_turns needs a --dfake_gen_update_ratio of at least 2, or fake_unet never trains")
 
 
 def load_generator(args, teacher_state, device):
@@ -133,16 +132,18 @@ def build_model(args, teacher, generator=None):
         guidance = GuidanceModel(
             teacher,
             num_train_timesteps=args.num_train_timesteps,
+            schedule=args.schedule,
             sigma_min=args.sigma_min,
             sigma_max=args.sigma_max,
-            sigma_data=teacher.sigma_data,
             rho=args.rho,
+            shift=args.shift,
+            sigma_data=teacher.sigma_data,
+            prediction=teacher.prediction,
             min_step_percent=args.min_step_percent,
             max_step_percent=args.max_step_percent,
             objective=args.objective,
             sid_alpha=args.sid_alpha,
             f_divergence=args.f_divergence,
-            fake_loss_weighting=args.fake_loss_weighting,
             gan_classifier=args.gan_classifier,
             gan_features=args.gan_features,
             gan_resolutions=args.gan_resolutions,
@@ -199,6 +200,13 @@ def main(argv=None):
     size = sum(p.numel() for p in generator.parameters()) / 1e6
     data = describe(dataset._replace(class_names=class_names))
     logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
+    some = subset(dataset, torch.linspace(0, len(dataset.labels) - 1, 16).long())
+    errors = relative_errors(teacher, to_float(some.images.to(device)), some.labels, generator=random_stream(0, 0))
+    if worse := ", ".join(f"{sigma}" for sigma, error in errors.items() if not error < 1):
+        where = f"--teacher_checkpoint {args.teacher_checkpoint}: at sigma {worse}"
+        logger.message(
+            f"{where} its images are worse than a trivial guess; does it know other images, or is it misread?"
+        )
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = None  # drawn when it is first needed
     seen = None  # noised and denoised images of the latest generator turn
@@ -214,7 +222,6 @@ def main(argv=None):
             lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
             update_generator = run.step % args.dfake_gen_update_ratio == 0
             generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
-            update_guidance = not (args.alternate_turns and update_generator)
             student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
             fake_images, norms = [], {}
             metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
@@ -236,17 +243,16 @@ def main(argv=None):
                     fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]
 
             # Guidance turn: fake_unet learns to denoise these images, the heads to tell them from real ones.
-            if update_guidance:
-                for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
-                    with autocast(args, device):
-                        loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
-                    loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
-                    (loss / args.grad_accum).backward()
-                    add_means(metrics, loss_dict | logits, args.grad_accum)
-                max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
-                norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
-                if heads:
-                    norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
+            for images, (_, y, real) in zip(fake_images, micro_batches, strict=True):
+                with autocast(args, device):
+                    loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
+                loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
+                (loss / args.grad_accum).backward()
+                add_means(metrics, loss_dict | logits, args.grad_accum)
+            max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
+            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
+            if heads:
+                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
             if ema and update_generator:
                 # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.

@@ -5,13 +5,13 @@ import copy
 import torch
 
 from data import DATA, Batches, check_label_dim, describe, load_dataset
-from model import SimpleUNet, denoising_loss, memory_layout
+from model import SimpleUNet, denoising_loss
 from run import RUN, Run
 from sampling import grid_noise, heun_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.logger import LOGGING, WANDB
 from support.optimizers import OPTIMIZATION, BadSteps, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
-from support.options import Option, count, flag, number, parse_args, path, positive, share
+from support.options import Option, choice, count, flag, number, parse_args, path, positive, share
 from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 
@@ -27,7 +27,7 @@ NETWORK = [
     Option("attn_resolutions", [16], count, "resolutions with self-attention", "*"),
     Option("dropout", 0.1, number(0, 0.99), "dropout probability"),
     Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
-    Option("channels_per_group", 16, count, "least width of the groups in the network's norms"),
+    Option("prediction", "edm", choice("edm", "flow"), "what the network predicts; flow: flow matching's velocity"),
 ]
 OPTIONS = {
     "data": [
@@ -38,8 +38,8 @@ OPTIONS = {
     "optimization": [
         Option("lr", 1e-4, positive, "learning rate"),
         Option("ema_decay", 0.9999, share, "decay of the averaged weights, which are distilled; reached gradually"),
-        Option("P_mean", -1.2, number(), "mean of ln(sigma) in training (EDM)"),
-        Option("P_std", 1.2, positive, "standard deviation of ln(sigma) in training (EDM)"),
+        Option("P_mean", None, number(), "mean of ln(sigma), or logit(t), in training; default: -1.2 (EDM), flow: 0"),
+        Option("P_std", None, positive, "standard deviation of ln(sigma) in training; default: 1.2 (EDM), flow: 1"),
         *OPTIMIZATION,
     ],
     "run": [Option("output_dir", "./log/checkpoints/teacher", path, "where checkpoints, metrics and samples go"), *RUN],
@@ -68,7 +68,7 @@ def build_network(args, img_channels, label_dim):
             attn_resolutions=[side for side in args.attn_resolutions if side in sides],
             dropout=args.dropout,
             sigma_data=args.sigma_data,
-            channels_per_group=args.channels_per_group,
+            prediction=args.prediction,
         )
 
 
@@ -83,10 +83,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     dataset = load_dataset(args.dataset, args.data_dir, args.img_resolution, args.img_channels, device)
     class_names = check_label_dim(args, dataset)
+    default_mean, default_std = (-1.2, 1.2) if args.prediction == "edm" else (0.0, 1.0)  # t is logit-normal (SD3)
+    args.P_mean = default_mean if args.P_mean is None else args.P_mean
+    args.P_std = default_std if args.P_std is None else args.P_std
     args.hflip = args.dataset in ("cifar10", "folder") if args.hflip is None else args.hflip
     batches = Batches(dataset, args.batch_size, args.seed, args.hflip)
 
-    net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=memory_layout(device))
+    net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=torch.channels_last)
     broadcast(net)
     args.attn_resolutions = net.config[
         "attn_resolutions"
@@ -110,7 +113,7 @@ def main(argv=None):
     with run:
         while run.goes_on():
             images, labels = next(batches)
-            # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2)
+            # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2). In flow matching ln(sigma) is the logit of t.
             sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
             noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
             parts = [batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)]
@@ -120,7 +123,7 @@ def main(argv=None):
             for x, x0, sigma, y in micro_batches:
                 with autocast(args, device):
                     denoised = net(x, sigma, y)
-                loss = denoising_loss(denoised, x0, sigma, args.sigma_data)
+                loss = denoising_loss(denoised, x0, sigma, args.sigma_data, args.prediction)
                 (loss / args.grad_accum).backward()
                 add_means(metrics, {"loss": loss}, args.grad_accum)
 

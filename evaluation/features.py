@@ -19,7 +19,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 import checkpoint
 from data import Batches, subset
-from model import memory_layout
 from sampling import random_stream
 from support.device import moved
 from support.images import to_float
@@ -159,7 +158,7 @@ def classifier(dataset, cache, device):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(dataset.images.shape[1], len(dataset.class_names))
-    network.to(device, memory_format=memory_layout(device))
+    network.to(device, memory_format=torch.channels_last)
     if is_main():
         identity = hashlib.sha256(dataset.images.cpu().numpy().tobytes())
         identity.update(dataset.labels.cpu().numpy().tobytes())
@@ -200,7 +199,7 @@ def train_classifier(network, dataset):
     for step in progress(range(steps), "training the classifier", "step"):
         images, labels = next(batches)
         images = augment(images, random_stream(0, step), coloured)
-        images = images.contiguous(memory_format=memory_layout(images.device))
+        images = images.contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(network(images)[1], labels, label_smoothing=0.1)
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1e-2 * lr_factor(step, steps // 4, 0.75, steps)

@@ -14,7 +14,7 @@ import train_teacher
 from evaluation.costs import forward_flops
 from evaluation.results import write_results
 from guidance import GuidanceModel
-from model import SimpleUNet, denoising_loss, memory_layout
+from model import SimpleUNet, denoising_loss
 from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
 from support.device import autocast, choose_device, compile_networks
@@ -89,7 +89,7 @@ def make_tasks(args, device):
     """(tasks, networks). The tasks, functions by name, do with a batch of random images what the scripts do."""
     shape = (args.img_channels or (1 if "mnist" in args.dataset else 3), args.img_resolution, args.img_resolution)
     classes = 10 if args.label_dim is None else args.label_dim
-    net = train_teacher.build_network(args, shape[0], classes).to(device, memory_format=memory_layout(device))
+    net = train_teacher.build_network(args, shape[0], classes).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     model = UnifiedModel(GuidanceModel(copy.deepcopy(ema))).to(device).eval()
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
@@ -128,7 +128,7 @@ def make_tasks(args, device):
     plain = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # on CUDA, eager norms copy channels last
     tasks["teacher step, NCHW"] = training(plain, lambda: denoising(plain))
     if args.peers:
-        peer = diffusers_unet(net.config).to(device, memory_format=memory_layout(device))
+        peer = diffusers_unet(net.config).to(device, memory_format=torch.channels_last)
         tasks["diffusers step"] = training(peer, lambda: denoising(peer))
         tasks["diffusers Heun"] = partial(sample, partial(heun_sampler, peer))
     return tasks, [net, plain, ema, generator, model.guidance_model.real_unet, fake_unet]

@@ -13,7 +13,6 @@ import train_dmd2
 import train_teacher
 from data import LARGE, load_dataset
 from evaluation.costs import iteration_flops, optimizer_costs, teacher_costs, turn_costs
-from model import memory_layout
 from support.options import Option, parse_args, positive
 from support.script import UserError, run_script
 
@@ -60,7 +59,7 @@ def of_teacher(args):
     data, channels, classes = data_set(args, args.img_resolution, args.img_channels)
     with torch.device("meta"):
         net = train_teacher.build_network(args, channels, classes if args.label_dim is None else args.label_dim)
-    net = net.to(memory_format=memory_layout("meta"))
+    net = net.to(memory_format=torch.channels_last)
     flops, moments = optimizer_costs(args.optimizer, net)
     flops += teacher_costs(net, 1)[0] * args.batch_size
     weights = nbytes(net)
@@ -96,7 +95,7 @@ def load_teacher(path, option="teacher_checkpoint"):
     if path not in checkpoint.NETWORKS or path == "DiffusersUNet":  # its arguments have no defaults
         return checkpoint.network(checkpoint.load_teacher(path, option), path, "meta")
     with torch.device("meta"):
-        return checkpoint.network_class(path)().to(memory_format=memory_layout("meta"))
+        return checkpoint.network_class(path)().to(memory_format=torch.channels_last)
 
 
 def data_set(args, side, channels):

@@ -11,6 +11,7 @@ from networks.diffusers_unet import DiffusersUNet
 
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+FLOW, FLOW_DEFAULTS = "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 1.0}
 # What diffusers' EMAModel adds to config.json.
 OF_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 # Names of the attention layers until diffusers 0.15, which files of that time still use.
@@ -79,11 +80,21 @@ def architecture(config, scheduler):
     """
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
-    if "beta_schedule" not in scheduler:
-        name = scheduler.get("_class_name")
-        raise ValueError(f"its scheduler, {name!r:.60}, has no beta_schedule: not a DDPM-type model")
-    if scheduler.get("rescale_betas_zero_snr"):
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if (name := scheduler.get("_class_name")) == FLOW:
+        if scheduler.get("prediction_type", "flow") not in ("flow", "flow_prediction", "v_prediction"):
+            raise ValueError(f"{FLOW} with prediction_type {prediction!r:.60}: not a velocity")
+        if scheduler.get("use_dynamic_shifting") or scheduler.get("invert_sigmas"):
+            raise ValueError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")
+        prediction, schedule = "flow", {key: scheduler.get(key, value) for key, value in FLOW_DEFAULTS.items()}
+    elif "beta_schedule" not in scheduler:
+        raise ValueError(f"its scheduler, {name!r:.60}, has no beta_schedule: neither a DDPM-type model nor {FLOW}")
+    elif scheduler.get("rescale_betas_zero_snr"):
         raise ValueError("rescale_betas_zero_snr is not supported: its last level is pure noise, with infinite sigma")
+    elif prediction == "flow":
+        raise ValueError(f"prediction_type 'flow' needs {FLOW}, not {name!r:.60}")
+    else:
+        schedule = {key: scheduler[key] for key in SCHEDULE} | {"trained_betas": scheduler.get("trained_betas")}
     unet = {name: value for name, value in config.items() if not name.startswith("_") and name not in OF_AVERAGE}
     size, in_channels, out_channels = (unet.pop(name) for name in ("sample_size", "in_channels", "out_channels"))
     if not isinstance(size, int) or in_channels not in (1, 3) or out_channels != in_channels:
@@ -94,8 +105,8 @@ def architecture(config, scheduler):
         "img_channels": in_channels,
         "label_dim": unet.pop("num_class_embeds", None) or 0,
         "unet": unet,
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
-        "schedule": {name: scheduler[name] for name in SCHEDULE} | {"trained_betas": scheduler.get("trained_betas")},
+        "prediction_type": prediction,
+        "schedule": schedule,
     }
 
 

@@ -1,19 +1,17 @@
 """DiffusersUNet: a `UNet2DModel` of diffusers, with the noise schedule that it was trained on, as a `Denoiser`.
 
-In its training an image x0 was noised to a_t x0 + s_t n, with a_t^2 + s_t^2 = 1, at numbered levels t (DDPM, arXiv
-2006.11239). Divided by a_t, that is x0 + sigma n with sigma = s_t / a_t. Images and `sigma`: see `model.py`.
+In its training an image x0 was noised to a_t x0 + s_t n at numbered levels t. Divided by a_t, that is x0 + sigma n with
+sigma = s_t / a_t. Of a DDPM (arXiv 2006.11239) a_t^2 + s_t^2 = 1, of flow matching a_t + s_t = 1 and s_t = t / 1000.
+Images and `sigma`: see `model.py`.
 """
-
-import math
 
 import torch
 
-from model import Denoiser, keep_precision, preconditioning, resolutions
+from model import PREDICTIONS, Denoiser, keep_precision, resolutions
 from support.script import UserError
 
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at each resolution; along a side
 
 
@@ -39,14 +37,15 @@ def noise_levels(num_train_timesteps, **schedule):
 class DiffusersUNet(Denoiser):
     """D(x; sigma) by a `UNet2DModel`: with epsilon prediction x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
 
-    t(sigma) is interpolated on the model's own levels, linearly in ln(sigma); `sigma_min` and `sigma_max` bound them.
+    A DDPM's t(sigma) is interpolated on the model's own levels, linearly in ln(sigma); `sigma_min` and `sigma_max`
+    bound them. Of flow matching t / num_train_timesteps is sigma / (1 + sigma).
 
     img_resolution:  side of the square images
     img_channels:    1 or 3
     label_dim:       number of classes; 0: unconditional
     unet:            UNet2DModel's other arguments; with `num_class_embeds` above `label_dim` if it has a null class
-    prediction_type: epsilon, v_prediction (arXiv 2202.00512) or sample
-    schedule:        the arguments of `noise_levels`
+    prediction_type: epsilon, v_prediction (arXiv 2202.00512), sample or flow
+    schedule:        the arguments of `noise_levels`; with flow `num_train_timesteps` and `shift`, of `euler_sampler`
 
     The key `network` in `net.config` names this class in a checkpoint; it is not an argument.
     Raises UserError if diffusers is not installed; ValueError for a UNet2DModel or a schedule of an unsupported kind.
@@ -59,8 +58,8 @@ class DiffusersUNet(Denoiser):
             from diffusers import UNet2DModel
         except ImportError:
             raise UserError("this network needs a package that is not installed: pip install diffusers") from None
-        if prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type {prediction_type!r:.60}; {', '.join(PREDICTIONS)} are supported")
+        if prediction_type not in PREDICTIONS[1:]:
+            raise ValueError(f"prediction_type {prediction_type!r:.60}; {', '.join(PREDICTIONS[1:])} are supported")
         if unet.get("class_embed_type") or unet.get("time_embedding_type", "positional") != "positional":
             raise ValueError("its time embedding is not positional, or it has a class_embed_type: not supported")
         for name in [*unet["down_block_types"], *unet["up_block_types"]]:
@@ -70,12 +69,14 @@ class DiffusersUNet(Denoiser):
             limits = f"sides of at most {MOST_PIXELS} pixels and 1 to {MOST_BLOCKS} blocks are supported"
             raise ValueError(f"{img_resolution} pixels, layers_per_block {unet.get('layers_per_block', 2)}: {limits}")
 
-        # With this the denoising loss weights the noise levels as the network's own training did: its error evenly.
-        self.sigma_data = math.inf if prediction_type == "epsilon" else 1.0
-        self.prediction_type = prediction_type
-        log_sigmas = noise_levels(**schedule).log()
-        self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
-        self.register_buffer("log_sigmas", log_sigmas.float(), persistent=False)
+        self.prediction = prediction_type
+        if prediction_type == "flow":
+            self.num_train_timesteps, self.shift = schedule["num_train_timesteps"], schedule["shift"]
+            self.sigma_min = 1 / (self.num_train_timesteps - 1)  # t = 1 / num_train_timesteps
+        else:
+            log_sigmas = noise_levels(**schedule).log()
+            self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
+            self.register_buffer("log_sigmas", log_sigmas.float(), persistent=False)
         sides = resolutions(img_resolution, unet["block_out_channels"])
         self.feature_channels = dict(zip(sides, unet["block_out_channels"], strict=True))
         shape = dict(sample_size=img_resolution, in_channels=img_channels, out_channels=img_channels)
@@ -83,18 +84,15 @@ class DiffusersUNet(Denoiser):
 
     def timestep(self, sigma):
         """The t of noise level `sigma`, of any shape, in the network's training; fractional between two levels."""
+        if self.prediction == "flow":
+            return self.num_train_timesteps * sigma / (1 + sigma)
         log_sigma = sigma.clamp(self.sigma_min, self.sigma_max).log()
         below = (log_sigma[..., None] >= self.log_sigmas[1:-1]).sum(-1)
         low, high = self.log_sigmas[below], self.log_sigmas[below + 1]
         return (below + (log_sigma - low) / (high - low)).clamp(0, len(self.log_sigmas) - 1)
 
     def factors(self, sigma):
-        c_skip, c_out, c_in, _ = preconditioning(sigma, sigma_data=1.0)  # up to the sign, EDM's is v_prediction
-        if self.prediction_type == "epsilon":
-            c_skip, c_out = torch.ones_like(sigma), sigma
-        elif self.prediction_type == "sample":
-            c_skip, c_out = torch.zeros_like(sigma), -torch.ones_like(sigma)
-        return c_skip, -c_out, c_in, self.timestep(sigma)
+        return *super().factors(sigma)[:3], self.timestep(sigma)
 
     # UNet2DModel.forward in two halves, so that the encoder's features need no decoder.
 

@@ -3,8 +3,8 @@
 import torch
 from torchvision import datasets
 
+from support.processes import main_first
 from support.script import UserError
-from support.shared_work import one_first
 
 CLASSES = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
 
@@ -14,7 +14,7 @@ def load(name, data_dir, shape):
 
     They are downloaded if they are missing. `shape` is not used. Raises UserError if they are damaged, or cannot be.
     """
-    with one_first():
+    with main_first():
         try:
             dataset = CLASSES[name](data_dir, train=True, download=True)
         # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.

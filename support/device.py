@@ -14,16 +14,14 @@ from support.script import UserError
 
 
 def device_name(value):
-    if value not in ("auto", "cpu", "cuda", "mps") and not re.fullmatch(r"cuda:\d{1,2}", value):
-        raise UserError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
+    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,2}", value):
+        raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
     return value
 
 
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
-    Option(
-        "device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda, cuda:N or mps (Apple's GPUs; untested)"
-    ),
+    Option("device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda or cuda:N"),
     Option(
         "precision",
         "tf32",
@@ -50,14 +48,6 @@ def choose_device(args):
     device = torch.device(f"cuda:{processes.LOCAL_RANK}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= gpus:
         raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto")
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("--device mps: torch finds no Apple GPU on this machine; use --device cpu or auto")
-        if args.precision == "bf16" or args.compile or local_processes > 1:
-            raise UserError(
-                "--device mps supports one process in fp32, without --precision bf16, --compile and torchrun"
-            )
-        print("--device mps: untested; if it fails, please report it and use --device cpu")
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"

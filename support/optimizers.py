@@ -25,10 +25,8 @@ OPTIMIZATION = [
 
 
 def adamw(parameters, lr, betas=(0.9, 0.999)):
-    """AdamW, fused if torch's fused version can skip a step by itself (`optimizer_step`). On mps it cannot."""
-    parameters = list(parameters)
-    fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=fused, foreach=False)
+    """AdamW, fused: it can skip a step by itself (`optimizer_step`)."""
+    return torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=True)
 
 
 def build_optimizer(name, network, lr):

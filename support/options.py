@@ -68,7 +68,8 @@ def flag(value):
 
 
 count, positive = number(1, whole=True), number(above=0)
-share, nonnegative = number(0, 1), number(0)
+noise_level = number(above=0, high=1e6)  # sigma = 1e6 is flow matching's t = 0.999999, beyond which float32 has little
+share = number(0, 1)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ With one process nothing here costs or changes anything.
 import atexit
 import os
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -28,7 +29,7 @@ def join_processes(device):
         # The group's threads then sometimes abort the process when they free tensors.
         import torch.distributed.nn  # noqa: F401
 
-        # All others wait while rank 0 trains a classifier, or writes the pixels of a large ZIP.
+        # All others wait while rank 0 trains a classifier, or downloads.
         dist.init_process_group(backends(device), timeout=timedelta(hours=3))
         atexit.register(dist.destroy_process_group)
         if not is_main():
@@ -90,3 +91,16 @@ def broadcast(module):
 
 def barrier():
     all_max(0)
+
+
+@contextmanager
+def main_first():
+    """The first process of each machine enters before the others, which then find what it downloaded.
+
+    Machines that share a folder would download at once; there the files should lie before the start.
+    """
+    if LOCAL_RANK:
+        barrier()
+    yield  # a process that fails here exits, and torchrun ends the others
+    if not LOCAL_RANK:
+        barrier()

@@ -93,7 +93,7 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "num_blocks", 10**4), "more than 100 blocks per resolution"),
     (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
     (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
-    (lambda state: state["model_config"].pop("channels_per_group"), "of an early version"),
+    (lambda state: state["model_config"].pop("prediction"), "of an early version"),
 ]
 STUDENTS = [
     (lambda state: state.pop("student_sigmas"), "of an early version"),

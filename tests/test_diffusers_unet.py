@@ -14,9 +14,10 @@ from test_options import assert_refused
 import checkpoint
 from guidance import GuidanceModel
 from import_teacher import load
+from importers.diffusers import FLOW
 from model import denoising_loss
 from networks.diffusers_unet import DiffusersUNet, noise_levels
-from sampling import heun_sampler
+from sampling import euler_sampler, heun_sampler
 from support.optimizers import Muon
 from support.script import UserError
 
@@ -110,6 +111,24 @@ def test_ddim_is_eulers_method(tmp_path, beta_schedule, prediction_type):
     torch.testing.assert_close(y.float(), x, rtol=0, atol=2e-5 * x.abs().max().item())
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_samples_as_diffusers_does(tmp_path, shift):
+    """Against FlowMatchEulerDiscreteScheduler at the same t, even but for its shift: x_t' = x_t + (t' - t) v."""
+    folder, model = write_folder(tmp_path / "a", num_class_embeds=3)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.save_pretrained(folder / "scheduler")
+    net = checkpoint.load_network(imported(folder, tmp_path))
+    assert net.sigma_min == pytest.approx(0.001 / 0.999) and net.shift == shift
+    z, labels, end = torch.randn(2, 3, 8, 8), torch.tensor([0, 2]), 80 / (shift + 80)
+    scheduler.set_timesteps(sigmas=torch.linspace(end, 0, 11)[:-1].tolist())  # before the shift
+    assert scheduler.sigmas[0].item() == pytest.approx(80 / 81)
+    x = 80 / 81 * z  # x_t of the noise that our sampler starts from
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t, class_labels=labels).sample, t, x).prev_sample
+    torch.testing.assert_close(euler_sampler(net, z, labels, num_steps=10), x, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_levels_are_those_of_the_betas(trained):
     """sigma^2 = 1 / prod(1 - beta) - 1, by hand; levels that do not rise and unknown schedules are refused."""
@@ -134,7 +153,7 @@ def test_timestep_between_levels_and_beyond():
     torch.testing.assert_close(net.timestep(sigmas.float()), torch.arange(1000.0), rtol=0, atol=5e-3)
     assert net.timestep(torch.tensor([0.0, 1e-3, 1e6])).tolist() == [0, 0, 999]
     assert (net.sigma_min, net.sigma_max) == pytest.approx((0.01, 157.4), rel=1e-3)
-    levels = GuidanceModel(net, sigma_max=300.0).karras_sigmas
+    levels = GuidanceModel(net, sigma_max=300.0).sigmas
     assert levels[0].item() == pytest.approx(net.sigma_min) and levels[-1].item() == pytest.approx(net.sigma_max)
 
 
@@ -148,7 +167,7 @@ def test_denoising_loss_is_that_of_the_prediction(prediction_type):
     noisy = images + sigma[:, None, None, None] * noise
     predicted = net.unet(noisy / scale, net.timestep(sigma)).sample
     target = noise if prediction_type == "epsilon" else (noise - sigma[:, None, None, None] * images) / scale
-    loss = denoising_loss(net(noisy, sigma), images, sigma, net.sigma_data)
+    loss = denoising_loss(net(noisy, sigma), images, sigma, net.sigma_data, net.prediction)
     torch.testing.assert_close(loss, ((predicted - target) ** 2).mean(), rtol=1e-4, atol=0)
 
 
@@ -307,6 +326,10 @@ WRONG = {  # part of the one-line message -> change of the folder
     "sample_size [8, 16], in_channels 3": unet(sample_size=[8, 16]),
     "KeyError: 'sample_size'": unet(sample_size="gone"),
     "'FlowMatch', has no beta_schedule": scheduler(beta_schedule="gone", _class_name="FlowMatch"),
+    "with prediction_type 'epsilon': not a velocity": scheduler(_class_name=FLOW, prediction_type="epsilon"),
+    "use_dynamic_shifting or invert_sigmas is not supported": scheduler(
+        _class_name=FLOW, prediction_type="v_prediction", use_dynamic_shifting=True
+    ),
     "rescale_betas_zero_snr is not supported": scheduler(rescale_betas_zero_snr=True),
     "prediction_type 'flow'": scheduler(prediction_type="flow"),
     "noise levels do not rise": scheduler(trained_betas=[-0.5] * 1000),

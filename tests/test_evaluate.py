@@ -16,7 +16,6 @@ from evaluation import features
 from evaluation.metrics import BETTER, best, frechet_distance, statistics, verdict, with_root
 from evaluation.plots import training_minutes
 from evaluation.results import read_results, write_results
-from readers import image_files
 from support.options import parse_args
 from support.script import UserError
 
@@ -160,9 +159,8 @@ def test_without_classes(unconditional, tmp_path, capsys, inception_weights, fea
 
 
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):
-    """A large set is memory-mapped: a subset of the right size is used, the same at each call."""
+    """Of a large set a subset of the right size is used, the same at each call."""
     data = write_zip(tmp_path / "many.zip", labels=range(60), size=8, listed={})
-    monkeypatch.setattr(image_files, "LARGE", 0)
     monkeypatch.setattr(evaluate, "MOST_REAL", 50)
     options = ["--checkpoint", unconditional / "dmd2" / "dmd2_final.pt", "--dataset", "folder", "--data_dir", data]
     rows = []

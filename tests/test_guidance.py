@@ -46,7 +46,7 @@ def test_the_objective_sees_what_both_denoisers_make_of_the_noised_image(objecti
 def test_noise_levels_are_ascending_and_drawn_from_their_range(monkeypatch):
     options = dict(num_train_timesteps=200, min_step_percent=0.29, max_step_percent=0.5)
     guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), **options)
-    sigmas = guidance.karras_sigmas
+    sigmas = guidance.sigmas
     assert sigmas.shape == (200,) and (sigmas.diff() > 0).all()
     torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([0.002, 80.0]))
     assert (guidance.min_step, guidance.max_step) == (58, 100)
@@ -64,18 +64,33 @@ def test_noise_levels_are_ascending_and_drawn_from_their_range(monkeypatch):
     assert (top.min_step, top.max_step) == (999, 999)
 
 
+def test_the_schedule_of_flow_matching_is_even_in_t():
+    """sigma = t / (1 - t) between the same ends, then shifted: t' = 3 t / (1 + 2 t)."""
+    sigmas = GuidanceModel(GaussianDenoiser(0.0, 1.0), schedule="flow", sigma_min=0.25, sigma_max=4.0).sigmas.double()
+    t = sigmas / (1 + sigmas)
+    torch.testing.assert_close(t, torch.linspace(0.2, 0.8, 1000, dtype=torch.float64), rtol=0, atol=1e-6)
+    shifted = GuidanceModel(
+        GaussianDenoiser(0.0, 1.0), schedule="flow", shift=3.0, sigma_min=0.25, sigma_max=4.0
+    ).sigmas
+    assert shifted[[0, -1]].tolist() == pytest.approx([0.25, 4.0])
+    t = shifted.double() / (1 + shifted.double())
+    unshifted = t / (3 - 2 * t)  # the inverse of SD3's eq. 23
+    torch.testing.assert_close(unshifted.diff(), unshifted.diff().mean().expand(999), rtol=1e-2, atol=0)
+
+
 def test_the_schedule_keeps_to_the_teachers_noise_levels():
     teacher = GaussianDenoiser(0.0, 1.0)
     teacher.sigma_min, teacher.sigma_max = 0.01, 14.6
-    assert GuidanceModel(teacher, sigma_min=0.002).karras_sigmas[[0, -1]].tolist() == pytest.approx([0.01, 14.6])
+    assert GuidanceModel(teacher, sigma_min=0.002).sigmas[[0, -1]].tolist() == pytest.approx([0.01, 14.6])
     with pytest.raises(ValueError, match="the networks know none of these noise levels"):
         GuidanceModel(teacher, sigma_min=20, sigma_max=80)
     fake_unet = GaussianDenoiser(0.0, 1.0)
     fake_unet.sigma_max = 5.0
-    assert GuidanceModel(teacher, fake_unet=fake_unet).karras_sigmas[[0, -1]].tolist() == pytest.approx([0.01, 5.0])
+    assert GuidanceModel(teacher, fake_unet=fake_unet).sigmas[[0, -1]].tolist() == pytest.approx([0.01, 5.0])
 
 
 WRONG = [
+    (dict(schedule="cosine"), "schedule must be karras or flow"),
     (dict(objective="sdi"), "objective must be dmd or sid"),
     (dict(gan_classifier=True, gan_resolutions=[5]), "gan_resolutions 5: the encoder has 8, 4"),
     (
@@ -109,14 +124,14 @@ def test_networks_that_are_handed_in_are_trained_as_they_are():
     assert all_have_grads(generator) and all_have_grads(fake_unet) and all_have_grads(guidance.cls_pred_branch)
 
 
-@pytest.mark.parametrize("weighting", ["edm", "none"])
-def test_fake_loss_is_weighted_error(weighting):
-    """A denoiser that is off by exactly e has the loss mean of (sigma^-2 + sigma_data^-2) e^2, or of e^2."""
-    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), sigma_data=0.4, fake_loss_weighting=weighting)
+@pytest.mark.parametrize("prediction", ["edm", "flow"])
+def test_fake_loss_is_weighted_error(prediction):
+    """Off by exactly e it is the mean of (sigma^-2 + sigma_data^-2) e^2, or of flow's (1 + 1 / sigma)^2 e^2."""
+    guidance = GuidanceModel(GaussianDenoiser(0.0, 1.0), sigma_data=0.4, prediction=prediction)
     x, sigma = torch.rand(4, 1, 6, 6, requires_grad=True), torch.tensor([0.1, 0.5, 2.0, 50.0])
     guidance.fake_unet.forward = lambda x_t, sigma, labels: x.detach() + 0.1 * sigma.reshape(-1, 1, 1, 1)
     losses, _ = guidance.compute_loss_fake(x, LABELS, sigma, torch.zeros_like(x))
-    weight = sigma**-2 + 0.4**-2 if weighting == "edm" else 1
+    weight = sigma**-2 + 0.4**-2 if prediction == "edm" else (1 + 1 / sigma) ** 2
     torch.testing.assert_close(losses["loss_fake_mean"], (weight * (0.1 * sigma) ** 2).mean())
     assert not losses["loss_fake_mean"].requires_grad
 
@@ -261,7 +276,7 @@ def test_diffusion_gan_noises_up_to_its_level():
     guidance.fake_unet.encode = lambda x, sigma, *more: (seen.append((x, sigma)), encode(x, sigma, *more))[1]
     guidance.compute_cls_logits(torch.zeros(2000, 1, 8, 8), torch.zeros(2000, dtype=torch.long))
     ((noisy, sigma),) = seen
-    assert sigma.min() == guidance.karras_sigmas[0] and sigma.max() == guidance.karras_sigmas[9]
+    assert sigma.min() == guidance.sigmas[0] and sigma.max() == guidance.sigmas[9]
     torch.testing.assert_close(noisy.std(), sigma.square().mean().sqrt(), rtol=0.01, atol=0)
 
 
@@ -282,7 +297,7 @@ def test_f_divergences_weight_by_the_heads_at_the_same_noise():
     """The loss of dmd, each image weighted by its normalised ratio at the noise level that both denoisers saw."""
     model = unet_model(gan_classifier=True, f_divergence="kl")
     guidance, x = model.guidance_model, torch.randn(4, 1, 8, 8)
-    sigma, noise = guidance.karras_sigmas[[100, 150, 650, 690]], torch.randn_like(x)  # two bins of a hundred levels
+    sigma, noise = guidance.sigmas[[100, 150, 650, 690]], torch.randn_like(x)  # two bins of a hundred levels
     noisy = x + sigma.reshape(-1, 1, 1, 1) * noise
     with torch.no_grad():
         logits = guidance.cls_pred_branch(guidance.fake_unet.encode(noisy, sigma, LABELS, [4]))[:, 0]

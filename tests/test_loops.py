@@ -192,8 +192,9 @@ def test_the_quickstart_trains_with_dmd2s_gradient_and_its_gan(teacher, tmp_path
 REACH = [
     dict(f_divergence="kl", gan_features="teacher", gan_resolutions=[8, 4], num_train_timesteps=500),
     dict(gan_features="fake", diffusion_gan=False),
-    dict(objective="sid", sid_alpha=1.2, fake_loss_weighting="none", diffusion_gan_max_timestep=300),
+    dict(objective="sid", sid_alpha=1.2, diffusion_gan_max_timestep=300),
     dict(min_step_percent=0.1, max_step_percent=0.6, sigma_min=0.01, sigma_max=50.0, rho=5.0),
+    dict(schedule="flow", shift=3.0),
 ]
 
 

@@ -10,10 +10,9 @@ import torch
 import torch._inductor.compile_fx
 from conftest import ROOT, needs_muon, tiny_unet
 
-from model import memory_layout
 from networks.dhariwal_unet import DhariwalUNet
 from networks.song_unet import SongUNet
-from support.device import choose_device, compile_networks
+from support.device import compile_networks
 from support.optimizers import BadSteps, Muon, adamw, load_optimizer, lr_factor, optimizer_step, update_ema
 from support.script import UserError
 
@@ -203,7 +202,7 @@ def test_compiled_graphs_have_fixed_sizes(monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_step_that_is_not_finite_moves_nothing(fused):
-    """Fused AdamW skips it itself; where it cannot (mps), the norm decides."""
+    """Fused AdamW skips it itself; where it cannot, as in Muon, the norm decides."""
     layer = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
     for bad in (False, True, False):
@@ -212,16 +211,3 @@ def test_a_step_that_is_not_finite_moves_nothing(fused):
         norm = optimizer_step(optimizer, 1e-2, 10.0)
         assert norm.isfinite() != bad and layer.weight.grad is None
         assert torch.equal(layer.weight, before) == bad and layer.weight.isfinite().all()
-
-
-def test_mps_is_plain_and_said_to_be_untried(monkeypatch, capsys):
-    args = Namespace(device="mps", precision="tf32", compile=False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device mps: torch finds no Apple GPU"):
-        choose_device(args)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device(args) == torch.device("mps") and "mps: untested" in capsys.readouterr().out
-    for change in (dict(precision="bf16"), dict(compile=True)):
-        with pytest.raises(UserError, match="one process in fp32"):
-            choose_device(Namespace(**{**vars(args), **change}))
-    assert memory_layout("mps") == torch.contiguous_format != memory_layout("cuda")
