@@ -67,9 +67,8 @@ def test_links_lead_somewhere(page):
 @every_page
 def test_files_that_are_named_exist(page):
     for name in re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md|sh|yaml|html))[`: ]", page.read_text()):
-        elsewhere = {"main/edm/train_edm.py", "train.py"}  # DMD2's, EDM's
         written = {"compare.md", "output_dir/config.yaml"}
-        if name not in elsewhere | written and "NAME" not in name and "MODULE" not in name:
+        if name not in written and "NAME" not in name and "MODULE" not in name:
             assert (ROOT / name).exists(), name
 
 

@@ -388,7 +388,16 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
 
 
 # The pages whose commands run; the others need teachers.
-RUN = {"README", "how-it-works", "training-guide", "evaluation", "generate", "performance", "cifar10-cpu"}
+RUN = {
+    "README",
+    "how-it-works",
+    "training-guide",
+    "evaluation",
+    "generate",
+    "reliability",
+    "results",
+    "memory-and-time",
+}
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
@@ -411,10 +420,10 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         "toy.py": flags(step_number=5, batch_size=32),
     }
     for runner, script, *arguments in [command for page in PAGES if page.stem in RUN for command in commands(page)]:
-        script = script.replace("extras.benchmark", "extras/benchmark.py")
-        edm = "edm_cifar10" in " ".join(arguments)
-        pretrained = script in ("import_teacher.py", "export.py", "extras/benchmark.py") or edm
-        if group != ("pretrained" if pretrained else runner):
+        script = re.sub(r"^extras\.(\w+)$", r"extras/\1.py", script)
+        edm, on_two_cores = ("edm_cifar10" in " ".join(arguments), "cifar_cpu" in " ".join(arguments))
+        pretrained = script in ("import_teacher.py", "export.py") or script.startswith("extras/") or edm
+        if group != ("pretrained" if pretrained else "torchrun" if on_two_cores else runner):
             continue
         if "--wandb" in arguments:
             arguments += flags(wandb_mode="offline")
@@ -435,7 +444,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
             arguments += flags(grad_accum=1)
         done = (torchrun if runner == "torchrun" else run_script)(script, *arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    evaluated = "log/checkpoints/dmd2/evaluation.json"
+    evaluated = "log/checkpoints/cifar_cpu_dmd2/evaluation.json"
     assert (tmp_path / {"python": "generated", "torchrun": evaluated, "pretrained": "generator.onnx"}[group]).exists()
 
 
