@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code."""
 
 import importlib
+import json
 import math
 import os
 import platform
@@ -26,30 +27,17 @@ NETWORKS = {
     "DhariwalUNet": "networks.edm_unet",
     "DiffusersUNet": "networks.diffusers_unet",
 }
-WEIGHTS = {
-    "teacher": "model_state_dict",
-    "dmd2": "feedforward_model_state_dict",
-}  # of both, if there is an average: ema_...
-FIELDS = {
-    "step": int,
-    "images_seen": int,
-    "class_names": list,
-    "student_sigmas": list,
-    "model_config": dict,
-    "config": dict,
-}
+# Of both, if there is an average, ema_state_dict is what is used.
+WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}
+FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
 FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
-MAX_SIDE, MAX_SIZE, MAX_BLOCKS = (
-    1024,
-    100_000,
-    100,
-)  # in a network's arguments; a hostile file may ask for anything
+MAX_SIDE, MAX_SIZE, MAX_BLOCKS = 1024, 100_000, 100  # of a network; a hostile file may ask for anything
 SAMPLING = [
     Option(
         "sampler", "heun", choice("heun", "euler"), "for a teacher: EDM's, or euler, in even steps of flow matching"
     ),
     Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
-    Option("batch_size", 250, count, "images generated at once, over all processes"),
+    Option("batch_size", 250, count, "images generated at once"),
 ]
 
 
@@ -86,26 +74,28 @@ def write(path, writer):
         raise UserError(f"{path}: {reason}; an earlier file of this name is intact") from None
 
 
+def read(path):
+    """What `save` wrote to `path`, on the CPU. No code in the file is run. May raise anything if it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())  # as torch does
+        if not stored or archive.testzip():  # torch writes checksums but does not check them
+            raise ValueError("damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load(path):
-    """The state that `save` wrote, on the CPU. No code in the file is run.
+    """The state in the checkpoint at `path`, on the CPU. No code in the file is run.
 
     Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())  # as torch does
-            intact = stored and archive.testzip() is None  # torch writes checksums but does not check them
-        state = torch.load(path, map_location="cpu", weights_only=True) if intact else None
+        state = read(path)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file can make torch's reader raise anything
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
-        state = None
-    if state is None:
-        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py")
-    if isinstance(state, dict):  # earlier versions stored None for an average that there is not
-        state = {name: value for name, value in state.items() if value is not None}
+        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py") from None
     with as_user_error(f"checkpoint {path}"):
         check_state(state)
     return state
@@ -135,8 +125,7 @@ def check_state(state):
 
     side = config.get("img_resolution")
     require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
-    numbers = [value for value in leaves(config) if type(value) is int]
-    require(max(numbers, default=0) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
+    json.loads(json.dumps(config), parse_int=check_size)  # a list that holds itself is a ValueError too
     parts = [part for part in (config, config.get("unet")) if isinstance(part, dict)]
     blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
     few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)
@@ -152,18 +141,8 @@ def require(condition, otherwise):
         raise ValueError(otherwise)
 
 
-def leaves(value):
-    """The values in a tree of dicts and lists, as a list; a container that occurs twice counts once."""
-    found, containers, seen = [], [value], set()
-    while containers:
-        container = containers.pop()
-        for part in container.values() if isinstance(container, dict) else container:
-            if not isinstance(part, (dict, list)):
-                found.append(part)
-            elif id(part) not in seen:
-                seen.add(id(part))
-                containers.append(part)
-    return found
+def check_size(text):
+    require(len(text) < 9 and int(text) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
 
 
 def kind(state):

@@ -22,8 +22,7 @@ from sampling import class_noise
 from support.device import MACHINE, choose_device
 from support.images import to_uint8
 from support.options import Option, count, number, parse_args, path, positive, public
-from support.script import TORCHRUN, UserError, make_folder, run_script, writing
-from support.shared_work import map_batches
+from support.script import UserError, make_folder, refuse_torchrun, run_script, writing
 
 OPTIONS = {
     "what to compare": [
@@ -41,6 +40,7 @@ OPTIONS = {
     "machine": MACHINE[1:],  # all but the seed
 }
 POINTS = 4  # evaluated checkpoints per run
+KEPT = POINTS + 10  # with those of stops
 FREE_HEADINGS = ("run", "machine", "log", "Weights & Biases")  # of options in which the runs of a configuration may
 FREE = {option.name for heading in FREE_HEADINGS for option in train_dmd2.OPTIONS[heading]}  # differ
 FREE -= {"batch_size", "grad_accum", "precision"}
@@ -48,8 +48,7 @@ FREE -= {"batch_size", "grad_accum", "precision"}
 
 def main(argv=None):
     """Compares configurations with the options in `argv`. Results of earlier calls are reused."""
-    if TORCHRUN:
-        raise UserError("compare.py is one process: start it without torchrun")
+    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
@@ -74,9 +73,8 @@ def main(argv=None):
     results = {name: [] for name in names}
     for seed in args.seeds:
         for name in names:
-            run_folder = folder / name / f"seed_{seed}"
-            train(options[name], seed, steps[name], run_folder)
-            results[name].append({"seed": seed, "points": points_of(args, options[name], run_folder, real)})
+            points = points_of(args, options[name], seed, steps[name], folder / name / f"seed_{seed}", real)
+            results[name].append({"seed": seed, "points": points})
         write_report(args, folder, real, teacher, results)
 
     # ---- a page of pictures: 64 images of one class from each -------------------------------------------------------
@@ -85,7 +83,7 @@ def main(argv=None):
     real_labels = dataset.labels if net.label_dim else torch.zeros_like(dataset.labels)
     students = [folder / name / f"seed_{args.seeds[0]}" / "dmd2_final.pt" for name in names]
     sets = [dataset.images, *(images_of(file, noise, labels, device) for file in (args.teacher_checkpoint, *students))]
-    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * len(sets[1:])])
+    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (1 + len(names))])
     what = f"class {dataset.class_names[label]} of " if net.label_dim else ""
     print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right, three in a row")
     print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
@@ -94,7 +92,8 @@ def main(argv=None):
 @torch.inference_mode()
 def images_of(file, noise, labels, device):
     sample = checkpoint.load_sampler(file, device)
-    return map_batches(lambda z, y: to_uint8(sample(z.to(device), y.to(device))), 250, noise, labels)
+    batches = zip(noise.split(250), labels.split(250), strict=True)
+    return torch.cat([to_uint8(sample(z.to(device), y.to(device))).cpu() for z, y in batches])
 
 
 def machine(args):
@@ -103,7 +102,7 @@ def machine(args):
 
 
 def read_options(args, config):
-    """The options of train_dmd2.py for the runs of one configuration; `train` adds those of each run."""
+    """The options of train_dmd2.py for the runs of one configuration; `points_of` adds those of each run."""
     argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
     options = parse_args(train_dmd2.OPTIONS, None, argv)
     vars(options).update(machine(args))
@@ -138,19 +137,23 @@ def steps_of(args, options, model):
     return max(1, round(passes / iteration_flops(options, model)))
 
 
-def train(options, seed, steps, folder):
-    """Trains or resumes a run in `folder`. A finished run is left as it is."""
+def points_of(args, options, seed, steps, folder, real):
+    """The rows of a run's evaluated checkpoints, without those of a stop. The run is trained unless it is finished.
+
+    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation.
+    """
+    every = -(-steps // POINTS)
     if not (folder / "dmd2_final.pt").exists():
-        every = spacing(steps)
-        of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto"}
-        of_run |= {"max_minutes": None, "overwrite": False}
-        of_run |= {"step_number": steps, "save_every": every, "keep_every": every, "sample_every": steps}
+        of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto", "overwrite": False}
+        of_run |= {"step_number": steps, "save_every": every, "keep_last": KEPT, "sample_every": steps}
         run(train_dmd2, public(options) | of_run)
-
-
-def spacing(steps):
-    """The iterations from one evaluated checkpoint to the next, in a run of `steps`."""
-    return -(-steps // POINTS)
+    own_real, *points = measure(args, options, folder, folder)
+    if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
+        raise UserError(
+            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two "
+            "classifiers, or from other options; delete the older one to measure it again"
+        )
+    return [point for point in points if point["step"] % every == 0 or point["step"] == steps]
 
 
 def measure(args, options, path, output_dir):
@@ -174,21 +177,6 @@ def run(script, options):
             sys.exit(status)
 
 
-def points_of(args, options, folder, real):
-    """The rows of a run's evaluated checkpoints, without those of a stop.
-
-    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation.
-    """
-    own_real, *points = measure(args, options, folder, folder)
-    if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
-        raise UserError(
-            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two "
-            "classifiers, or from other options; delete the older one to measure it again"
-        )
-    last = points[-1]["step"]
-    return [point for point in points if point["step"] % spacing(last) == 0 or point["step"] == last]
-
-
 def write_report(args, folder, real, teacher, results):
     """Writes the table of medians and ranges over the seeds, all metrics, and the plot of quality over time."""
 
@@ -196,22 +184,21 @@ def write_report(args, folder, real, teacher, results):
         middle, low, high = (f"{value:.4g}" for value in (median(values), min(values), max(values)))
         return middle if low == high else f"{middle} ({low} to {high})"
 
-    budget = f"{args.step_number} steps" if args.step_number else f"{args.forward_passes:g} forward passes"
+    budget = f"{args.step_number} steps each" if args.step_number else f"{args.forward_passes:g} forward passes each"
     columns = [*BETTER, "evaluations", "step", "minutes"]
-    lines = [f"{budget} each; median (range) over the seeds", "", "| | seeds | " + " | ".join(columns) + " |"]
+    lines = [f"{budget}; median (range) over the seeds", "", "| | seeds | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 2) + "|")
     last = {name: [one["points"][-1] for one in runs] for name, runs in results.items()}
     for name, rows in {"real, held out": [real], "teacher": [teacher], **last}.items():
         cells = [cell([row[column] for row in rows]) if column in rows[0] else "" for column in columns]
         lines.append(" | ".join([f"| {name}", str(len(rows)) if name in last else "", *cells]) + " |")
-    report = "\n".join(lines) + "\n"
+    print(report := "\n".join(lines) + "\n")
     with writing(folder / "compare.md"):
         (folder / "compare.md").write_text(report)
-    found = {"budget": f"{budget} each", "real": real, "teacher": teacher, "configurations": results}
+    found = {"budget": budget, "real": real, "teacher": teacher, "configurations": results}
     write_results(folder / "compare.json", found)
     curves = {name: [one["points"] for one in runs] for name, runs in results.items()}
     plot_quality(folder / "compare.png", curves, teacher)
-    print(report)
 
 
 if __name__ == "__main__":

@@ -130,10 +130,10 @@ class Batches:
     process gets its rows. Raises UserError if the data set is smaller than a batch.
     """
 
-    def __init__(self, dataset, batch_size, seed, hflip=False, share=own_rows):
+    def __init__(self, dataset, batch_size, seed, hflip=False):
         if batch_size > len(dataset.labels):
             raise UserError(f"--batch_size {batch_size} is more than the {len(dataset.labels)} images of the data set")
-        self.dataset, self.batch_size, self.seed, self.hflip, self.share = dataset, batch_size, seed, hflip, share
+        self.dataset, self.batch_size, self.seed, self.hflip = dataset, batch_size, seed, hflip
         self.images_seen = 0
         self.epochs = {}  # permutations and flips of the epochs in use
 
@@ -152,7 +152,7 @@ class Batches:
             drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
         self.images_seen += self.batch_size
 
-        rows, device = self.share(drawn.T), self.dataset.labels.device
+        rows, device = own_rows(drawn.T), self.dataset.labels.device
         index, flipped = moved(rows, device).T
         images = to_float(moved(self.dataset.images[rows[:, 0]], device))
         if self.hflip:

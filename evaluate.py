@@ -1,7 +1,5 @@
 """Compare a generator with its teacher and real images in quality, diversity and speed; or plot a run's curves."""
 
-import zipfile
-from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -9,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 import checkpoint
 from data import DATA, READERS, check_classes, load_dataset, subset
@@ -20,10 +17,8 @@ from run import read_metrics
 from sampling import random_stream
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import to_uint8
-from support.options import Option, choice, count, flag, number, parse_args, path
-from support.processes import is_main
-from support.script import UserError, make_folder, run_script
-from support.shared_work import map_batches
+from support.options import Option, choice, flag, number, parse_args, path
+from support.script import UserError, make_folder, refuse_torchrun, run_script
 
 FEATURES = choice("inception", "classifier", "pixels")
 OPTIONS = {
@@ -40,15 +35,8 @@ OPTIONS = {
     ],
     "metrics": [
         Option("num_samples", 50_000, number(4, whole=True), "images to generate, of random classes"),
-        Option("repeats", 1, count, "draws of num_samples images; EDM publishes the least FID of three"),
-        Option(
-            "features",
-            "inception",
-            FEATURES,
-            "inception (also for the FID); classifier, trained on the data set; or pixels",
-        ),
+        Option("features", "inception", FEATURES, "inception (for the FID too), classifier (of the data) or pixels"),
         Option("inception_weights", None, path, "file of torch-fidelity's Inception weights; default: download"),
-        Option("inception_score", False, flag, "report the Inception Score too"),
     ],
     "sampling": checkpoint.SAMPLING,
     "machine": MACHINE,
@@ -58,6 +46,7 @@ MOST_REAL = 100_000  # most real images used: more would change little and take 
 
 def main(argv=None):
     """Evaluates with the options in `argv`, by default those of the command line."""
+    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
     file = Path(args.checkpoint)
     folder = file if file.is_dir() else file.parent
@@ -67,13 +56,11 @@ def main(argv=None):
         plot_metrics(folder / "metrics.jsonl", output_dir / "curves.png")
         print(f"wrote {output_dir / 'curves.png'}")
         return
-    for name in ("inception_score", "fid_reference"):
-        if getattr(args, name) and args.features != "inception":
-            raise UserError(f"--{name} needs --features inception, not {args.features}")
+    if args.fid_reference and args.features != "inception":
+        raise UserError(f"--fid_reference needs --features inception, not {args.features}")
 
     # ---- setup ------------------------------------------------------------------------------------------------------
     device = choose_device(args)
-    place = torch.device("cpu") if device.type == "mps" else device  # of the metrics, for float64, which mps lacks
     models = load_models(args, device)
     fid_reference = args.fid_reference and read_fid_reference(args.fid_reference)
     dataset = load_real_images(args, models, device)
@@ -87,19 +74,18 @@ def main(argv=None):
         print(f"a classifier, trained on four fifths of the real images: accuracy {accuracy:.4f} on the held-out fifth")
 
     def see(images):
-        """What `metrics.measure` needs of `images`, all but themselves. All processes must call it together."""
-        seen = dict.fromkeys(("features", "neighbours", "small"), features.averaged_pixels(images))
+        """What `metrics.measure` needs of `images`, all but themselves."""
+        seen = dict.fromkeys(("features", "neighbours", "small"), features.averaged_pixels(images).to(device))
         if classifier:
             classified, logits = classifier(images)
             seen |= {"logits": logits} if conditional else {}
             seen |= {"features": classified} if args.features == "classifier" else {}
         if inception:
-            seen["features"], seen["inception_logits"] = inception(images)
-            seen["neighbours"] = seen["features"]
-        return {name: rows.to(place) for name, rows in seen.items()}
+            seen["features"] = seen["neighbours"] = inception(images)
+        return seen
 
     def measured(seen, images, labels):
-        return metrics.measure_with_noise(seen | {"images": images.to(place)}, labels.to(place), reference, size)
+        return metrics.measure_with_noise(seen | {"images": images.to(device)}, labels.to(device), reference, size)
 
     # ---- real images ------------------------------------------------------------------------------------------------
     training, held_out = features.split(dataset)
@@ -110,8 +96,8 @@ def main(argv=None):
     reference = metrics.reference(real, seen)
     if inception:
         mean_and_covariance = fid_reference or metrics.statistics(torch.cat([real["features"], seen["features"]]))
-        fid_reference = metrics.with_root(*[part.to(place) for part in mean_and_covariance])
-    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)] if is_main() else []
+        fid_reference = metrics.with_root(*[part.to(device) for part in mean_and_covariance])
+    rows = [{"name": "real, held out"} | measured(seen, held_out.images, held_out.labels)]
     sets, class_names = [held_out.images.cpu()], dataset.class_names
     del dataset, training, real, seen  # large
 
@@ -119,41 +105,31 @@ def main(argv=None):
     labels = generate(args, models, sets[0].shape[1:], device)
     for model in models:
         row, seen = model.row, see(model.images)
-        if not is_main():
-            continue
         log, config = read_metrics(Path(model.file).with_name("metrics.jsonl")), model.facts["config"]
         if log and config.get("batch_size"):
             row["minutes"] = training_minutes(log, config["batch_size"], row["step"])
         row |= measured(seen, model.images, labels)
         if inception:
-            draws = seen["features"].split(args.num_samples)
-            row["fid_draws"] = [metrics.frechet_distance(draw, fid_reference) for draw in draws]
-            row["fid"] = min(row["fid_draws"])  # EDM publishes the least
-        if args.inception_score:
-            row["inception_score"] = isc_features_to_metric(seen["inception_logits"].cpu())[KEY_METRIC_ISC_MEAN]
+            row["fid"] = metrics.frechet_distance(seen["features"], fid_reference)
         row["images_per_second"] = 1 / model.seconds
         rows.append(row)
         sets.append(model.images)
-    if not is_main():
-        return
 
     # ---- report: results are written before anything else can fail --------------------------------------------------
     first = 2 if args.teacher_checkpoint else 1  # row of the first checkpoint, after real images and teacher
     chosen = first + metrics.best(rows[first:])
-    result = {name: getattr(args, name) for name in ("features", "num_samples", "repeats")}
-    result |= {"classifier_accuracy": accuracy, "images_per_metric": size, "device": str(device), "rows": rows}
-    result["best"] = rows[chosen]["checkpoint"]
+    result = {"features": args.features, "num_samples": args.num_samples, "classifier_accuracy": accuracy}
+    result |= {"images_per_metric": size, "device": str(device), "rows": rows, "best": rows[chosen]["checkpoint"]}
     if args.teacher_checkpoint:
         result["verdict"] = metrics.verdict(rows[chosen], rows[1], rows[0])
         result["speed_ratio"] = rows[chosen]["images_per_second"] / rows[1]["images_per_second"]
     write_results(output_dir / "evaluation.json", result)
     print_table(rows)
-    name = rows[chosen]["name"]
     if len(rows) - first > 1:
         plot_quality(output_dir / "evaluation.png", {"checkpoints": [rows[first:]]})
         print(f"best by the mean rank in both Frechet distances, recall and coverage: {result['best']}")
     if args.teacher_checkpoint:
-        print(f"{name} against its teacher, at {result['speed_ratio']:.1f} times its speed:")
+        print(f"{rows[chosen]['name']} against its teacher, at {result['speed_ratio']:.1f} times its speed:")
         for how, names in result["verdict"].items():
             print(f"  {how} in {', '.join(names) or 'nothing'}")
         rows_of = labels if conditional else torch.arange(len(labels)) % 10
@@ -178,7 +154,7 @@ def load_models(args, device):
         state = checkpoint.load_teacher(file) if file is teacher else checkpoint.load(file)
         net = checkpoint.network(state, file, device)
         compile_networks(args, net)
-        sampler, evaluations = checkpoint.sampler(state, args.steps)
+        sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
         row = {"name": f"{checkpoint.kind(state)}, step {state['step']}", "checkpoint": str(file)}
         row |= {"step": state["step"], "evaluations": evaluations}
@@ -191,17 +167,16 @@ def load_models(args, device):
 
 def load_real_images(args, models, device):
     """The data set of real images, at most MOST_REAL of them. Raises UserError if it does not fit the models."""
-    config, shape = models[-1].facts["config"], models[0].net.config
+    file, config, shape = models[-1].file, models[-1].facts["config"], models[0].net.config
     args.dataset, args.data_dir = args.dataset or config.get("dataset"), args.data_dir or config.get("data_dir")
     if args.dataset not in [*READERS] or not isinstance(args.data_dir, str):
-        raise UserError(f"{models[-1].file} does not say what it was trained on: give --dataset and --data_dir")
-    own = "data_dir" in args.given or args.data_dir == DATA[1].default
-    if not own and not Path(args.data_dir).exists():  # a checkpoint does not choose where data are put
-        raise UserError(f"{models[-1].file} was trained on data in {args.data_dir}, which is not here: give --data_dir")
+        raise UserError(f"{file} does not say what it was trained on: give --dataset and --data_dir")
+    known = "data_dir" in args.given or args.data_dir == DATA[1].default or Path(args.data_dir).exists()
+    if not known:  # a checkpoint does not choose where data are put
+        raise UserError(f"{file} was trained on data in {args.data_dir}, which is not here: give --data_dir")
     dataset = load_dataset(args.dataset, args.data_dir, shape["img_resolution"], shape["img_channels"], device)
     if args.features == "classifier" and len(dataset.class_names) < 2:
-        missing = f"{args.data_dir} has no classes to train one on"
-        raise UserError(f"--features classifier: {missing}; use --features inception, or pixels")
+        raise UserError(f"--features classifier: {args.data_dir} has no classes to train one on; try another")
     for model in models:
         check_classes(f"checkpoint {model.file}", dataset, model.facts, args.dataset)
     if len(dataset.labels) > MOST_REAL:
@@ -211,20 +186,16 @@ def load_real_images(args, models, device):
     return dataset
 
 
-def read_fid_reference(path, size=2048):
-    """The published statistics of real images, (mu `[size]`, sigma `[size, size]`). Raises UserError if it has none."""
+def read_fid_reference(path):
+    """The published statistics of real images, (mu `[2048]`, sigma `[2048, 2048]`). Raises UserError if it has none."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if max(member.file_size for member in archive.infolist()) > 8 * size**2 + 4096:
-                raise ValueError("it unpacks to more")
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-        if mean.shape != (size,) or covariance.shape != (size, size):
+        if mean.shape != (2048,) or covariance.shape != (2048, 2048):
             raise ValueError(f"these are {list(mean.shape)} and {list(covariance.shape)}")
     except Exception as error:  # any file may be given
-        needed = f"needs an .npz file with mu [{size}] and sigma [{size}, {size}]"
-        reason = "it holds more than numbers" if "pickle" in str(error) else str(error).splitlines()[0][:100]
-        raise UserError(f"--fid_reference {path}: {needed} ({reason})") from None
+        needed = "needs an .npz file with mu [2048] and sigma [2048, 2048]"
+        raise UserError(f"--fid_reference {path}: {needed} ({error!s:.100})") from None
     return mean, covariance
 
 
@@ -232,24 +203,20 @@ def read_fid_reference(path, size=2048):
 def generate(args, models, image_shape, device):
     """Gives each model its `images`, uint8 `[N, C, H, W]`, and `seconds` per image. Returns the labels `[N]`.
 
-    Image i draws its noise, then its label, from random stream number i of the seed, as in EDM. The first of `repeats`
-    draws is images 0 to `num_samples` - 1, and the others follow. Without classes the labels are 0.
+    Image i draws its noise, then its label (0 without classes), from random stream i of the seed, as in EDM.
     """
-
-    def sample(model, noise, labels):  # uint8, since torchrun's processes exchange the images
-        with autocast(args, device):
-            return to_uint8(model.sampler(model.net, noise.to(device), labels.to(device)))
-
     labels, label_dim = [], models[0].net.label_dim
     for model in models:
         model.images, model.seconds = [], []
-    for numbers in torch.arange(args.num_samples * args.repeats).split(args.batch_size):
+    for numbers in torch.arange(args.num_samples).split(args.batch_size):
         streams = [random_stream(args.seed, index) for index in numbers.tolist()]
         noise = torch.stack([torch.randn(image_shape, generator=stream) for stream in streams])
         labels.append(torch.stack([torch.randint(label_dim or 1, (), generator=stream) for stream in streams]))
         for model in models:  # in turn, so that a change in the machine's speed affects all of them
             begin = perf_counter()
-            model.images.append(map_batches(partial(sample, model), args.batch_size, noise, labels[-1]))
+            with autocast(args, device):
+                images = model.sampler(model.net, noise.to(device), labels[-1].to(device))
+            model.images.append(to_uint8(images).cpu())
             model.seconds.append((perf_counter() - begin) / len(noise))
     for model in models:
         model.images, model.seconds = torch.cat(model.images), median(model.seconds)
@@ -259,7 +226,7 @@ def generate(args, models, image_shape, device):
 def print_table(rows):
     """Prints one line per metric, each value followed by its noise, and one column per row."""
     print(f"{'':24}" + "".join(f"{row['name']:>24}" for row in rows))
-    for name in [name for name in rows[-1] if name not in ("name", "checkpoint", "step", "noise", "fid_draws")]:
+    for name in [name for name in rows[-1] if name not in ("name", "checkpoint", "step", "noise")]:
         cells = []
         for row in rows:
             value = row.get(name, "")

@@ -19,9 +19,7 @@ from sampling import class_noise
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import save_grid, to_uint8
 from support.options import Option, choice, count, did_you_mean, parse_args, path, text
-from support.processes import is_main
-from support.script import UserError, make_folder, run_script, writing
-from support.shared_work import map_batches
+from support.script import UserError, make_folder, refuse_torchrun, run_script, writing
 
 FORMATS = "grid: one per class; png: a folder per class, as data; npz: arrays; flat: one folder, for FID tools"
 OPTIONS = {
@@ -39,51 +37,45 @@ OPTIONS = {
 
 def main(argv=None):
     """Writes images with the options in `argv`, by default those of the command line."""
+    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
-    device = choose_device(args)
+    device, folder = choose_device(args), Path(args.output_dir)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
+    sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
     compile_networks(args, net)
     names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]
-    folder, stems = Path(args.output_dir), [stems[label] for label in classes]
-    check_folder(folder, args.format, stems)
+    stems = [stems[label] for label in classes]
+    check_folder(folder, args.format)
     make_folder("--output_dir", folder)
-    shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
-    sampler, evaluations = checkpoint.sampler(state, args.steps)
-
-    @torch.inference_mode()
-    def sample(noise, labels):
-        with autocast(args, device):
-            return sampler(net, noise.to(device), labels.to(device))
 
     start = time.perf_counter()
+    shape = (net.config["img_channels"], net.config["img_resolution"], net.config["img_resolution"])
     noise, labels = class_noise(classes, args.num_samples, shape, args.seed)
-    images = map_batches(sample, args.batch_size, noise, labels)
+    images = []
+    for z, y in zip(noise.split(args.batch_size), labels.split(args.batch_size), strict=True):
+        with torch.inference_mode(), autocast(args, device):
+            images.append(sampler(net, z.to(device), y.to(device)).cpu())
     seconds = time.perf_counter() - start
-    if is_main():
-        with writing(folder):
-            write(folder, args.format, stems, images, labels, bool(names))
-    number = f"{len(images)} image{'s' * (len(images) > 1)}"
+    with writing(folder):
+        write(folder, args.format, stems, torch.cat(images), labels, bool(names))
+    number = f"{len(labels)} image{'s' * (len(labels) > 1)}"
     print(f"{number} in {seconds:.2f} s, network evaluations per image: {evaluations}; wrote {folder}")
 
 
-def check_folder(folder, format, stems):
-    """Raises UserError if `folder` holds images where readers of the `format` look, or a link in place of a folder."""
+def check_folder(folder, format):
+    """Raises UserError if `folder` holds images where readers of the `format` look."""
     where = {"png": "*/**/*", "flat": "*", "npz": "samples.npz", "grid": "*_000000.png"}  # which is one of flat
     for file in sorted(folder.glob(where[format])):
         if format == "npz" or file.suffix.lower() in Image.registered_extensions():
             raise UserError(f"--output_dir {folder}: holds {file.relative_to(folder)}; choose another, or empty it")
-    for stem in stems if format == "png" else []:
-        if (folder / stem).is_symlink():
-            raise UserError(f"--output_dir {folder}: {stem} is a link; images go only to folders inside")
 
 
 def write(folder, format, stems, images, labels, has_classes):
     """Writes `images` `[N, C, H, W]` in [-1, 1], as many for each of `stems`, the names of the classes' files."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    by_class = images.unflatten(0, (len(stems), -1))
-    each = by_class.shape[1]
+    by_class, each = images.unflatten(0, (len(stems), -1)), len(images) // len(stems)
     if format == "grid":
         for stem, part in zip(stems, by_class, strict=True):
             name = f"{stem}_samples.png" if has_classes else f"{stem}.png"
@@ -96,13 +88,10 @@ def write(folder, format, stems, images, labels, has_classes):
         np.savez(folder / "samples.npz", images=pixels, labels=labels.numpy(), **guided_diffusions)
     else:
         for index, image in enumerate(pixels):
-            stem, number = stems[index // each], f"{index % each:06d}.png"
+            file = folder / f"{stems[index // each]}{'/' if format == 'png' else '_'}{index % each:06d}.png"
+            file.parent.mkdir(exist_ok=True)
             image = Image.fromarray(image.squeeze())
-            if format == "png":
-                (folder / stem).mkdir(exist_ok=True)
-                image.save(folder / stem / number)
-            else:
-                image.convert("RGB").save(folder / f"{stem}_{number}")
+            (image.convert("RGB") if format == "flat" else image).save(file)
 
 
 def choose_classes(wanted, names):

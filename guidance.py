@@ -218,7 +218,7 @@ class GuidanceModel(nn.Module):
 
 
 @torch.no_grad()
-def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0, 3.0), generator=None):
+def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0), generator=None):
     """How well `net` denoises real images `[B, C, H, W]`: a dict from noise levels to relative errors, right below 1.
 
     They are relative to the better of two trivial answers, the noisy image and the mean image. A network is worse if it
@@ -228,6 +228,6 @@ def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0, 3.0), generator=
     errors = {}
     for sigma in sigmas:
         denoised = net(images + sigma * noise, images.new_full((len(images),), sigma), labels)
-        trivial = min(sigma**2, images.var(0, correction=0).mean().item())
+        trivial = min((sigma * noise).square().mean().item(), images.var(0).mean().item())
         errors[sigma] = (denoised - images).square().mean().item() / trivial
     return errors

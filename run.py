@@ -19,7 +19,6 @@ except ImportError:
     raise SystemExit("training needs Linux or macOS; on Windows use WSL") from None
 
 import checkpoint
-from data import difference
 from support import processes
 from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
@@ -49,7 +48,7 @@ RUN = [
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
 NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile"} | {o.name for o in WANDB}
-KINDS = {"teacher": "a teacher with this network", "dmd2": "a generator with this network"}
+NOUNS = {"teacher": "teacher", "dmd2": "generator"}
 
 
 class Run:
@@ -82,10 +81,8 @@ class Run:
             if args.overwrite:
                 raise UserError("--overwrite starts a run, --resume_from_checkpoint continues one: give one of them")
             self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
-            if checkpoint.kind(self.resumed) != kind:
-                raise UserError(f"checkpoint {self.resumed_from}: not {KINDS[kind]}")
-            if "random_state" not in self.resumed:
-                raise UserError(f"checkpoint {self.resumed_from}: only weights; training cannot resume here")
+            if checkpoint.kind(self.resumed) != kind or "random_state" not in self.resumed:
+                raise UserError(f"checkpoint {self.resumed_from}: not of a training of a {NOUNS[kind]}")
             self.step = self.resumed["step"]
             args = self.options_of_run(args, tables)
         if args.batch_size % (args.grad_accum * (size := int(os.environ.get("WORLD_SIZE", 1)))):
@@ -139,33 +136,19 @@ class Run:
         # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
         wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
         self.logger = Logger(self.args, self.step, wandb_run_id)
-        self.report_start()
+        if self.resumed and not self.done:
+            self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
+        if self.done:
+            where = f"{self.resumed_from} is at step {self.step}"
+            self.logger.message(f"nothing left to train: {where}; to continue, give a larger --step_number")
         self.resumed = None  # it is large, mainly its moments
         self.stop = Stop()
 
-    def report_start(self):
-        message, kind = self.logger.message, self.device.type
-        if self.resumed and not self.done:
-            message(f"going on from {self.resumed_from} at step {self.step}")
-        if self.done:
-            where = f"{self.resumed_from} is at step {self.step}"
-            message(f"nothing left to train: {where}; to continue, give a larger --step_number")
-        if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
-            message(
-                f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: "
-                f"the learning rate reaches no more than {self.args.step_number / warmup:.0%} of its value"
-            )
-        if self.resumed and kind != "cpu" and self.resumed["random_state"].get(kind) is None:
-            message(f"{self.resumed_from} was not written on {kind}: the GPU's random numbers start from the seed")
-
     def restore(self):
         state, source = self.resumed, f"checkpoint {self.resumed_from}"
-        if state["model_config"] != self.facts["model_config"]:
-            raise UserError(f"{source}: not {KINDS[self.kind]} ({self.facts['model_config']})")
-        if message := difference(self.facts["class_names"], state.get("class_names") or []):
-            raise UserError(f"{source}: {message}")
-        if (sigmas := self.facts.get("student_sigmas")) != state.get("student_sigmas"):
-            raise UserError(f"{source}: a student at sigma {state['student_sigmas']}, not at {sigmas}")
+        for fact in self.facts.keys() - {"config", "versions"}:  # network, classes, the generator's noise levels
+            if self.facts[fact] != state.get(fact):
+                raise UserError(f"{source}: its {fact} is {state.get(fact)}, this run's {self.facts[fact]}")
         if (heads := "guidance_cls_state_dict" in state) != (self.parts.get("guidance_cls") is not None):
             how = "with" if heads else "without"
             raise UserError(f"{source}: trained {how} --gan_classifier; resume it {how} that option")
@@ -197,18 +180,13 @@ class Run:
         with writing(self.folder):
             present = checkpoint.by_step(self.folder, self.kind)
             holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
-            if holds and not args.resume_from_checkpoint and not args.overwrite:
-                raise UserError(
-                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); "
-                    "resume it with --resume_from_checkpoint latest, or start a new one with --overwrite"
-                )
             continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
-            if holds and self.resumed and not continues:
+            if holds and not continues and not args.overwrite:
                 raise UserError(
-                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}), not that of "
-                    f"{self.resumed_from}; give --output_dir {Path(self.resumed_from).parent}, or a new folder"
+                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); resume it with "
+                    "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
                 )
-            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):
+            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
                 file.unlink()
             for step, file in present:
                 if args.overwrite:
@@ -234,13 +212,10 @@ class Run:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"--output_dir {self.folder}: another process trains there; choose another folder"
-            ) from None
+            another = "another process trains there; choose another folder"
+            raise UserError(f"--output_dir {self.folder}: {another}") from None
         except OSError as error:  # some network file systems
-            print(
-                f"--output_dir {self.folder}: cannot be locked ({error.strerror}); take care that no other run uses it"
-            )
+            print(f"--output_dir {self.folder}: cannot be locked ({error.strerror}); no other run may use it")
 
     def cut_metrics(self):
         """Drops the lines of `metrics.jsonl` after `step`, and those that are damaged."""
@@ -337,14 +312,11 @@ def set_aside(file):
 
 
 class Stop:
-    """Ends a loop after the current step, on a signal.
-
-    The signals are SIGINT, SIGTERM, SIGUSR1 (a scheduler's warning) and SIGHUP (a closed terminal).
+    """Ends a loop after the current step on SIGINT, SIGTERM, SIGUSR1 (a scheduler's warning) or SIGHUP (no terminal).
 
     A second one ends the process at once, except for SIGHUP, and except within a second of the first: torchrun and a
-    scheduler may both forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored (torchrun starts
-    its processes with the default, even under nohup). Under torchrun `due` asks all processes, so that they stop after
-    the same step.
+    scheduler may both forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun
+    `due` asks all processes, so that they stop after the same step.
     """
 
     def __init__(self):

@@ -6,7 +6,7 @@ import math
 import torch
 
 import checkpoint
-from data import DATA, Batches, check_classes, describe, load_dataset, one_is_numbered, subset
+from data import DATA, Batches, check_classes, describe, load_dataset, subset
 from guidance import GuidanceModel, relative_errors
 from objectives import F_DIVERGENCES
 from run import RUN, Run
@@ -105,19 +105,15 @@ def check(args):
 
 
 def load_generator(args, teacher_state, device):
-    """The network of `--generator_checkpoint`, or None. Raises UserError if images or classes are not the teacher's."""
-    if not args.generator_checkpoint:
+    """The network of `--generator_checkpoint`, or None. Raises UserError for another shape or number of classes."""
+    if not (file := args.generator_checkpoint):
         return None
-    state = checkpoint.load_teacher(args.generator_checkpoint, "generator_checkpoint")
-    source = f"--generator_checkpoint {args.generator_checkpoint}"
+    state = checkpoint.load_teacher(file, "generator_checkpoint")
     ours, theirs = state["model_config"], teacher_state["model_config"]
     for name in ("img_resolution", "img_channels", "label_dim"):
         if ours[name] != theirs[name]:
-            raise UserError(f"{source}: its {name} is {ours[name]}, the teacher's {theirs[name]}")
-    names = [of.get("class_names") for of in (state, teacher_state)]
-    if all(names) and names[0] != names[1] and not one_is_numbered(*names):
-        raise UserError(f"{source}: its classes are not the teacher's, or not in the same order")
-    return checkpoint.network(state, args.generator_checkpoint, device)
+            raise UserError(f"--generator_checkpoint {file}: its {name} is {ours[name]}, the teacher's {theirs[name]}")
+    return checkpoint.network(state, file, device)
 
 
 def build_model(args, teacher, generator=None):

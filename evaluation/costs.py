@@ -1,7 +1,6 @@
 """What training and sampling cost, counted on torch's `meta` device, where tensors have shapes but no numbers."""
 
 import weakref
-from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +89,7 @@ def teacher_costs(net, batch_size, bf16=False):
     fill_gradients(net)
     images, labels = blank_batch(net, batch_size)
     sigma = torch.empty_like(labels, dtype=torch.float32)
-
-    def step():
-        denoising_loss(net(images + images, sigma, labels), images, sigma).backward()
-
-    return count(step, bf16)
+    return count(lambda: denoising_loss(net(images + images, sigma, labels), images, sigma).backward(), bf16)
 
 
 def turn_costs(model, batch_size, student_step=0, bf16=False):
@@ -132,11 +127,10 @@ def iteration_flops(args, model):
 
     The mean is over the generator's steps, and over iterations with and without a generator update.
     """
-    ratio, levels = args.dfake_gen_update_ratio, len(model.student_sigmas)
-    guided = ratio - args.alternate_turns  # guidance turns in `ratio` iterations
-    costs = [[flops for flops, _ in turn_costs(model, 1, student_step)] for student_step in range(levels)]
-    turns = mean(generator + (ratio - 1) * generate + guided * guidance for generate, generator, guidance in costs)
+    ratio, levels, flops = args.dfake_gen_update_ratio, len(model.student_sigmas), 0
+    for student_step in range(levels):
+        generate, generator_turn, guidance_turn = (turn[0] for turn in turn_costs(model, 1, student_step))
+        flops += (generator_turn + (ratio - 1) * generate + ratio * guidance_turn) / levels
     networks = model.feedforward_model, model.fake_unets  # of several `fake_unets`, one is trained at a time
-    generator, guidance = [optimizer_costs(args.optimizer, net)[0] for net in networks]
-    steps = generator + guided * guidance / levels
-    return (turns + steps / args.batch_size) / ratio
+    generator, guidance = (optimizer_costs(args.optimizer, net)[0] for net in networks)
+    return (flops + (generator + ratio * guidance / levels) / args.batch_size) / ratio

@@ -1,14 +1,12 @@
 """What sees images: Inception (for FID), a small classifier trained on the data set itself, or averages of pixels.
 
-Inception and the classifier are functions of uint8 images `[N, C, H, W]`. They return features `[N, D]` and logits
-`[N, K]`, float32 on the CPU. torchrun's processes share the work, so all must call such a function together.
+Inception and the classifier are functions of uint8 images `[N, C, H, W]`. Inception returns features `[N, D]`, and the
+classifier features and logits `[N, K]`, float32 on its device.
 """
 
 import hashlib
-import pickle
 import sys
 import tempfile
-import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,17 +21,11 @@ from sampling import random_stream
 from support.device import moved
 from support.images import to_float
 from support.optimizers import lr_factor
-from support.processes import barrier, broadcast, is_main
 from support.progress import progress
 from support.script import UserError
-from support.shared_work import map_batches, one_first
 
 BATCH_SIZE = 250
 EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # length of the classifier's training: the lesser of the two
-NO_DOWNLOAD = (
-    "Inception's weights could not be downloaded: get weights-inception-2015-12-05-6726825d.pth elsewhere and name it "
-    "with --inception_weights, or use --features classifier, which needs no download"
-)
 VERSION = 2  # of the classifier: a change of its network, its data or its training needs another number
 
 
@@ -48,12 +40,13 @@ def averaged_pixels(images):
     return torch.cat(small)
 
 
-def applied(network, device):
-    """`network`, of a batch on `device`, as a function of all images."""
+def in_batches(network, device):
+    """`network`, which maps a batch on `device` to a tuple of tensors, as a function of all images."""
 
     @torch.inference_mode()
     def see(images):
-        return map_batches(lambda batch: tuple(x.float() for x in network(batch.to(device))), BATCH_SIZE, images)
+        batches = [network(batch.to(device)) for batch in images.split(BATCH_SIZE)]
+        return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
 
     return see
 
@@ -64,20 +57,20 @@ def inception(weights, device):
     Raises UserError if they cannot be loaded.
     """
     try:
-        with one_first(), tempfile.NamedTemporaryFile() as copy:
+        with tempfile.NamedTemporaryFile() as copy:
             if weights:  # torch-fidelity's own loader would run code from a hostile file, and needs the file's device
                 torch.save(torch.load(weights, "cpu", weights_only=True), copy.name)
-            seen = ["2048", "logits_unbiased"]  # features and logits
             file = copy.name if weights else None
-            network = FeatureExtractorInceptionV3("inception-v3-compat", seen, file, verbose=False).eval()
-    except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
-            raise
-        what = f"--inception_weights {weights}: not torch-fidelity's Inception weights" if weights else NO_DOWNLOAD
-        raise UserError(f"{what} ({reason})") from None
-    network.to(device)
-    return applied(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
+            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file, verbose=False)
+    except Exception as error:  # any file may be given
+        what = f"--inception_weights {weights}: not torch-fidelity's Inception weights"
+        if not weights:
+            file = "weights-inception-2015-12-05-6726825d.pth"
+            what = f"no download: get {file} and name it with --inception_weights, or use --features classifier"
+        raise UserError(f"{what} ({' '.join(str(error).split()):.200})") from None
+    network.eval().to(device)
+    see = in_batches(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
+    return lambda images: see(images)[0]
 
 
 def convolution(width_in, width, *pool):
@@ -151,50 +144,44 @@ def plan(dataset):
 def classifier(dataset, cache, device):
     """A classifier trained on four fifths of the images of `dataset`, the same at every call; `cache` is its file.
 
-    Returns (what sees images, its accuracy on the held-out fifth): 0.86 for CIFAR-10, 0.98 for digits at 16x16. Under
-    torchrun rank 0 trains and the others wait for its weights.
+    Returns (what sees images, its accuracy on the held-out fifth): 0.86 for CIFAR-10, 0.98 for digits at 16x16.
     """
     train_set, held_out = split(dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(dataset.images.shape[1], len(dataset.class_names))
     network.to(device, memory_format=torch.channels_last)
-    if is_main():
-        identity = hashlib.sha256(dataset.images.cpu().numpy().tobytes())
-        identity.update(dataset.labels.cpu().numpy().tobytes())
-        fingerprint = f"{VERSION} {identity.hexdigest()}"
-        if state := stored(cache, fingerprint):
-            network.load_state_dict(state["model_state_dict"])
-        else:
-            print(f"training the classifier on {len(train_set.labels)} real images, this once", flush=True)
-            train_classifier(network, train_set)
-            try:
-                checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
-            except UserError as error:  # no place to keep it: it serves this time
-                print(error, file=sys.stderr)
-    barrier()
-    broadcast(network)
+    content = hashlib.sha256(dataset.images.cpu().numpy().tobytes())
+    content.update(dataset.labels.cpu().numpy().tobytes())
+    fingerprint = f"{VERSION} {content.hexdigest()}"
+    if weights := stored(cache, fingerprint):
+        network.load_state_dict(weights)
+    else:
+        print(f"training the classifier on {len(train_set.labels)} real images, this once", flush=True)
+        train_classifier(network, train_set)
+        try:
+            checkpoint.save(cache, {"model_state_dict": network.state_dict(), "fingerprint": fingerprint})
+        except UserError as error:  # no place to keep it: it serves this time
+            print(error, file=sys.stderr)
     network.eval()
-    see = applied(lambda batch: network(to_float(batch)), device)
-    return see, (see(held_out.images)[1].argmax(1) == held_out.labels.cpu()).float().mean().item()
+    see = in_batches(lambda batch: network(to_float(batch)), device)
+    return see, (see(held_out.images)[1].argmax(1) == held_out.labels).float().mean().item()
 
 
 def stored(path, fingerprint):
-    """The state in the file `path`, if it is intact and has this fingerprint; else an empty dict."""
+    """The classifier's weights in the file `path`, if it is intact and has this fingerprint; else None."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
-            intact = archive.testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if intact and state.get("fingerprint") == fingerprint else {}
+        state = checkpoint.read(path)
+        return state["model_state_dict"] if state.get("fingerprint") == fingerprint else None
     except Exception:  # missing, damaged or foreign: it is made again
-        return {}
+        return None
 
 
 def train_classifier(network, dataset):
     """Trains `network`, in place. Data and augmentation of a step follow from its number alone."""
     steps, batch_size = plan(dataset)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05, fused=True)
-    batches = Batches(dataset, batch_size, seed=0, share=lambda rows: rows)  # rank 0 trains alone
+    batches = Batches(dataset, batch_size, seed=0)
     coloured = not torch.equal(dataset.images, dataset.images[:, :1].expand_as(dataset.images))
     for step in progress(range(steps), "training the classifier", "step"):
         images, labels = next(batches)

@@ -1,4 +1,4 @@
-"""Metrics that compare images by their features: pure functions of tensors on any device but mps, which lacks float64.
+"""Metrics that compare images by their features: pure functions of tensors on any device.
 
 features, small, ...: float `[N, D]`, one row per image. docs/evaluation.md says what each metric detects and what not.
 """
@@ -38,16 +38,13 @@ def frechet_distance(features, reference):
     m1, C1: of `features`; reference: m2, C2 and its root R, from `with_root`. With C1 = X^T X, X the centred features,
     the trace is the sum of the roots of the eigenvalues of (X R)^T (X R), or of (X R) (X R)^T, if that is smaller.
     """
-    reference_mean, reference_covariance, root = reference
-    mean = features.double().mean(0)
-    centred = (features - mean) / (len(features) - 1) ** 0.5
+    m2, C2, root = reference
+    m1 = features.double().mean(0)
+    centred = (features - m1) / (len(features) - 1) ** 0.5
     product = centred @ root
     square = product @ product.T if len(product) < len(root) else product.T @ product
     cross = torch.linalg.eigvalsh(square).clamp(min=0).sqrt().sum()
-    distance = (
-        (mean - reference_mean).square().sum() + centred.square().sum() + reference_covariance.trace() - 2 * cross
-    )
-    return distance.item()
+    return ((m1 - m2).square().sum() + centred.square().sum() + C2.trace() - 2 * cross).item()
 
 
 def distances(a, b):

@@ -14,7 +14,6 @@ def write_results(path, results):
 def read_results(path):
     """The dict that `write_results` wrote, or None if the file is missing or damaged."""
     try:
-        results = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
         return None
-    return results if isinstance(results, dict) else None

@@ -62,12 +62,11 @@ def main(argv=None):
         print(f"{name:20}{speed:10.4g} images/s{rate / 1e9:10.4g} GFLOP/s{peak}")
     speed_ratio = rows["one step"]["images_per_second"] / rows["Heun, 18 steps"]["images_per_second"]
     print(f"one step is {speed_ratio:.1f} times as fast as 18 Heun steps")
-    result = {
+    result = {name: getattr(args, name) for name in ("batch_size", "precision", "compile", "optimizer")} | {
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
         "network": networks[0].config,
-        **{name: getattr(args, name) for name in ("batch_size", "precision", "compile", "optimizer")},
         "rows": rows,
         "speed_ratio": speed_ratio,
     }
@@ -77,11 +76,11 @@ def main(argv=None):
 
 def timed(task, device):
     """The seconds that a call of `task` takes."""
-    synchronize = torch.get_device_module(device).synchronize if device.type != "cpu" else int
-    synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
     start = time.perf_counter()
     task()
-    synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -138,17 +137,14 @@ def diffusers_unet(config):
     """diffusers' UNet2DModel with the layout of a SimpleUNet's `config`, at the width with the nearest FLOPs."""
     side, mults = config["img_resolution"], config["channel_mult"]
     attends = ["Attn" * (side >> level in config["attn_resolutions"]) for level in range(len(mults))]
+    unet = {"layers_per_block": config["num_blocks"]}
+    unet |= {"down_block_types": [f"{kind}DownBlock2D" for kind in attends]}
+    unet |= {"up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)]}
     schedule = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)  # DDPM's
 
     def peer(width):
-        unet = dict(
-            block_out_channels=[width * mult for mult in mults],
-            layers_per_block=config["num_blocks"],
-            down_block_types=[f"{kind}DownBlock2D" for kind in attends],
-            up_block_types=[f"{kind}UpBlock2D" for kind in reversed(attends)],
-            norm_num_groups=width // 4,
-        )
-        return DiffusersUNet(side, config["img_channels"], config["label_dim"], unet, "epsilon", schedule)
+        widths = {"block_out_channels": [width * mult for mult in mults], "norm_num_groups": width // 4}
+        return DiffusersUNet(side, config["img_channels"], config["label_dim"], unet | widths, "epsilon", schedule)
 
     flops = forward_flops(SimpleUNet(**config).to("meta"))
     peers = (peer(width) for width in range(8, config["model_channels"] + 8, 8))

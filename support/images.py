@@ -27,17 +27,6 @@ def resize(images, resolution):
     return torch.cat([chunk.round().clamp(0, 255).to(torch.uint8) for chunk in chunks])
 
 
-def tile(images, columns):
-    """uint8 `[N, C, H, W]` as one picture `[rows * (H + 2), columns * (W + 2), C]`. torchvision's is slow to import."""
-    images = F.pad(images, (1, 1, 1, 1), value=255)
-    missing = -len(images) % columns
-    images = torch.cat([images, torch.full_like(images[:1], 255).expand(missing, -1, -1, -1)])
-    N, C, H, W = images.shape
-    return (
-        images.reshape(N // columns, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(N // columns * H, columns * W, C)
-    )
-
-
 def join(pictures, dim):
     """Pictures `[H, W, C]` of one size as one, along `dim`, with white gaps between them."""
     gap = torch.full_like(pictures[0].split(8, dim)[0], 255)
@@ -46,11 +35,12 @@ def join(pictures, dim):
 
 def save_grid(path, *blocks, columns):
     """Writes batches `[N, C, H, W]` in [-1, 1] as one PNG: grids of `columns` columns, three in a row, enlarged."""
-    tiles = [tile(to_uint8(block).cpu(), columns) for block in blocks]
+    from torchvision.utils import make_grid  # here: it takes seconds to import
+
+    tiles = [make_grid(to_uint8(block).cpu(), columns, pad_value=255).permute(1, 2, 0) for block in blocks]
     lines = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]
     lines[-1] += [torch.full_like(tiles[0], 255)] * (len(lines[0]) - len(lines[-1]))
-    picture = join([join(line, 1) for line in lines], 0)
-    picture = Image.fromarray(picture.squeeze(2).numpy())
+    picture = Image.fromarray(join([join(line, 1) for line in lines], 0).numpy())
     scale = max(1, 64 // blocks[0].shape[-1])
     with writing(path):
         picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)

@@ -147,12 +147,7 @@ def convert(option, raw, source):
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which the plain loader keeps the last, and aliases, which can grow without end."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise UserError("aliases (*name) are not supported")
-        return super().compose_node(parent, index)
+    """Refuses duplicate keys, of which the plain loader keeps the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

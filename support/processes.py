@@ -29,7 +29,7 @@ def join_processes(device):
         # The group's threads then sometimes abort the process when they free tensors.
         import torch.distributed.nn  # noqa: F401
 
-        # All others wait while rank 0 trains a classifier, or downloads.
+        # All others wait while rank 0 downloads data.
         dist.init_process_group(backends(device), timeout=timedelta(hours=3))
         atexit.register(dist.destroy_process_group)
         if not is_main():
@@ -62,15 +62,10 @@ def all_mean(tensors):
     gradients.
     """
     if world_size() > 1:
-        tensors = [in_memory_order(tensor) for tensor in tensors]
-        flat = torch.cat(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
-
-
-def in_memory_order(tensor):
-    """The elements of a dense tensor as a vector in the order of memory: a view, for any layout."""
-    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
+        for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def all_max(value):

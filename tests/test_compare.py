@@ -152,7 +152,8 @@ def test_a_checkpoint_of_a_stop_is_no_point_of_the_curve(tmp_path, monkeypatch):
     """All seeds have the same points: a quarter, half, three quarters and all of the run."""
     rows = [{"frechet_distance": 1.0}, *({"step": step} for step in (230, 460, 500, 690, 917))]
     monkeypatch.setattr(compare, "measure", lambda *arguments: rows)
-    points = compare.points_of(None, None, tmp_path, rows[0])
+    (tmp_path / "dmd2_final.pt").touch()
+    points = compare.points_of(None, None, 0, 917, tmp_path, rows[0])
     assert [point["step"] for point in points] == [230, 460, 690, 917]
 
 

@@ -32,7 +32,6 @@ def test_counted_arithmetic_and_memory_are_those_of_the_convolution():
 PASSES = {
     "": 4.4,
     "--dfake_gen_update_ratio 5": 4.8,
-    "--alternate_turns": 4.1,
     "--student_sigmas 80 2.5": 4.9,
     "--objective sid": 4.6,
 }

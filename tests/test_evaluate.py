@@ -79,7 +79,6 @@ MISTAKES = [
     ("student.pt", ["--teacher_checkpoint", "student.pt"], "a generator"),
     (".", [], "no checkpoints in this folder"),
     (".", ["--plot"], "metrics.jsonl: missing, or holds no"),
-    ("student.pt", ["--inception_score", "--features", "pixels"], "--inception_score needs --features inception"),
     ("student.pt", ["--dataset", "folder", "--data_dir", "data"], "data: neither a folder nor a ZIP"),
     ("student.pt", ["--dataset", "folder", "--data_dir", "set.zip"], "student.pt: knows 10 classes"),
     ("cars.pt", ["--dataset", "mnist5k"], "automobile"),
@@ -132,7 +131,7 @@ def test_results_are_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"results\.json: .* is intact"):
         write_results(path, {"rows": [2]})
     assert read_results(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
-    for damaged in (path.read_bytes()[:8], b"\xff", b"[1]", b"[" * 100_000):
+    for damaged in (path.read_bytes()[:8], b"\xff"):
         path.write_bytes(damaged)
         assert read_results(path) is None
 
@@ -173,10 +172,10 @@ def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeyp
 
 @pytest.mark.parametrize("published", [True, False])
 def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
-    """EDM's protocol: each draw is compared with all real images, the least counts. Each image is looked at once."""
+    """EDM's protocol: generated images are compared with all real ones. Each image is looked at once."""
     seen, see = [], features.inception(str(inception_weights), torch.device("cpu"))
     monkeypatch.setattr(features, "inception", lambda *arguments: lambda images: seen.append(images) or see(images))
-    options = [*classes_of(tmp_path, each=3), "--num_samples", 5, "--repeats", 2, "--inception_score"]
+    options = [*classes_of(tmp_path, each=3), "--num_samples", 10]
     if published:
         random = np.random.default_rng(0)
         mu, root = random.normal(size=2048), random.normal(size=(2048, 20)) / 20
@@ -185,13 +184,8 @@ def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
     evaluated("--checkpoint", runs / "dmd2" / "dmd2_final.pt", *options)
     row = result(tmp_path)["rows"][-1]
     assert [len(images) for images in seen] == [24, 6, 10]  # real, held out, generated
-    assert row["fid"] == min(row["fid_draws"]) < max(row["fid_draws"]) and row["inception_score"] >= 1
-    if published:  # mu is far from the features: |m1 - m2|^2 is most of the distance, the covariances less than half
-        assert np.square(mu).sum() / 2 < row["fid"] < 3 * np.square(mu).sum()
-    else:
-        real = with_root(*statistics(see(torch.cat(seen[:2]))[0]))
-        draws = [frechet_distance(draw, real) for draw in see(seen[2])[0].split(5)]
-        assert row["fid_draws"] == pytest.approx(draws, rel=1e-6)
+    real = map(torch.from_numpy, (mu, root @ root.T)) if published else statistics(see(torch.cat(seen[:2])))
+    assert row["fid"] == pytest.approx(frechet_distance(see(seen[2]), with_root(*real)), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +195,7 @@ def test_fid(runs, tmp_path, inception_weights, published, monkeypatch):
         (b"text", "needs an .npz file"),
         ({"mu": np.zeros(2048)}, "needs an .npz file"),
         ({"mu": np.zeros(2048), "sigma": np.zeros((2, 2))}, r"these are \[2048\] and \[2, 2\]"),
-        ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "it holds more than numbers"),
-        ({"mu": np.zeros(10**7), "sigma": np.zeros((1, 1))}, "it unpacks to more"),
+        ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "Object arrays cannot be loaded"),
     ],
 )
 def test_unfit_statistics_are_refused(tmp_path, content, message):
@@ -215,27 +208,19 @@ def test_unfit_statistics_are_refused(tmp_path, content, message):
         evaluate.read_fid_reference(path)
 
 
-def test_fid_reference_is_what_it_says(tmp_path):
-    seen = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).double()
-    mean, covariance = statistics(seen)
-    np.savez(tmp_path / "a.npz", mu=mean.numpy(), sigma=covariance.numpy())
-    read = with_root(*evaluate.read_fid_reference(tmp_path / "a.npz", 4))
-    assert frechet_distance(seen, read) == pytest.approx(0, abs=1e-6)
-
-
 def test_an_image_depends_on_its_number_alone(runs):
-    """Images depend neither on the batch nor on their number: the second of three draws of 4 is images 4 to 7 of 12."""
+    """Neither on the batch nor on how many there are. It is of the class that is its label."""
     drawn, cpu = [], torch.device("cpu")
-    for samples, repeats, batch_size in ((12, 1, 5), (4, 3, 12)):
-        flags = ["--num_samples", samples, "--repeats", repeats, "--batch_size", batch_size, "--device", "cpu"]
+    for samples, batch_size in ((12, 5), (8, 12)):
+        flags = ["--num_samples", samples, "--batch_size", batch_size, "--device", "cpu"]
         flags += ["--checkpoint", runs / "dmd2" / "dmd2_final.pt"]
         args = parse_args(evaluate.OPTIONS, "", [*map(str, flags)])
         (model,) = evaluate.load_models(args, cpu)
         labels = evaluate.generate(args, [model], (1, 8, 8), cpu)
         drawn.append((labels, model.images))
         assert model.images.dtype == torch.uint8 and model.seconds > 0
-    assert torch.equal(drawn[0][0], drawn[1][0]) and len(labels.unique()) > 3
-    assert (drawn[0][1].int() - drawn[1][1].int()).abs().max() <= 1
+    assert torch.equal(drawn[0][0][:8], labels) and len(labels.unique()) > 3
+    assert (drawn[0][1][:8].int() - model.images.int()).abs().max() <= 1
 
     model.sampler = lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape) / 10
     assert torch.equal(evaluate.generate(args, [model], (1, 8, 8), cpu), labels)

@@ -157,18 +157,6 @@ def test_more_images_make_less_noise_and_leave_the_metric(monkeypatch):
     assert len(calls) == 2
 
 
-def test_without_logits_there_are_no_metrics_of_labels():
-    """As for a network without classes; the others are what they were, and a verdict is on those that there are."""
-    reference, labels = reference_of(normal(500, 6)), torch.zeros(100, dtype=torch.long)
-    whole = seen_of(normal(100, 6, 1))
-    part = {name: rows for name, rows in whole.items() if name != "logits"}
-    fewer, all_metrics = (metrics.measure_with_noise(seen, labels, reference, 100) for seen in (part, whole))
-    names = [name for name in metrics.BETTER if name not in ("own_label", "within_class_spread")]
-    assert fewer == {name: all_metrics[name] for name in ("images", *names)} | {"noise": fewer["noise"]}
-    rows = [fewer] * 3
-    assert metrics.verdict(*rows) == {"better": [], "worse": [], "as good": names} and metrics.best(rows) == 0
-
-
 # ---- planted failures -----------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,6 @@ WRONG = [  # script, arguments, part of the one-line message
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda or cuda:N"),
     (T, "--batch_size 10 --grad_accum 3", "--batch_size 10 must be divisible by --grad_accum 3"),
     (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
-    (E, "--features classifier --inception_score", "--inception_score needs --features inception"),
     (E, "--features classifier --fid_reference x.npz", "--fid_reference needs --features inception"),
     (E, "--num_samples 3", "--num_samples must be at least 4"),
     (D, "--rho 0.001", "--rho must be at least 0.1"),

@@ -1,10 +1,9 @@
-"""Two processes on a CPU: one run, with averaged gradients; shared sampling and evaluation; errors."""
+"""Two processes on a CPU: one run, with averaged gradients; errors."""
 
 import re
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_NET, flags, metrics, refuses, run_script, succeed, tiny_unet, torchrun
@@ -13,7 +12,7 @@ from test_scripts import final
 import checkpoint
 from data import Batches, Dataset
 from guidance import GuidanceModel
-from support import processes, shared_work
+from support import processes
 from support.processes import backends, in_memory_order
 from unified_model import UnifiedModel
 
@@ -99,25 +98,20 @@ def test_a_run_goes_on_with_another_number_of_processes(both, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "out")] == [21, 22]
 
 
-def test_two_processes_share_generation_and_evaluation(both, tmp_path):
-    generate = flags(checkpoint=final(both / "one", "dmd2"), format="npz", num_samples=3, classes="1,2,7", device="cpu")
-    assert "9 images" in succeed("generate.py", *generate, output_dir=tmp_path / "one")
-    done = torchrun("generate.py", *generate, output_dir=tmp_path / "two")
-    assert done.stdout.count("9 images in") == 1, done.stderr
-    one, two = (np.load(tmp_path / name / "samples.npz") for name in ("one", "two"))
-    assert (one["labels"] == two["labels"]).all() and abs(one["images"].astype(int) - two["images"]).max() <= 1
+@pytest.mark.parametrize("script", ["evaluate", "generate", "compare"])
+def test_what_shares_no_work_refuses_torchrun(monkeypatch, script):
+    monkeypatch.setattr("support.script.TORCHRUN", True)
+    refuses("one process: start it without torchrun", f"{script}.py", "--help")
 
-    evaluate = flags(checkpoint=final(both / "one", "teacher"), features="classifier", num_samples=41, steps=2)
-    evaluate += flags(batch_size=20, data_dir=tmp_path, device="cpu", output_dir=tmp_path)
-    numbers = []
-    for run in (torchrun, run_script):  # the first trains the classifier, in both processes
-        lines = [line.split() for line in run("evaluate.py", *evaluate).stdout.splitlines()]
-        numbers.append([line for line in lines if line and line[0] in ("a", "frechet_distance", "recall")])
-    assert len(numbers[0]) == len(numbers[1]) == 3
-    assert numbers[0][0] == numbers[1][0]  # the classifier's accuracy
-    for pair in zip(*numbers, strict=True):
-        one, two = ([float(word) for word in line[1::3] if word[0].isdigit()] for line in pair)
-        assert one == pytest.approx(two, rel=0.01)
+
+def test_a_script_that_refuses_torchrun_says_so_once(tmp_path):
+    done = torchrun("generate.py", output_dir=tmp_path / "out", device="cpu")
+    first, report = done.stderr.split("ChildFailedError: \n")
+    assert (
+        first.count("generate.py: error: this script is one process") == 1
+        and "Traceback" not in first.split("torch/")[0]
+    )
+    assert done.returncode and "exitcode  : 2" in report and not list(tmp_path.iterdir())
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, monkeypatch):
@@ -252,16 +246,15 @@ def test_gradients_are_averaged_in_the_order_of_memory():
             assert not tensor.any()
 
 
-@pytest.mark.parametrize("rank, local_rank, before, after", [(0, 0, 0, 2), (1, 1, 2, 0), (8, 0, 1, 1), (9, 1, 2, 0)])
-def test_rank_0_alone_goes_first(monkeypatch, rank, local_rank, before, after):
-    """On two machines of eight processes: rank 0, then rank 8, which may find rank 0's download, then the rest."""
+@pytest.mark.parametrize("local_rank, before", [(0, 0), (1, 1)])
+def test_the_first_process_of_a_machine_goes_first(monkeypatch, local_rank, before):
+    """All meet once: it after its download, the others before they look for it."""
     met = []
     monkeypatch.setattr(processes, "LOCAL_RANK", local_rank)
-    monkeypatch.setattr(processes, "rank", lambda: rank)
     monkeypatch.setattr(processes, "barrier", lambda: met.append("barrier"))
-    with shared_work.one_first():
+    with processes.main_first():
         assert len(met) == before
-    assert len(met) == before + after
+    assert len(met) == 1
 
 
 def test_losses_are_float32_in_bf16_too():
