@@ -125,7 +125,10 @@ def check_state(state):
 
     side = config.get("img_resolution")
     require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
-    json.loads(json.dumps(config), parse_int=check_size)  # a list that holds itself is a ValueError too
+    try:
+        json.loads(json.dumps(config), parse_int=check_size)
+    except (TypeError, RecursionError):
+        raise ValueError("its model_config is no plain data") from None
     parts = [part for part in (config, config.get("unet")) if isinstance(part, dict)]
     blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
     few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)

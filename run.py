@@ -146,9 +146,9 @@ class Run:
 
     def restore(self):
         state, source = self.resumed, f"checkpoint {self.resumed_from}"
-        for fact in self.facts.keys() - {"config", "versions"}:  # network, classes, the generator's noise levels
-            if self.facts[fact] != state.get(fact):
-                raise UserError(f"{source}: its {fact} is {state.get(fact)}, this run's {self.facts[fact]}")
+        for fact, ours in self.facts.items():  # network, classes, the generator's noise levels
+            if fact not in ("config", "versions") and ours != state.get(fact):
+                raise UserError(f"{source}: its {fact} differs from this run's, {ours}")
         if (heads := "guidance_cls_state_dict" in state) != (self.parts.get("guidance_cls") is not None):
             how = "with" if heads else "without"
             raise UserError(f"{source}: trained {how} --gan_classifier; resume it {how} that option")

@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     digits = dict(teacher_checkpoint=teacher)
     refuses("--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train", *dmd2)
     refuses("a generator; give a teacher's checkpoint", *dmd2, teacher_checkpoint=student)
-    refuses("not a generator with this network", *dmd2, resume_from_checkpoint=teacher, **digits)
+    refuses("not of a training of a generator", *dmd2, resume_from_checkpoint=teacher, **digits)
     refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
     heads = dict(gan_classifier=True, **digits)
     refuses("gan_resolutions 16: the encoder has 8, 4", *dmd2, gan_resolutions=[16, 4], **heads)
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     refuses("knows 10 classes; the data set folder has 2", *dmd2, **digits, **data)
 
     train = ["train_teacher.py", *TINY, "--output_dir", out]
-    refuses("not a teacher with this network", *train, img_resolution=16, resume_from_checkpoint=teacher)
+    refuses("its model_config differs from this run's", *train, img_resolution=16, resume_from_checkpoint=teacher)
     refuses("no checkpoints in", *train, *TINY_NET, resume_from_checkpoint="latest")
     refuses("--batch_size 17 is more than the 16 images", *train, batch_size=17, **data)
     if not torch.cuda.is_available():
@@ -268,7 +268,7 @@ def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     assert np.abs(ours.astype(int) - theirs).max() <= 1
     resume = dict(student_sigmas=[80, 5, 1], resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
     refuses(
-        "a student at sigma [80.0, 2.5], not at [80.0, 5.0, 1.0]",
+        "its student_sigmas differs from this run's, [80.0, 5.0, 1.0]",
         "train_dmd2.py",
         *options,
         output_dir=tmp_path / "other",
