@@ -33,9 +33,7 @@ FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, 
 FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
 MAX_SIDE, MAX_SIZE, MAX_BLOCKS = 1024, 100_000, 100  # of a network; a hostile file may ask for anything
 SAMPLING = [
-    Option(
-        "sampler", "heun", choice("heun", "euler"), "for a teacher: EDM's, or euler, in even steps of flow matching"
-    ),
+    Option("sampler", "heun", choice("heun", "euler"), "of a teacher: EDM's, or Euler's in even flow-matching time"),
     Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
     Option("batch_size", 250, count, "images generated at once"),
 ]

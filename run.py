@@ -28,9 +28,7 @@ from support.script import UserError, is_first, make_folder, writing
 
 RUN = [
     Option("batch_size", 128, whole, "images per step, over all processes"),
-    Option(
-        "grad_accum", 1, whole, "number of parts into which a batch is split, if it does not fit into memory at once"
-    ),
+    Option("grad_accum", 1, whole, "parts into which a batch is split, if it does not fit into memory at once"),
     Option("step_number", 100_000, whole, "training steps in total"),
     Option("save_every", 5000, whole, "steps between checkpoints"),
     Option("keep_last", 3, whole, "number of newest step checkpoints to keep; the final one is always kept"),
@@ -41,9 +39,7 @@ RUN = [
         "checkpoint to resume from; `latest`: the newest in output_dir; `auto`: that, or a new run if there is none. "
         "Options that are not given are those of its run, but for device, compile and W&B's",
     ),
-    Option(
-        "overwrite", False, flag, "start a new run in an output_dir that holds another: its checkpoints are deleted"
-    ),
+    Option("overwrite", False, flag, "start anew in an output_dir that holds a run: its checkpoints are deleted"),
 ]
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.

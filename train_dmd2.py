@@ -39,23 +39,17 @@ OPTIONS = {
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
         Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model"),
         Option("clip_guidance", True, flag, "apply clip_grad_norm to the guidance model too"),
-        Option(
-            "ema_decay", 0.0, share, "decay of the generator's averaged weights, which are then sampled; 0: no average"
-        ),
+        Option("ema_decay", 0.0, share, "decay of the generator's average, which is then what is sampled; 0: none"),
         *OPTIMIZATION,
     ],
     "generator": [
         Option("generator_checkpoint", None, path, "another teacher that it starts as, such as a smaller one"),
         Option("conditioning_sigma", 80.0, noise_level, "noise level at which the generator is called"),
-        Option(
-            "student_sigmas", None, noise_level, "those of several steps, descending; replace conditioning_sigma", "+"
-        ),
+        Option("student_sigmas", None, noise_level, "those of several steps, descending, in place of that one", "+"),
     ],
     "noise levels": [
         Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
-        Option(
-            "schedule", "karras", choice("karras", "flow"), "EDM's, or even in flow matching's t = sigma/(1 + sigma)"
-        ),
+        Option("schedule", "karras", choice("karras", "flow"), "EDM's, or even in flow matching's time"),
         Option("sigma_min", 0.002, noise_level, "lowest noise level of the schedule"),
         Option("sigma_max", 80.0, noise_level, "highest noise level of the schedule"),
         Option("rho", 7.0, number(0.1), "shape of karras (EDM eq. 5)"),
@@ -66,21 +60,14 @@ OPTIONS = {
     "objective": [
         Option("objective", "dmd", choice("dmd", "sid"), "of the generator: dmd, or score identity distillation (sid)"),
         Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
-        Option(
-            "f_divergence",
-            "rkl",
-            choice(*F_DIVERGENCES),
-            "divergence that dmd minimises; all but rkl need --gan_classifier, and many images per process and part",
-        ),
+        Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "what dmd minimises; all but rkl need --gan_classifier"),
     ],
     "GAN on real images (DMD2 section 4.3)": [
         Option("gan_classifier", False, flag, "add the GAN loss"),
         Option(
-            "gan_features", "fake", choice("fake", "teacher"), "features for the heads: fake_unet's or the teacher's"
+            "gan_features", "fake", choice("fake", "teacher"), "what the heads see: features of fake_unet or teacher"
         ),
-        Option(
-            "gan_resolutions", None, count, "resolutions of these features, a head each; default: the coarsest", "+"
-        ),
+        Option("gan_resolutions", None, count, "resolutions of these, a head each; default: the coarsest alone", "+"),
         Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
         Option("gen_cls_loss_weight", 3e-3, number(0), "weight of the GAN loss in the generator's loss"),
         Option("cls_loss_weight", 1e-2, number(0), "weight of the GAN loss in the guidance model's loss"),

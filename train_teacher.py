@@ -18,9 +18,7 @@ from support.script import UserError, as_user_error, run_script
 NETWORK = [
     Option("img_resolution", 32, number(8, 64, whole=True), "side to which the images are resized"),
     Option("img_channels", None, number(1, 3, whole=True), "1 (grey) or 3; default: the data set's own (folder: 3)"),
-    Option(
-        "label_dim", None, number(0, whole=True), "number of classes, 0 to ignore labels; default: the data set's own"
-    ),
+    Option("label_dim", None, number(0, whole=True), "number of classes, 0: ignore labels; default: the data set's"),
     Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
     Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
     Option("num_blocks", 2, count, "residual blocks at each resolution"),

@@ -22,12 +22,7 @@ def device_name(value):
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
     Option("device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda or cuda:N"),
-    Option(
-        "precision",
-        "tf32",
-        choice("fp32", "tf32", "bf16"),
-        "of the networks; tf32 is fp32 except on CUDA; bf16 is autocast",
-    ),
+    Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "tf32 is fp32 except on CUDA; bf16 is autocast"),
     Option("compile", False, flag, "compile the networks with torch.compile: slower to start, then faster"),
 ]
 

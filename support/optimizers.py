@@ -7,20 +7,11 @@ from support.options import Option, choice, count, number, positive, share
 from support.script import UserError
 
 OPTIMIZATION = [
-    Option(
-        "optimizer", "adamw", choice("adamw", "muon"), "muon: for the weights inside the blocks, AdamW for the rest"
-    ),
+    Option("optimizer", "adamw", choice("adamw", "muon"), "muon: inside the blocks, and AdamW for the rest"),
     Option("lr_warmup_steps", 500, number(0, whole=True), "steps over which the learning rate rises to its full value"),
-    Option(
-        "lr_decay", 0.0, share, "share of the steps, at the end of training, over which the learning rate falls to zero"
-    ),
+    Option("lr_decay", 0.0, share, "share of the steps, at the end, over which the learning rate falls to zero"),
     Option("clip_grad_norm", 10.0, positive, "largest norm of a gradient; larger ones are scaled down to it"),
-    Option(
-        "max_bad_steps",
-        10,
-        count,
-        "stop after this many steps in a row whose gradients are not finite (they are skipped)",
-    ),
+    Option("max_bad_steps", 10, count, "stop after so many steps in a row with gradients not finite (skipped)"),
 ]
 
 
