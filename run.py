@@ -137,6 +137,11 @@ class Run:
         if self.done:
             where = f"{self.resumed_from} is at step {self.step}"
             self.logger.message(f"nothing left to train: {where}; to continue, give a larger --step_number")
+        if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
+            never = "the learning rate never reaches its full value"
+            self.logger.message(
+                f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: {never}"
+            )
         self.resumed = None  # it is large, mainly its moments
         self.stop = Stop()
 

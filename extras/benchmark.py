@@ -94,7 +94,7 @@ def make_tasks(args, device):
     generator, fake_unet = model.feedforward_model, model.guidance_model.fake_unet
     images, noise = torch.randn(2, args.batch_size, *shape, device=device)
     labels = torch.randint(max(1, classes), (args.batch_size,), device=device)
-    sigma = (args.P_mean + args.P_std * torch.randn(args.batch_size, device=device)).exp()
+    sigma = torch.randn(args.batch_size, device=device).exp()
 
     def training(network, loss_of):
         optimizer = build_optimizer(args.optimizer, network, lr=1e-9)
@@ -109,7 +109,7 @@ def make_tasks(args, device):
 
     def denoising(network):
         noisy = images + sigma[:, None, None, None] * noise
-        return denoising_loss(network(noisy, sigma, labels), images, sigma, args.sigma_data)
+        return denoising_loss(network(noisy, sigma, labels), images, sigma, args.sigma_data, args.prediction)
 
     @torch.inference_mode()
     def sample(sampler):

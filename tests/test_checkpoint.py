@@ -73,11 +73,6 @@ def test_a_changed_checkpoint_is_resumed_or_refused(runs, seed, tmp_path):
         train.main([*map(str, options)])
 
 
-def test_an_average_that_an_earlier_version_left_empty(states, tmp_path):
-    checkpoint.save(tmp_path / "x.pt", states[1] | {"ema_state_dict": None})
-    assert checkpoint.load_network(tmp_path / "x.pt").config == states[1]["model_config"]
-
-
 def nested(key, inner, value):
     return lambda state: state[key].__setitem__(inner, value)
 

@@ -69,7 +69,7 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     pictures = {"evaluation.png", "comparison.png", "diversity.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", *pictures}
     shown = Image.open(tmp_path / "out" / "diversity.png")
-    assert shown.size == (8 * (3 * 8 * 10 + 2 * 8), 8 * 8 * 10)  # 8x8 images of one class from each of three
+    assert shown.size == (8 * (3 * 82 + 2 * 8), 8 * 82)  # 8x8 images of one class from each of three
     assert (tmp_path / "set_classifier_8x1.pt").exists()
     evaluated("--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
@@ -79,7 +79,7 @@ MISTAKES = [
     ("student.pt", ["--teacher_checkpoint", "student.pt"], "a generator"),
     (".", [], "no checkpoints in this folder"),
     (".", ["--plot"], "metrics.jsonl: missing, or holds no"),
-    ("student.pt", ["--dataset", "folder", "--data_dir", "data"], "data: neither a folder nor a ZIP"),
+    ("student.pt", ["--dataset", "folder", "--data_dir", "data"], "data: not a readable folder or ZIP"),
     ("student.pt", ["--dataset", "folder", "--data_dir", "set.zip"], "student.pt: knows 10 classes"),
     ("cars.pt", ["--dataset", "mnist5k"], "automobile"),
     ("theirs.pt", [], "theirs, which is not here: give --data_dir"),  # and it is not made
@@ -153,7 +153,7 @@ def test_without_classes(unconditional, tmp_path, capsys, inception_weights, fea
     same = [row["frechet_distance"] == row["pixel_frechet_distance"] for row in found["rows"]]
     assert all(same) if features == "pixels" else not any(same)
     shown = Image.open(tmp_path / "out" / "comparison.png")
-    assert shown.size == (8 * 2 * 10, 8 * 20 * 10)  # ten rows of two images of the teacher's, each over the student's
+    assert shown.size == (8 * 22, 8 * 202)  # ten rows of two images of the teacher's, each over the student's
     assert not list(unconditional.glob("*classifier*"))
 
 

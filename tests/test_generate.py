@@ -89,8 +89,8 @@ def test_all_formats_hold_the_same_pixels(tmp_path, channels):
     for index, name in enumerate(["cat/000000", "cat/000001", "dog/000000", "dog/000001"]):
         png, flat = (Image.open(tmp_path / path) for path in (f"png/{name}.png", f"flat/{name.replace('/', '_')}.png"))
         assert png.mode == ("RGB" if channels == 3 else "L") and flat.mode == "RGB"
-        cell = grids[index // 2][1 + 10 * (index % 2) :][:8, 1:9]  # each pixel is a square of 8
-        assert (np.asarray(png) == arrays[index].squeeze()).all() and (cell == np.asarray(png)).all()
+        cell = grids[index // 2][2 + 10 * (index % 2) :][:8, 2:10]  # each pixel is a square of 8
+        assert (np.asarray(png) == arrays[index].squeeze()).all() and (cell == arrays[index]).all()
         assert (np.asarray(flat) == arrays[index]).all()
     assert len(contents(tmp_path / "png")) == len(contents(tmp_path / "flat")) == 4
     options = {"samples_find_deep": False, "samples_find_ext": "png,jpg", "samples_resize_and_crop": 0}

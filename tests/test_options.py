@@ -118,7 +118,6 @@ WRONG_YAML = [  # content, part of the one-line message
     ("wandb:\n  enabled: true\nwandb_enabled: true\n", "unknown key wandb_enabled"),
     ("wandb:\n  mode: offline\nwandb_mode: online\n", "wandb_mode is given twice"),
     ("lr: null", "lr needs a value"),
-    ("lr: &a [1]\nseed: *a\n", "aliases (*name) are not supported"),
     ("lr: [1, 2]", "lr needs a single value"),
     ("channel_mult: 2", "channel_mult needs a list"),
     ("hflip: maybe", "hflip must be true or false"),
