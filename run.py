@@ -138,10 +138,8 @@ class Run:
             where = f"{self.resumed_from} is at step {self.step}"
             self.logger.message(f"nothing left to train: {where}; to continue, give a larger --step_number")
         if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
-            never = "the learning rate never reaches its full value"
-            self.logger.message(
-                f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps: {never}"
-            )
+            more = f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps"
+            self.logger.message(f"{more}: the learning rate never reaches its full value")
         self.resumed = None  # it is large, mainly its moments
         self.stop = Stop()
 

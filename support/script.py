@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 
@@ -61,7 +62,7 @@ def run_script(main):
     """Calls `main()` and ends the process with the exit status that it returns."""
     outlive_readers()
     try:
-        sys.exit((record(main) if TORCHRUN else main)())
+        sys.exit((record(patiently(main)) if TORCHRUN else main)())
     except KeyboardInterrupt:  # outside the training loop, which handles it
         sys.exit(130)
     except Exception as error:
@@ -82,6 +83,21 @@ def run_script(main):
         sys.stdout.flush()
         os._exit(status)  # without cleanup, which would wait for the other processes while they wait for this one
     sys.exit(status)
+
+
+def patiently(main):
+    """`main`, where a bug's error waits, so that torchrun ends a process that fails because another has failed."""
+
+    def wrapped():
+        try:
+            return main()
+        except UserError:
+            raise
+        except Exception:
+            time.sleep(2)
+            raise
+
+    return wrapped
 
 
 class Output(io.FileIO):
