@@ -213,15 +213,17 @@ def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch, option
 
 
 def test_a_flow_matching_teacher_is_distilled_as_one(tmp_path, monkeypatch):
-    """t is logit-normal by default; the checkpoint says what it predicts; `fake_unet` learns with its loss."""
+    """t is logit-normal by default; the checkpoint says what it predicts; both learn with its loss."""
+    seen, loss = [], guidance.denoising_loss
+    for module in (train_teacher, guidance):
+        monkeypatch.setattr(module, "denoising_loss", lambda *given: seen.append(given[3:]) or loss(*given))
     options = RUN | dict(dataset="mnist5k", output_dir=tmp_path / "teacher", step_number=1)
     assert train_teacher.main(flags(**options, **NET, prediction="flow")) == 0
     file = tmp_path / "teacher" / "teacher_final.pt"
     assert {name: checkpoint.load(file)["config"][name] for name in ("P_mean", "P_std")} == dict(P_mean=0.0, P_std=1.0)
-    seen, loss = [], guidance.denoising_loss
-    monkeypatch.setattr(guidance, "denoising_loss", lambda *given: seen.append(given[3:]) or loss(*given))
     assert train_dmd2.main(flags(**options | dict(output_dir=tmp_path / "run"), teacher_checkpoint=file)) == 0
-    assert seen == [(0.5, "flow")] and checkpoint.load_network(tmp_path / "run" / "dmd2_final.pt").prediction == "flow"
+    assert seen == [(0.5, "flow")] * 2
+    assert checkpoint.load_network(tmp_path / "run" / "dmd2_final.pt").prediction == "flow"
 
 
 @pytest.mark.parametrize("error, told", [(0.9, False), (1.1, True), (float("nan"), True)])
