@@ -79,6 +79,8 @@ def run_script(main):
         print(what, file=sys.stderr, flush=True)
     elif is_first():
         print(f"{os.path.basename(sys.argv[0])}: error: {what}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(10)  # torchrun ends all as soon as one does: rank 0, which may start later, is to tell first
     if TORCHRUN:
         sys.stdout.flush()
         os._exit(status)  # without cleanup, which would wait for the other processes while they wait for this one
