@@ -55,7 +55,9 @@ def preconditioning(sigma, sigma_data=0.5, prediction="edm"):
         return torch.ones_like(sigma), -sigma, a, c_noise
     if prediction == "v_prediction":
         return a**2, -sigma * a, a, c_noise
-    return torch.zeros_like(sigma), torch.ones_like(sigma), a, c_noise
+    if prediction == "sample":
+        return torch.zeros_like(sigma), torch.ones_like(sigma), a, c_noise
+    raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
 
 
 def denoising_loss(denoised, images, sigma, sigma_data=0.5, prediction="edm"):
@@ -105,6 +107,7 @@ class Denoiser(nn.Module):
         }
         self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
         self.prediction = config.get("prediction", "edm")
+        preconditioning(torch.ones(1), prediction=self.prediction)  # raises ValueError for an unknown one
         self.feature_channels = {}
 
     def forward(self, x, sigma, class_labels=None, features=None):

@@ -71,14 +71,14 @@ def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80
 
 
 @torch.no_grad()
-def euler_sampler(net, noise, labels, num_steps=18, sigma_max=80.0, shift=None):
+def euler_sampler(net, noise, labels, num_steps=18, sigma_max=80.0):
     """Euler's method in even steps of flow matching's time t, from `sigma_max` to 0. Shapes as for `heun_sampler`.
 
     A step mixes the predicted image and the predicted noise anew, in t as in sigma: it is DDIM's step too. There are
-    `num_steps` evaluations. shift: of the levels (`get_sigmas_flow`); default: the network's own `shift`, or 1.
+    `num_steps` evaluations. A network that has a `shift` shifts the levels (`get_sigmas_flow`).
     """
-    shift = getattr(net, "shift", 1.0) if shift is None else shift
-    sigmas = get_sigmas_flow(num_steps + 1, 0.0, known_range(net, 0.0, sigma_max)[1], shift).tolist()
+    _, sigma_max = known_range(net, 0.0, sigma_max)
+    sigmas = get_sigmas_flow(num_steps + 1, 0.0, sigma_max, getattr(net, "shift", 1.0)).tolist()
     x = noise * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         denoised = net(x, noise.new_full((len(x),), sigma), labels)

@@ -137,6 +137,16 @@ def build_model(args, teacher, generator=None):
     return model.eval()  # turns dropout off, in all its networks alike
 
 
+def tell_if_misread(args, teacher, dataset):
+    """Prints a line if the teacher denoises real images worse than a trivial guess does."""
+    some = subset(dataset, torch.linspace(0, len(dataset.labels) - 1, 16).long())
+    images = to_float(some.images.to(some.labels.device))
+    errors = relative_errors(teacher, images, some.labels, generator=random_stream(0, 0))
+    if worse := ", ".join(f"{sigma}" for sigma, error in errors.items() if not error < 1):
+        where = f"--teacher_checkpoint {args.teacher_checkpoint}: at sigma {worse}"
+        print(f"{where} it denoises worse than a trivial guess; does it know other images, or is it misread?")
+
+
 def main(argv=None):
     """Trains with the options in `argv`, by default those of the command line. Returns the exit status."""
     # ---- setup ------------------------------------------------------------------------------------------------------
@@ -153,6 +163,8 @@ def main(argv=None):
     shape = teacher.config["img_resolution"], teacher.config["img_channels"]
     dataset = load_dataset(args.dataset, args.data_dir, *shape, device)
     class_names = check_classes(f"--teacher_checkpoint {args.teacher_checkpoint}", dataset, teacher_state, args.dataset)
+    if not run.step:  # before the teacher is compiled, as each batch size takes a compilation of its own
+        tell_if_misread(args, teacher, dataset)
     # The GAN's real images are mirrored if the teacher's were, or its heads would learn that mirrored means generated.
     batches = Batches(dataset, args.batch_size, args.seed, hflip=bool(teacher_state["config"].get("hflip")))
 
@@ -183,11 +195,6 @@ def main(argv=None):
     size = sum(p.numel() for p in generator.parameters()) / 1e6
     data = describe(dataset._replace(class_names=class_names))
     logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
-    some = subset(dataset, torch.linspace(0, len(dataset.labels) - 1, 16).long())
-    errors = relative_errors(teacher, to_float(some.images.to(device)), some.labels, generator=random_stream(0, 0))
-    if worse := ", ".join(f"{sigma}" for sigma, error in errors.items() if not error < 1):
-        where = f"--teacher_checkpoint {args.teacher_checkpoint}: at sigma {worse}"
-        logger.message(f"{where} it denoises worse than a trivial guess; does it know other images, or is it misread?")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = None  # drawn when it is first needed
     seen = None  # noised and denoised images of the latest generator turn

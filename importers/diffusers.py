@@ -80,9 +80,10 @@ def architecture(config, scheduler):
     """
     if config.get("_class_name") != "UNet2DModel":
         raise ValueError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if (name := scheduler.get("_class_name")) == FLOW:
-        if scheduler.get("prediction_type", "flow") not in ("flow", "flow_prediction", "v_prediction"):
+    name = scheduler.get("_class_name")
+    prediction = scheduler.get("prediction_type", "flow" if name == FLOW else "epsilon")
+    if name == FLOW:
+        if prediction not in ("flow", "flow_prediction", "v_prediction"):
             raise ValueError(f"{FLOW} with prediction_type {prediction!r:.60}: not a velocity")
         if scheduler.get("use_dynamic_shifting") or scheduler.get("invert_sigmas"):
             raise ValueError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")

@@ -52,28 +52,47 @@ class Muon(torch.optim.Optimizer):
             raise UserError(f"--optimizer muon: none of the blocks of {type(network).__name__} is called {known}")
         chosen = {id(p) for p in self.hidden}
         rest = [p for p in self.param_groups[0]["params"] if id(p) not in chosen]
-        self.matrices = [p.detach().flatten(1).clone().requires_grad_() for p in self.hidden]
+        # Views: a step changes the parameters, and no weight is in memory twice.
+        self.matrices = [as_matrix(p.detach(), p).requires_grad_() for p in self.hidden]
         muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         self.parts = {"muon": muon, "adamw": adamw(rest, lr)}
 
-    @torch.no_grad()
     def step(self):
         for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
-            matrix.copy_(parameter.flatten(1))
-            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad, parameter)
         for part in self.parts.values():
             part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
             part.step()
             part.zero_grad()
-        for matrix, parameter in zip(self.matrices, self.hidden, strict=True):
-            parameter.copy_(matrix.view_as(parameter))
 
     def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """The states of both parts. Momentum has the shape of its parameter, whatever the memory layout."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        moments = state["muon"]["state"]
+        state["muon"]["state"] = {
+            index: {"momentum_buffer": from_matrix(moments[index]["momentum_buffer"], self.hidden[index])}
+            for index in moments
+        }
+        return state
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
             load_optimizer(part, state[name])
+        parameters = dict(zip(self.matrices, self.hidden, strict=True))
+        for matrix, moments in self.parts["muon"].state.items():
+            moments["momentum_buffer"] = as_matrix(moments["momentum_buffer"], parameters[matrix])
+
+
+def as_matrix(tensor, parameter):
+    """`tensor` `[out, ...]` as a matrix `[out, n]`, its columns in the order in which `parameter` is stored."""
+    return (tensor if parameter.is_contiguous() else tensor.movedim(1, -1)).reshape(len(tensor), -1)
+
+
+def from_matrix(matrix, parameter):
+    """The inverse of `as_matrix`: a tensor of the shape of `parameter`."""
+    tensor = torch.empty_like(parameter)
+    as_matrix(tensor, parameter).copy_(matrix)  # a view
+    return tensor
 
 
 def load_optimizer(optimizer, state):

@@ -62,10 +62,15 @@ def all_mean(tensors):
     gradients.
     """
     if world_size() > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        tensors = [in_memory_order(tensor) for tensor in tensors]
+        flat = torch.cat(tensors)
         dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
+
+
+def in_memory_order(tensor):
+    """The elements of a dense tensor as a vector in the order of memory: a view, for any layout."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
 
 
 def all_max(value):

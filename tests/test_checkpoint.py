@@ -87,6 +87,7 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "img_resolution", 8192), "its img_resolution is not from 1 to 1024"),
     (nested("model_config", "num_blocks", 10**4), "more than 100 blocks per resolution"),
     (nested("model_config", "dropout", torch.zeros(1)), "its model_config is no plain data"),
+    (nested("model_config", "prediction", "eps"), "prediction must be one of edm, flow"),
     (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
     (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
     (lambda state: state["model_config"].pop("prediction"), "of an early version"),

@@ -60,6 +60,13 @@ def test_every_parametrisation_is_the_same_denoiser(prediction):
     torch.testing.assert_close(loss, (error**2).mean(), rtol=1e-6, atol=0)
 
 
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(
+        ValueError, match="prediction must be one of edm, flow, epsilon, v_prediction, sample, not 'eps'"
+    ):
+        preconditioning(torch.ones(1), prediction="eps")
+
+
 def test_levels_of_flow_matching_are_even_in_t():
     sigmas = get_sigmas_flow(5, 0.0, 4.0)
     torch.testing.assert_close(sigmas / (1 + sigmas), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]))

@@ -161,6 +161,7 @@ def test_muons_momentum_does_not_depend_on_the_memory_layout(layouts):
 
     step(net, optimizers[0], gradients[0])
     state = copy.deepcopy(optimizers[0].state_dict())
+    assert state["muon"]["state"][0]["momentum_buffer"].shape == optimizers[0].hidden[0].shape
     other.load_state_dict(net.state_dict())
     optimizers[1].load_state_dict(state)
     for network, optimizer in zip((net, other), optimizers, strict=True):

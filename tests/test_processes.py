@@ -13,7 +13,7 @@ import checkpoint
 from data import Batches, Dataset
 from guidance import GuidanceModel
 from support import processes
-from support.processes import backends
+from support.processes import backends, in_memory_order
 from unified_model import UnifiedModel
 
 RUN = flags(*TINY, step_number=20, log_every=1, lr_warmup_steps=0)
@@ -233,6 +233,17 @@ def test_messages_go_by_gloo_between_cpus_and_by_nccl_between_gpus():
     """Processes with GPUs also agree through the CPU: without gloo the first such message would end them."""
     assert backends(torch.device("cpu")) == "gloo"
     assert set(backends(torch.device("cuda:1")).split(",")) == {"cpu:gloo", "cuda:nccl"}
+
+
+def test_gradients_are_averaged_in_the_order_of_memory():
+    """Views, whatever the layout: nothing is copied one tensor at a time."""
+    for shape in ((3,), (), (4, 5), (2, 3, 4, 5), (2, 1, 3, 1), (1, 1, 1, 1)):
+        for layout in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
+            tensor = torch.randn(shape).to(memory_format=layout)
+            flat = in_memory_order(tensor)
+            assert flat.shape == (tensor.numel(),) and flat.data_ptr() == tensor.data_ptr()
+            flat.zero_()
+            assert not tensor.any()
 
 
 @pytest.mark.parametrize("local_rank, before", [(0, 0), (1, 1)])

@@ -3,6 +3,7 @@ from itertools import pairwise
 import torch
 from conftest import GaussianDenoiser
 
+from model import get_sigmas_flow
 from sampling import (
     class_noise,
     few_step_sampler,
@@ -17,8 +18,10 @@ def test_heun_reaches_the_data_distribution():
     """For N(m, s^2) the exact flow is affine: noise z at sigma_max ends at m + s (80 z - m) / sqrt(s^2 + 80^2)."""
     mean, std, z = 0.3, 0.5, torch.randn(4, 1, 2, 2, dtype=torch.float64)
     exact = mean + std * (80 * z - mean) / (std**2 + 80**2) ** 0.5
-    out = heun_sampler(GaussianDenoiser(mean, std), z, torch.zeros(4, dtype=torch.long), num_steps=200)
-    torch.testing.assert_close(out, exact, rtol=0, atol=1e-3)
+    net, labels = GaussianDenoiser(mean, std), torch.zeros(4, dtype=torch.long)
+    torch.testing.assert_close(heun_sampler(net, z, labels, num_steps=200), exact, rtol=0, atol=1e-3)
+    levels = get_sigmas_flow(1000, 0.002, 80.0).tolist()
+    torch.testing.assert_close(heun_sampler(net, z, labels, sigmas=levels), exact, rtol=0, atol=1e-3)
 
 
 def test_heun_error_falls_like_the_square_of_the_step():
