@@ -22,7 +22,7 @@ from sampling import class_noise
 from support.device import MACHINE, choose_device
 from support.images import to_uint8
 from support.options import Option, count, number, parse_args, path, positive, public
-from support.script import UserError, make_folder, refuse_torchrun, run_script, writing
+from support.script import UserError, make_folder, run_script, writing
 
 OPTIONS = {
     "what to compare": [
@@ -48,7 +48,6 @@ FREE -= {"batch_size", "grad_accum", "precision"}
 
 def main(argv=None):
     """Compares configurations with the options in `argv`. Results of earlier calls are reused."""
-    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")

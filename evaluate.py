@@ -18,7 +18,7 @@ from sampling import random_stream
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import to_uint8
 from support.options import Option, choice, flag, number, parse_args, path
-from support.script import UserError, make_folder, refuse_torchrun, run_script
+from support.script import UserError, make_folder, run_script
 
 FEATURES = choice("inception", "classifier", "pixels")
 OPTIONS = {
@@ -46,7 +46,6 @@ MOST_REAL = 100_000  # most real images used: more would change little and take 
 
 def main(argv=None):
     """Evaluates with the options in `argv`, by default those of the command line."""
-    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
     file = Path(args.checkpoint)
     folder = file if file.is_dir() else file.parent

@@ -1,4 +1,4 @@
-"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or with a page for the browser."""
+"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or a checkpoint to share."""
 
 import json
 from importlib.util import find_spec
@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from extras import page
 from sampling import class_noise, few_step_sampler, random_stream
 from support.images import to_uint8
 from support.logger import WANDB
@@ -18,10 +17,8 @@ OPTIONS = {
     "export": [
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator; for pt also a teacher"),
         Option("format", "onnx", choice("onnx", "pt"), "onnx, or pt: a checkpoint without optimizer and paths"),
-        Option("output", None, path, "file to write; default: ./generator.onnx or .pt, with --page in its folder"),
-        Option("page", None, path, "folder to write a page into that runs the generator in a browser"),
-        Option("ort", None, path, "folder of npm's package onnxruntime-web for --page; default: fetched by npm"),
-        Option("overwrite", False, flag, "replace existing files"),
+        Option("output", None, path, "file to write; default: ./generator.onnx or .pt"),
+        Option("overwrite", False, flag, "replace an existing file"),
     ]
 }
 SHARED = ("step", "images_seen", "model_config", "class_names", "student_sigmas", "versions")  # with weights, config
@@ -53,9 +50,9 @@ class Deployed(torch.nn.Module):
 
 
 def main(argv=None):
-    """Writes the file or page of the options in `argv`, by default those of the command line."""
+    """Writes the file of the options in `argv`, by default those of the command line."""
     args = parse_args(OPTIONS, __doc__, argv)
-    output = Path(args.output or Path(args.page or ".", f"generator.{args.format}"))
+    output = Path(args.output or f"generator.{args.format}")
     check(args, output)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint)
@@ -66,8 +63,6 @@ def main(argv=None):
     if checkpoint.kind(state) != "dmd2":
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator of few evaluations")
     make_folder("--output", output.parent)  # fails now, not after minutes of exporting
-    runtime = page.find_runtime(args.ort) if args.page else None
-
     facts = {
         "class_names": checkpoint.class_names(state, net.label_dim),
         "shape": [net.config[key] for key in ("img_channels", "img_resolution", "img_resolution")],
@@ -76,19 +71,12 @@ def main(argv=None):
         "versions": checkpoint.versions(),
     }
     write_onnx(output, Deployed(net, state["student_sigmas"]).eval(), facts)
-    if args.page:
-        page.write(args.page, facts, runtime)
 
 
 def check(args, output):
-    """Raises UserError for options that do not fit together, files that are there, and packages that are not."""
-    if args.page and (args.output or args.format == "pt"):
-        raise UserError("--page writes its own generator.onnx: leave out --output and --format pt")
-    if args.ort and not args.page:
-        raise UserError("--ort names the runtime of a page: add --page")
-    for file in [output, *(page.files(args.page) if args.page else [])]:
-        if file.is_dir() or (file.exists() and not args.overwrite):
-            raise UserError(f"{file} exists; choose another path, or replace a file with --overwrite")
+    """Raises UserError for a file that is there, and for packages that are not."""
+    if output.is_dir() or (output.exists() and not args.overwrite):
+        raise UserError(f"{output} exists; choose another path, or replace a file with --overwrite")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
     if missing and args.format == "onnx":
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")

@@ -4,10 +4,8 @@ Nothing is deleted. A folder that holds images of the same --format is refused: 
 FID. Only grids replace those of the same name.
 """
 
-import csv
 import re
 import time
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from sampling import class_noise
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import save_grid, to_uint8
 from support.options import Option, choice, count, did_you_mean, parse_args, path, text
-from support.script import UserError, make_folder, refuse_torchrun, run_script, writing
+from support.script import UserError, make_folder, run_script, writing
 
 FORMATS = "grid: one per class; png: a folder per class, as data; npz: arrays; flat: one folder, for FID tools"
 OPTIONS = {
@@ -27,7 +25,7 @@ OPTIONS = {
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator or teacher"),
         Option("output_dir", "./generated", path, "where images go"),
         Option("num_samples", 16, count, "images per class; without classes, images in total"),
-        Option("classes", None, text, 'names of classes, separated by commas, as in cat,"a, b",dog; default: all'),
+        Option("classes", None, text, "names of classes; default: all", "+"),
         Option("format", "grid", choice("grid", "png", "npz", "flat"), FORMATS),
         *checkpoint.SAMPLING,
     ],
@@ -37,7 +35,6 @@ OPTIONS = {
 
 def main(argv=None):
     """Writes images with the options in `argv`, by default those of the command line."""
-    refuse_torchrun()
     args = parse_args(OPTIONS, __doc__, argv)
     device, folder = choose_device(args), Path(args.output_dir)
     state = checkpoint.load(args.checkpoint)
@@ -97,22 +94,13 @@ def write(folder, format, stems, images, labels, has_classes):
 def choose_classes(wanted, names):
     """The indices in `names` of the classes in `--classes`, in that order; all if it is not given; without classes [0].
 
-    A name with a comma must be in double quotes, or the only one. Raises UserError for an unknown name.
+    Raises UserError for an unknown name.
     """
-    if not wanted:
-        return list(range(len(names))) or [0]
-    wanted, *names = [unicodedata.normalize("NFC", name) for name in (wanted, *names)]  # macOS decomposes letters
-    if not names:
-        raise UserError(f"--classes {wanted}: the network has no classes; leave it out")
-    if wanted in names:
-        return [names.index(wanted)]
-    rows = csv.reader(wanted.splitlines(), skipinitialspace=True)
-    wanted = dict.fromkeys(name.strip() for row in rows for name in row)
-    for name in wanted:
+    for name in wanted or ():
         if name not in names:
-            known = ", ".join(f'"{known}"' if "," in known else known for known in names)
+            known = ", ".join(names) or "no classes"
             raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {known}")
-    return [names.index(name) for name in wanted]
+    return [names.index(name) for name in dict.fromkeys(wanted or names)] or [0]
 
 
 def file_names(names):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -24,7 +23,7 @@ from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
 from support.options import Option, convert, flag, path, public
 from support.options import count as whole
-from support.script import UserError, is_first, make_folder, writing
+from support.script import UserError, make_folder, writing
 
 RUN = [
     Option("batch_size", 128, whole, "images per step, over all processes"),
@@ -65,11 +64,12 @@ class Run:
     """
 
     def __init__(self, args, tables, kind):
+        processes.join()
         self.kind, self.step, self.resumed = kind, 0, None
         if args.resume_from_checkpoint == "auto":
             final = Path(args.output_dir, f"{kind}_final.pt")
             found = final.exists() or checkpoint.numbered(args.output_dir, kind)
-            if is_first():
+            if processes.is_main():
                 chosen = "the newest in" if found else "a new run in"
                 print(f"--resume_from_checkpoint auto: {chosen} {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
@@ -81,7 +81,7 @@ class Run:
                 raise UserError(f"checkpoint {self.resumed_from}: not of a training of a {NOUNS[kind]}")
             self.step = self.resumed["step"]
             args = self.options_of_run(args, tables)
-        if args.batch_size % (args.grad_accum * (size := int(os.environ.get("WORLD_SIZE", 1)))):
+        if args.batch_size % (args.grad_accum * (size := processes.world_size())):
             by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
             raise UserError(f"--batch_size {args.batch_size} must be divisible by {by}")
         self.args, self.folder = args, Path(args.output_dir)
@@ -268,11 +268,11 @@ class Run:
     def __exit__(self, error, *_):
         """Lets the next run in this process, as in a notebook, use the folder and the signals."""
         self.logger.close(exit_code=int(error is not None))
-        if error is None:
-            processes.barrier()  # when the first process ends with a signal's status, torchrun ends the others at once
         self.stop.end()
         if processes.is_main():
             self.lock.close()
+        if error is None:
+            processes.leave()
 
 
 def find_checkpoint(name, folder, kind):
@@ -286,8 +286,7 @@ def find_checkpoint(name, folder, kind):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
-            if is_first():
-                print(f"{error}; resuming from the one before", file=sys.stderr)
+            print(f"{error}; resuming from the one before")
     raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import train_dmd2
 from evaluation.points import animate, measure_divergences, measure_modes
@@ -21,7 +22,6 @@ from model import Denoiser, denoising_loss
 from sampling import heun_sampler, one_step_sampler
 from support.optimizers import adamw, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, parse_args
-from support.progress import progress
 from support.script import as_user_error, make_folder, run_script
 from unified_model import UnifiedModel
 
@@ -171,7 +171,7 @@ def main(argv=None):
     frames = [look(0, show(), guidance)]
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    for step in progress(range(args.step_number), "training", "step"):
+    for step in tqdm(range(args.step_number), "training", unit="step", delay=5, mininterval=5):
         noise = torch.randn(args.batch_size, 2, 1, 1)
         lr_scale = lr_factor(step, 0, 1.0, args.step_number)
         if step % args.dfake_gen_update_ratio == 0:

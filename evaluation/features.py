@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from tqdm import tqdm
 
 import checkpoint
 from data import Batches, subset
@@ -21,7 +22,6 @@ from sampling import random_stream
 from support.device import moved
 from support.images import to_float
 from support.optimizers import lr_factor
-from support.progress import progress
 from support.script import UserError
 
 BATCH_SIZE = 250
@@ -183,7 +183,7 @@ def train_classifier(network, dataset):
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05, fused=True)
     batches = Batches(dataset, batch_size, seed=0)
     coloured = not torch.equal(dataset.images, dataset.images[:, :1].expand_as(dataset.images))
-    for step in progress(range(steps), "training the classifier", "step"):
+    for step in tqdm(range(steps), "training the classifier", unit="step", delay=5, mininterval=5):
         images, labels = next(batches)
         images = augment(images, random_stream(0, step), coloured)
         images = images.contiguous(memory_format=torch.channels_last)

@@ -7,9 +7,9 @@ import math
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from evaluation.plots import new_figure
-from support.progress import progress
 from support.script import writing
 
 
@@ -92,7 +92,7 @@ def animate(frames, target, folder):
     curves = {"modes found": BLUE, "share inside": RED, "total variation": ORANGE}
 
     images = []
-    for index in progress(range(len(frames)), "drawing", "frame"):
+    for index in tqdm(range(len(frames)), "drawing", unit="frame", delay=5):
         frame, so_far = frames[index], frames[: index + 1]
         points, push = frame["points"], frame["push"]
         some = points[: len(push)]

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from support.images import resize
-from support.progress import progress
+from support.processes import is_main
 from support.script import UserError
 
 MOST = 20e9  # bytes of pixels; above, a data set is refused
@@ -128,7 +129,8 @@ def read_images(path, files, shape):
     """The images `files`, a dict as listed above, of the data set `path`: uint8 `[N, *shape]`. Reports progress."""
     names, side = list(files), None
     pixels = torch.empty(len(names), *shape, dtype=torch.uint8)
-    for index in progress(range(len(names)), f"reading {path}", "image"):
+    numbers = tqdm(range(len(names)), f"reading {path}", unit="image", delay=5, mininterval=5, disable=not is_main())
+    for index in numbers:
         image = read_image(names[index], files[names[index]], channels=shape[0])
         side = side or image.shape[1]
         if image.shape[1:] != (side, side):

@@ -28,10 +28,12 @@ MACHINE = [
 
 
 def choose_device(args):
-    """The torch device of `--device`, set up for `--precision`. Joins torchrun's processes, which have a GPU each.
+    """The torch device of `--device`, set up for `--precision`. Torchrun's processes have a GPU each.
 
-    Raises UserError if the device is not available.
+    Raises UserError if the device is not available, and under torchrun in a script that does not share its work.
     """
+    if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
+        raise UserError("this script is one process: start it without torchrun")
     name, local_processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +51,6 @@ def choose_device(args):
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    processes.join_processes(device)
     return device
 
 

@@ -3,7 +3,6 @@
 With one process nothing here costs or changes anything.
 """
 
-import atexit
 import os
 import sys
 from contextlib import contextmanager
@@ -12,28 +11,28 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.script import TORCHRUN
-
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on its machine
 
 
-def backends(device):
-    """The backends for messages: gloo for CPU tensors, which `all_max` sends on every device; NCCL for CUDA tensors."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def join_processes(device):
-    """Joins the processes that torchrun started. Only rank 0 prints."""
-    if TORCHRUN:
+def join():
+    """Joins the processes that torchrun started, if it did. Only rank 0 prints."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         # If it is imported later (torch's optimizers do), its functions keep the group alive beyond the interpreter.
         # The group's threads then sometimes abort the process when they free tensors.
-        import torch.distributed.nn  # noqa: F401
+        import torch.distributed.nn
 
-        # All others wait while rank 0 downloads data.
-        dist.init_process_group(backends(device), timeout=timedelta(hours=3))
-        atexit.register(dist.destroy_process_group)
+        # Numbers that all agree on go between CPUs, on every device. All others wait while rank 0 downloads data.
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=3))
         if not is_main():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def leave():
+    """Waits for the other processes, then ends their group: when the first process ends, torchrun ends the others."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 def rank():
@@ -55,22 +54,16 @@ def own_rows(batch):
 
 
 def all_mean(tensors):
-    """Replaces each tensor by its mean over the processes, in place, with a single message.
+    """Replaces each tensor by its mean over the processes, in place.
 
     DistributedDataParallel would overlap this with the backward pass. But it requires that each network is called
     through its wrapper and once per backward pass, while DMD2 calls `fake_unet` up to three times, with and without
     gradients.
     """
     if world_size() > 1:
-        tensors = [in_memory_order(tensor) for tensor in tensors]
-        flat = torch.cat(tensors)
-        dist.all_reduce(flat)
-        torch._foreach_copy_(tensors, (flat / world_size()).split([len(tensor) for tensor in tensors]))
-
-
-def in_memory_order(tensor):
-    """The elements of a dense tensor as a vector in the order of memory: a view, for any layout."""
-    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True)).view(-1)
+        for message in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            message.wait()
+        torch._foreach_div_(tensors, world_size())
 
 
 def all_max(value):

@@ -4,19 +4,9 @@ import errno
 import io
 import os
 import sys
-import time
-import traceback
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
-
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ  # this is one of the processes that torchrun started
-
-
-def is_first():
-    """Whether this process has rank 0. Unlike `processes.is_main` it knows that before torchrun's processes join."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class UserError(ValueError):
@@ -24,12 +14,6 @@ class UserError(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(message.splitlines()))  # names in a damaged file may contain line breaks
-
-
-def refuse_torchrun():
-    """Raises UserError under torchrun: for scripts whose work is not shared."""
-    if TORCHRUN:
-        raise UserError("this script is one process: start it without torchrun")
 
 
 @contextmanager
@@ -62,44 +46,18 @@ def run_script(main):
     """Calls `main()` and ends the process with the exit status that it returns."""
     outlive_readers()
     try:
-        sys.exit((record(patiently(main)) if TORCHRUN else main)())
+        sys.exit(main())
     except KeyboardInterrupt:  # outside the training loop, which handles it
         sys.exit(130)
     except Exception as error:
-        status, what = 2, str(error)
+        what = str(error)
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in what:
             mend = "take a smaller --batch_size or --num_samples, or in training a larger --grad_accum"
             what = f"out of memory: {mend} ({what.splitlines()[0] if what else 'MemoryError':.200})"
         elif not isinstance(error, UserError):
-            if not TORCHRUN:
-                raise
-            status, what = 1, traceback.format_exc()
-    # Of a mistake that all processes make, rank 0 tells; torchrun's report has the others.
-    if status == 1:
-        print(what, file=sys.stderr, flush=True)
-    elif is_first():
+            raise
         print(f"{os.path.basename(sys.argv[0])}: error: {what}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)  # torchrun ends all as soon as one does: rank 0, which may start later, is to tell first
-    if TORCHRUN:
-        sys.stdout.flush()
-        os._exit(status)  # without cleanup, which would wait for the other processes while they wait for this one
-    sys.exit(status)
-
-
-def patiently(main):
-    """`main`, where a bug's error waits, so that torchrun ends a process that fails because another has failed."""
-
-    def wrapped():
-        try:
-            return main()
-        except UserError:
-            raise
-        except Exception:
-            time.sleep(2)
-            raise
-
-    return wrapped
+        sys.exit(2)
 
 
 class Output(io.FileIO):

@@ -14,9 +14,8 @@ FLOORS = [  # from the ground up; a module imports from its own room and from th
     [{"data", "checkpoint", "run"}],
     [{"evaluation"}],
     [{"train_teacher", "train_dmd2", "generate", "evaluate"}],
-    [{"compare", "import_teacher"}, {"toy"}],
+    [{"compare", "import_teacher", "export"}, {"toy"}],
     [{"extras"}],
-    [{"export"}],
 ]
 FILES = [path for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern) if path.parent.name != "tests"]
 

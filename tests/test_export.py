@@ -141,12 +141,9 @@ def test_pt_is_a_small_checkpoint_that_every_script_loads(runs, tmp_path, stage)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--output", "x.onnx", "--page", "x"], "leave out --output and --format pt"),
         ([], None),
-        (["--ort", "x"], "--ort names the runtime of a page: add --page"),
         (["--output", "folder", "--overwrite"], "folder exists; choose another path"),
         (["--output", "old.onnx"], "old.onnx exists; choose another path, or replace a file with --overwrite"),
-        (["--page", "old"], "old/index.html exists"),
         (["--output", "generator.pt", "--format", "pt"], "generator.pt exists"),
         pytest.param(["--output", "generator.pt/x.onnx"], "--output generator.pt: ", marks=needs_onnx),
         pytest.param(["--checkpoint", "teacher.pt"], "a teacher; export.py takes a generator", marks=needs_onnx),
@@ -159,7 +156,7 @@ def test_mistakes_are_refused_and_nothing_is_written(tmp_path, monkeypatch, argu
         message = "pip install onnxruntime onnxscript"
     write_generator(tmp_path / "generator.pt", tiny_unet(channel_mult=(1,)))
     write_generator(tmp_path / "teacher.pt", tiny_unet(), raw="model_state_dict")
-    for file in ("folder/x", "old.onnx", "old/index.html"):
+    for file in ("folder/x", "old.onnx"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"old")
     before = {file: file.is_dir() or file.read_bytes() for file in tmp_path.rglob("*")}
