@@ -19,7 +19,7 @@ def blocks(page, language):
 def commands(page):
     """The commands of a page's shell blocks that run one of our scripts, as lists of words: runner, script, arguments.
 
-    A script is a file, or a module after -m, such as extras.benchmark.
+    A script is a file, or a module after -m, such as extras.estimate.
     """
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     lines = [re.sub(r"^torchrun( --\S+)*", "torchrun", line).replace("python -m ", "python ") for line in lines]

@@ -415,12 +415,13 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         "train_teacher.py": [*TINY, *TINY_NET, *flags(save_every=2)],
         "train_dmd2.py": [*TINY, *flags(save_every=2)],
         "evaluate.py": flags(num_samples=40, features="classifier", steps=2, device="cpu"),
-        "extras/benchmark.py": [*TINY_NET, *flags(repeats=1)],
         "generate.py": flags(num_samples=2),
         "toy.py": flags(step_number=5, batch_size=32),
     }
     for runner, script, *arguments in [command for page in PAGES if page.stem in RUN for command in commands(page)]:
         script = re.sub(r"^extras\.(\w+)$", r"extras/\1.py", script)
+        if script == "extras/gpu_check.py":  # its test runs it
+            continue
         edm, on_two_cores = ("edm_cifar10" in " ".join(arguments), "cifar_cpu" in " ".join(arguments))
         pretrained = script in ("import_teacher.py", "export.py") or script.startswith("extras/") or edm
         if group != ("pretrained" if pretrained else "torchrun" if on_two_cores else runner):

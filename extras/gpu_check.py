@@ -1,0 +1,269 @@
+"""Check training and sampling on this device against the CPU, and measure speed and memory, in about ten minutes.
+
+Usage: python -m extras.gpu_check [options]. It writes one page of Markdown, to read or to paste into an issue. Weights
+and images are random. A part that fails is reported, and the others go on.
+"""
+
+import copy
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from argparse import Namespace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import checkpoint
+import train_teacher
+from evaluation.costs import forward_flops, teacher_costs, turn_costs
+from guidance import GuidanceModel
+from model import denoising_loss
+from networks.diffusers_unet import DiffusersUNet
+from sampling import heun_sampler
+from support.device import autocast, choose_device, compile_networks
+from support.optimizers import build_optimizer, optimizer_step
+from support.options import Option, count, parse_args, path
+from support.script import run_script, writing
+from unified_model import UnifiedModel
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "configs" / "mnist0.yaml"  # the network's options on a CPU, without --config
+OPTIONS = train_teacher.OPTIONS | {
+    "check": [
+        Option("rounds", 7, count, "how many times each task is timed; medians are reported"),
+        Option("output", "gpu_check.md", path, "the page to write"),
+    ]
+}
+SETTINGS = {  # what differs from fp32, AdamW and channels last
+    "fp32": {},
+    "tf32": dict(precision="tf32"),
+    "bf16": dict(precision="bf16"),
+    "bf16, Muon": dict(precision="bf16", optimizer="muon"),
+    "bf16, NCHW": dict(precision="bf16", layout=torch.contiguous_format),  # on CUDA, eager norms copy channels last
+    "bf16, compiled": dict(precision="bf16", compile=True),
+}
+STEPS = """
+## Steps of training
+
+GiB: what a step takes at its peak beside weights and moments, measured on CUDA, and as `extras.estimate` counts it.
+
+| | loss, off by | norm of the gradient, off by | images/s | TFLOP/s | share of a large product's | GiB | counted |
+|---|---|---|---|---|---|---|---|"""
+
+
+def main(argv=None):
+    """Writes the page with the options in `argv`, by default those of the command line."""
+    args = parse_args(OPTIONS, __doc__, argv, None if torch.cuda.is_available() else DIGITS)
+    vars(args).update(precision="fp32", compile=False, optimizer="adamw", layout=torch.channels_last)
+    device = choose_device(args)
+    with writing(args.output), open(args.output, "w") as page, tempfile.TemporaryDirectory() as folder:
+
+        def tell(name, part, *arguments):
+            try:
+                lines = part(*arguments)
+            except Exception:
+                lines = f"| {name} | FAILED: {traceback.format_exc().strip().splitlines()[-1]:.300} |"
+            print(lines, file=page, flush=True)
+            print(lines)
+
+        tell("machine", machine, device)
+        print(STEPS, file=page)
+        expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
+        for name, setting in SETTINGS.items():
+            tell(name, steps, Namespace(**vars(args) | setting), name, expected)
+        print("\n## Networks, fp32\n\n| | GFLOP per pass | teacher steps, images/s | 18 Heun steps |", file=page)
+        print("|---|---|---|---|", file=page)
+        for name in ("SimpleUNet", "diffusers"):
+            tell(name, networks, args, device, name)
+        print("\n## Scripts\n\n| | status | seconds |\n|---|---|---|", file=page)
+        for name, command in commands(folder, device).items():
+            tell(name, run, name, command)
+        tell("resumed", resumed, folder)
+    print(f"wrote {args.output}")
+
+
+def machine(device):
+    lines = ["# Minimal DMD2, checked\n", f"- {', '.join(f'{what} {v}' for what, v in checkpoint.versions().items())}"]
+    lines.append(f"- {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; device {device}")
+    if device.type == "cuda":
+        card, cudnn = torch.cuda.get_device_properties(device), torch.backends.cudnn.version()
+        lines.append(f"- {torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB")
+        lines.append(f"- CUDA {torch.version.cuda}, cuDNN {cudnn}")
+    return "\n".join(lines)
+
+
+def make_tasks(args, device):
+    """The steps of training on one batch, by name: (the network that is trained, a function that returns its loss).
+
+    Weights and batch are the same at every call, on every device. The losses draw nothing themselves: noise and noise
+    levels are handed in, and the GAN's heads see clean images.
+    """
+    torch.manual_seed(args.seed)
+    shape, classes = (args.img_channels or 3, args.img_resolution, args.img_resolution), args.label_dim or 10
+    teacher, fake_unet = (train_teacher.build_network(args, shape[0], classes).eval() for _ in range(2))
+    for parameter in (*teacher.parameters(), *fake_unet.parameters()):
+        parameter.data += 0.02 * torch.randn(parameter.shape)  # also where they start as zeros
+    guidance = GuidanceModel(copy.deepcopy(teacher), fake_unet=fake_unet, gan_classifier=True, diffusion_gan=False)
+    model = UnifiedModel(guidance).eval()
+    drawn = *torch.randn(2, args.batch_size, *shape), torch.randn(args.batch_size).exp()
+    images, noise, sigma = (part.to(device) for part in drawn)
+    labels = (torch.arange(args.batch_size) % classes).to(device)
+    for network in (teacher, model):
+        network.to(device, memory_format=args.layout)
+    generator = model.feedforward_model
+    compile_networks(args, teacher, generator, guidance.real_unet, fake_unet)
+    if args.compile and not teacher._compiled_call_impl:
+        raise RuntimeError("torch.compile is not available")
+
+    def teacher_step():
+        denoised = teacher(images + sigma[:, None, None, None] * noise, sigma, labels)
+        return denoising_loss(denoised, images, sigma, args.sigma_data, args.prediction)
+
+    def generator_turn():
+        made = model.generate(noise, labels)
+        loss_dict, _ = guidance.compute_distribution_matching_loss(made, labels, sigma, noise)
+        return loss_dict["loss_dm"] + guidance.compute_generator_clean_cls_loss(made, labels)["gen_cls_loss"]
+
+    def guidance_turn():
+        loss_dict, _ = guidance.compute_loss_fake(images, labels, sigma, noise)
+        cls_loss_dict, _ = guidance.compute_guidance_clean_cls_loss(images.flip(0), labels, images, labels)
+        return loss_dict["loss_fake_mean"] + cls_loss_dict["guidance_cls_loss"]
+
+    functions = {"teacher step": teacher_step, "generator turn": generator_turn, "guidance turn": guidance_turn}
+    nets = teacher, generator, fake_unet
+    optimizers = [build_optimizer(args.optimizer, net, 1.0) for net in nets]
+    return {name: each for name, each in zip(functions, zip(optimizers, functions.values(), strict=True), strict=True)}
+
+
+def step(args, device, optimizer, loss_of):
+    """A step too small to change the weights. Returns its loss and its gradient's norm."""
+    with autocast(args, device):
+        loss = loss_of()
+    loss.backward()
+    return loss.item(), optimizer_step(optimizer, 1e-12, 1e9).item()
+
+
+def steps(args, setting, expected):
+    """A row of the table for each step of training."""
+    device = choose_device(args)
+    tasks, bf16 = make_tasks(args, device), args.precision == "bf16"
+    side = 8192 if device.type == "cuda" else 1024
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    peak_rate = 2 * side**3 / timed(lambda: matrix @ matrix, args.rounds, device)[0]
+    rows = []
+    for (name, task), (flops, memory) in zip(tasks.items(), count_costs(args, bf16), strict=True):
+        results = step(args, device, *task)
+        off = " | ".join(f"{abs(got / right - 1):.1e}" for got, right in zip(results, expected[name], strict=True))
+        seconds, used = timed(partial(step, args, device, *task), args.rounds, device)
+        speed = f"{args.batch_size / seconds:.4g} | {flops / seconds / 1e12:.3g} | {flops / seconds / peak_rate:.0%}"
+        rows.append(f"| {setting}: {name} | {off} | {speed} | {used} | {memory / 2**30:.3g} |")
+    return "\n".join(rows)
+
+
+def count_costs(args, bf16):
+    """(FLOPs, bytes of activations and gradients) of each step, as `extras.estimate` counts them."""
+    with torch.device("meta"):
+        net = train_teacher.build_network(args, args.img_channels or 3, args.label_dim or 10).eval()
+        model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True, diffusion_gan=False)).eval()
+    gradients = sum(parameter.nbytes for parameter in net.parameters())
+    whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
+    return [(flops, memory + gradients) for flops, memory in whole]
+
+
+def timed(task, rounds, device):
+    """(the median seconds of a call, the most GiB that it takes on CUDA, as text)."""
+    cuda, times, before = device.type == "cuda", [], 0
+    for _ in range(rounds + 1):
+        if cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        start = time.perf_counter()
+        task()
+        if cuda:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    used = f"{(torch.cuda.max_memory_allocated(device) - before) / 2**30:.3g}" if cuda else ""
+    return median(times[1:]), used  # the first warms up
+
+
+def networks(args, device, name):
+    """A row for our network, or for diffusers' UNet2DModel of the same layout at the width with the nearest FLOPs."""
+    net = train_teacher.build_network(args, args.img_channels or 3, args.label_dim or 10)
+    flops = forward_flops(copy.deepcopy(net).to("meta"))
+    if name == "diffusers":
+        config, mults = net.config, net.config["channel_mult"]
+        attends = ["Attn" * (config["img_resolution"] >> i in config["attn_resolutions"]) for i in range(len(mults))]
+        blocks = {"down_block_types": [f"{kind}DownBlock2D" for kind in attends]}
+        blocks |= {"up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)]}
+        schedule = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)  # DDPM's
+        shape = [config[key] for key in ("img_resolution", "img_channels", "label_dim")]
+
+        def of_width(width):
+            widths = {"block_out_channels": [width * mult for mult in mults], "norm_num_groups": width // 4}
+            unet = {"layers_per_block": config["num_blocks"], **blocks, **widths}
+            return DiffusersUNet(*shape, unet, "epsilon", schedule)
+
+        candidates = map(of_width, range(8, config["model_channels"] + 8, 8))
+        net = min(candidates, key=lambda peer: abs(forward_flops(copy.deepcopy(peer).to("meta")) - flops))
+        flops = forward_flops(copy.deepcopy(net).to("meta"))
+    net.to(device, memory_format=args.layout)
+    images = torch.randn(args.batch_size, *(net.config[key] for key in ("img_channels", *["img_resolution"] * 2)))
+    images, labels = images.to(device), torch.zeros(args.batch_size, dtype=torch.int64, device=device)
+
+    def loss_of():
+        return denoising_loss(net(2 * images, 1.0, labels), images, torch.ones_like(images[:, 0, 0, 0]))
+
+    def sample():
+        with torch.inference_mode():
+            heun_sampler(net, images, labels)
+
+    tasks = partial(step, args, device, build_optimizer("adamw", net, 1.0), loss_of), sample
+    speeds = [f"{args.batch_size / timed(task, args.rounds, device)[0]:.4g}" for task in tasks]
+    return f"| {name} | {flops / 1e9:.3g} | {' | '.join(speeds)} |"
+
+
+def commands(folder, device):
+    """Command lines of the scripts, by name, for small networks on digits. Their files go to `folder`."""
+    training = f"--dataset mnist5k --batch_size 16 --step_number 4 --save_every 2 --device {device.type}"
+    network = "--img_resolution 8 --model_channels 16 --channel_mult 1 2 --num_blocks 1"
+    teacher, student = f"{folder}/whole/teacher_final.pt", f"{folder}/dmd2/dmd2_final.pt"
+    dmd2 = f"train_dmd2.py {training} --teacher_checkpoint {teacher} --gan_classifier --precision bf16 --output_dir"
+    half = f"{folder}/whole/teacher_checkpoint_step_2.pt"
+    images = f"--checkpoint {student} --output_dir {folder} --device {device.type} --num_samples"
+    found = {
+        "teacher": f"train_teacher.py {training} {network} --output_dir {folder}/whole",
+        "teacher, resumed": f"train_teacher.py --resume_from_checkpoint {half} --output_dir {folder}/again",
+        "DMD2 with GAN, bf16": f"{dmd2} {folder}/dmd2",
+        "images": f"generate.py {images} 2",
+        "evaluation": f"evaluate.py {images} 200 --features classifier --data_dir {folder}",
+    }
+    if all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+        found["ONNX"] = f"export.py --checkpoint {student} --output {folder}/x.onnx"
+    if device.type == "cpu" or torch.cuda.device_count() > 1:
+        found["DMD2, two processes"] = f"-m torch.distributed.run --nproc_per_node=2 {dmd2} {folder}/two"
+    return found
+
+
+def run(name, command):
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    told = f": {(done.stderr.strip().splitlines() or [''])[-1]:.300}" if done.returncode else ""
+    return f"| {name} | {done.returncode}{told} | {time.perf_counter() - start:.0f} |"
+
+
+def resumed(folder):
+    files = (f"{folder}/{name}/teacher_final.pt" for name in ("whole", "again"))
+    whole, again = (checkpoint.load(file)["model_state_dict"] for file in files)
+    off = max((whole[name] - again[name]).abs().max().item() for name in whole)
+    return f"| largest difference of the resumed teacher's weights | {off:.1e} | |"
+
+
+if __name__ == "__main__":
+    run_script(main)
