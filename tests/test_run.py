@@ -257,7 +257,7 @@ def test_latest_falls_back_to_the_newest_whole_checkpoint(runs, tmp_path):
         kept = content[: len(content) // 2 if step == 4 else None]
         (tmp_path / f"teacher_checkpoint_step_{step}.pt").write_bytes(kept)
     done = run_script(*TEACHER, output_dir=tmp_path, resume_from_checkpoint="latest", log_every=1)
-    assert done.returncode == 0 and "teacher_checkpoint_step_4.pt: damaged" in done.stderr
+    assert done.returncode == 0 and "teacher_checkpoint_step_4.pt: damaged" in done.stdout
     assert [row["step"] for row in metrics(tmp_path)] == [3, 4]
 
 
