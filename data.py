@@ -2,7 +2,6 @@
 
 import importlib
 from collections import namedtuple
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -94,25 +93,12 @@ def check_classes(source, dataset, state, name):
         return []
     if len(ours) != label_dim:
         raise UserError(f"{source}: knows {label_dim} classes; the data set {name} has {len(ours) or 'none'}")
-    theirs = state.get("class_names") or ours
-    may_differ = "folder" in (name, state["config"].get("dataset")) and one_is_numbered(ours, theirs)
-    if ours != theirs and not may_differ:
-        raise UserError(f"{source}: {difference(ours, theirs)}")
-    return ours if theirs == [str(label) for label in range(label_dim)] else theirs
-
-
-def one_is_numbered(ours, theirs):
-    """Whether one list of class names is 0, 1, 2, ..., and the other has other names."""
-    numbers = [str(label) for label in range(len(ours))]
-    return numbers in (ours, theirs) and sorted(ours) != sorted(theirs)
-
-
-def difference(ours, theirs):
-    """How the class names `ours` of a data set differ from `theirs` of a network, in words; "" if they are equal."""
-    for number, (our, their) in enumerate(zip_longest(ours, theirs, fillvalue="missing")):
-        if our != their:
-            return f"its class {number} is {their}; the data set's is {our}"
-    return ""
+    theirs, numbers = state.get("class_names") or ours, [str(label) for label in range(label_dim)]
+    may_differ = "folder" in (name, state["config"].get("dataset")) and numbers in (ours, theirs)
+    if ours != theirs and not (may_differ and sorted(ours) != sorted(theirs)):
+        number = next(label for label in range(label_dim) if ours[label] != theirs[label])
+        raise UserError(f"{source}: its class {number} is {theirs[number]}; the data set's is {ours[number]}")
+    return ours if theirs == numbers else theirs
 
 
 def subset(dataset, index):

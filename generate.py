@@ -6,6 +6,7 @@ FID. Only grids replace those of the same name.
 
 import re
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,14 @@ def choose_classes(wanted, names):
 
     Raises UserError for an unknown name.
     """
-    for name in wanted or ():
+    if not wanted:
+        return list(range(len(names))) or [0]
+    wanted, names = ([unicodedata.normalize("NFC", name) for name in part] for part in (wanted, names))
+    for name in wanted:  # macOS decomposes letters
         if name not in names:
             known = ", ".join(names) or "no classes"
             raise UserError(f"--classes: no class {name!r}{did_you_mean(name, names)}; there are {known}")
-    return [names.index(name) for name in dict.fromkeys(wanted or names)] or [0]
+    return [names.index(name) for name in dict.fromkeys(wanted)]
 
 
 def file_names(names):

@@ -88,10 +88,10 @@ class Denoiser(nn.Module):
     constructor's arguments to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder
     to the number of channels there), and defines
 
-    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise:
-    ln(sigma) / 4,
-        `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: from each resolution in
-        `features` to the encoder's last feature map there; hidden: a tuple of whatever the decoder needs
+    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`;
+        c_noise: ln(sigma) / 4, `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes.
+        maps: from each resolution in `features` to the encoder's last feature map there; hidden: a tuple of whatever
+        the decoder needs
     run_decoder(*hidden) -> F_x, `[B, C, H, W]`
 
     `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same
@@ -102,9 +102,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        self.config = {
-            name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()
-        }
+        self.config = {name: list(it) if isinstance(it, (list, tuple)) else it for name, it in config.items()}
         self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
         self.prediction = config.get("prediction", "edm")
         preconditioning(torch.ones(1), prediction=self.prediction)  # raises ValueError for an unknown one
@@ -135,10 +133,9 @@ class Denoiser(nn.Module):
 
     def precondition(self, x, sigma, class_labels, features):
         """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
-        unknown = [resolution for resolution in features if resolution not in self.feature_channels]
-        if unknown:
+        if unknown := set(features) - self.feature_channels.keys():
             raise ValueError(
-                f"no feature map at resolution {unknown[0]}; the encoder has {list(self.feature_channels)}"
+                f"no feature map at resolution {min(unknown)}; the encoder has {list(self.feature_channels)}"
             )
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
@@ -146,10 +143,9 @@ class Denoiser(nn.Module):
             class_labels = None
         elif class_labels is None:
             raise ValueError(f"class_labels are missing: the network has {self.label_dim} classes")
-        else:
-            class_labels = (
-                F.one_hot(class_labels, self.label_dim) if class_labels.dim() == 1 else class_labels
-            ).float()
+        elif class_labels.dim() == 1:
+            class_labels = F.one_hot(class_labels, self.label_dim)
+        class_labels = None if class_labels is None else class_labels.float()
         return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
@@ -205,9 +201,7 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).flatten(2).reshape(B, 3, self.num_heads, C // self.num_heads, H * W)
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
         out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj(
-            out.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        )  # channels last without a copy
+        return x + self.proj(out.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))  # channels last, no copy
 
 
 class ResBlock(nn.Module):

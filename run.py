@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from argparse import Namespace
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,16 +21,15 @@ import checkpoint
 from support import processes
 from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
-from support.options import Option, convert, flag, path, public
-from support.options import count as whole
+from support.options import Option, convert, count, flag, path, public
 from support.script import UserError, make_folder, writing
 
 RUN = [
-    Option("batch_size", 128, whole, "images per step, over all processes"),
-    Option("grad_accum", 1, whole, "parts into which a batch is split, if it does not fit into memory at once"),
-    Option("step_number", 100_000, whole, "training steps in total"),
-    Option("save_every", 5000, whole, "steps between checkpoints"),
-    Option("keep_last", 3, whole, "number of newest step checkpoints to keep; the final one is always kept"),
+    Option("batch_size", 128, count, "images per step, over all processes"),
+    Option("grad_accum", 1, count, "parts into which a batch is split, if it does not fit into memory at once"),
+    Option("step_number", 100_000, count, "training steps in total"),
+    Option("save_every", 5000, count, "steps between checkpoints"),
+    Option("keep_last", 3, count, "number of newest step checkpoints to keep; the final one is always kept"),
     Option(
         "resume_from_checkpoint",
         None,
@@ -65,13 +64,11 @@ class Run:
 
     def __init__(self, args, tables, kind):
         processes.join()
-        self.kind, self.step, self.resumed = kind, 0, None
+        self.kind, self.step, self.resumed, self.lock = kind, 0, None, None
         if args.resume_from_checkpoint == "auto":
             final = Path(args.output_dir, f"{kind}_final.pt")
             found = final.exists() or checkpoint.numbered(args.output_dir, kind)
-            if processes.is_main():
-                chosen = "the newest in" if found else "a new run in"
-                print(f"--resume_from_checkpoint auto: {chosen} {args.output_dir}")
+            print(f"--resume_from_checkpoint auto: {'the newest' if found else 'a new run'} in {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
             if args.overwrite:
@@ -88,8 +85,7 @@ class Run:
 
     def options_of_run(self, args, tables):
         """`args`, where options that were not given, but for `NOT_RESUMED`, are those of the run that is resumed."""
-        stored = self.resumed["model_config"] | self.resumed["config"]
-        stored["output_dir"] = str(Path(self.resumed_from).parent)
+        stored = self.resumed["config"] | {"output_dir": str(Path(self.resumed_from).parent)}
         values = dict(vars(args))
         for option in chain(*tables.values()):
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
@@ -120,15 +116,18 @@ class Run:
             raise UserError(
                 "the processes resume from different checkpoints: --output_dir must be one for all machines"
             )
-        continues = True
+        continues, mistake = True, None
         if processes.is_main():
-            make_folder("--output_dir", self.folder / "samples")
-            self.lock_folder()
             try:
+                make_folder("--output_dir", self.folder / "samples")
+                self.lock_folder()
                 continues = self.take_folder()
-            except UserError:  # in a notebook the next call may use the folder
+            except UserError as error:
+                mistake = error
+        if mistake := processes.from_main(mistake):
+            if self.lock:  # in a notebook the next call may use the folder
                 self.lock.close()
-                raise
+            raise mistake
         # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
         wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
         self.logger = Logger(self.args, self.step, wandb_run_id)
@@ -158,7 +157,7 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[key])
                 elif part is not None:  # a new average starts from the weights
-                    part.load_state_dict(state.get(key) or checkpoint.weights(state))
+                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if name == "ema" else state[key])
             key = "random_state"
             torch.set_rng_state(state[key]["cpu"])
             if kind != "cpu" and state[key].get(kind) is not None:
@@ -230,7 +229,7 @@ class Run:
 
     def goes_on(self):
         """Whether there is a step left to train and no request to stop."""
-        return not self.done and not self.stop.due
+        return not self.done and not self.stop.is_due()
 
     def save_if_due(self):
         if self.step % self.args.save_every == 0:
@@ -251,7 +250,7 @@ class Run:
         self.logger.artifact(file)
         files = checkpoint.numbered(self.folder, self.kind)
         for step in list(files)[: -self.args.keep_last]:
-            files[step].unlink()
+            files[step].unlink(missing_ok=True)
 
     def finish(self):
         """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""
@@ -305,7 +304,7 @@ def read_metrics(file):
 
 def set_aside(file):
     """Renames `file`, so that its name ends in .old, or in .old2, .old3, ... where there is one."""
-    names = (file.with_name(f"{file.name}.old{number}") for number in chain([""], count(2)))
+    names = (file.with_name(f"{file.name}.old{number}") for number in ["", *range(2, 1000)])
     file.rename(next(name for name in names if not name.exists()))
 
 
@@ -314,7 +313,7 @@ class Stop:
 
     A second one ends the process at once, except for SIGHUP, and except within a second of the first: torchrun and a
     scheduler may both forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun
-    `due` asks all processes, so that they stop after the same step.
+    `is_due` asks all processes, so that they stop after the same step.
     """
 
     def __init__(self):
@@ -336,7 +335,6 @@ class Stop:
         elif number != signal.SIGHUP and time.monotonic() > self.since + 1:  # a closed terminal does not skip the save
             os._exit(128 + number)
 
-    @property
-    def due(self):
+    def is_due(self):
         self.exit_status = processes.all_max(128 + self.signal if self.signal else 0)
         return self.exit_status > 0

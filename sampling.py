@@ -22,9 +22,7 @@ def few_step_sampler(net, noise, labels, sigmas, generator=None, fresh_noise=Non
             x = x + sigma * fresh_noise[index - 1].to(x.device)
         elif index:
             x = x + sigma * torch.randn(x.shape, generator=generator, device=(generator or x).device).to(x.device)
-        x = net(
-            x, noise.new_full(noise.shape[:1], sigma), labels
-        )  # len(noise) would fix the batch size in torch.export
+        x = net(x, noise.new_full(noise.shape[:1], sigma), labels)  # torch.export would take len(noise) as constant
     return x
 
 

@@ -89,9 +89,7 @@ def main(argv=None):
 
     net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=torch.channels_last)
     broadcast(net)
-    args.attn_resolutions = net.config[
-        "attn_resolutions"
-    ]  # without defaults that do not occur: config.yaml repeats the run
+    args.attn_resolutions = net.config["attn_resolutions"]  # those that occur, for config.yaml to repeat the run
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = build_optimizer(args.optimizer, net, args.lr)
     compile_networks(args, net)

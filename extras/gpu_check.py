@@ -6,6 +6,7 @@ and images are random. A part that fails is reported, and the others go on.
 
 import copy
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,19 +27,22 @@ from guidance import GuidanceModel
 from model import denoising_loss
 from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
-from support.device import autocast, choose_device, compile_networks
+from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.optimizers import build_optimizer, optimizer_step
 from support.options import Option, count, parse_args, path
 from support.script import run_script, writing
 from unified_model import UnifiedModel
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ROOT / "configs" / "mnist0.yaml"  # the network's options on a CPU, without --config
-OPTIONS = train_teacher.OPTIONS | {
+DIGITS = dict(img_resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attn_resolutions=[4])
+OPTIONS = {
     "check": [
+        Option("batch_size", 128, count, "images per step"),
         Option("rounds", 7, count, "how many times each task is timed; medians are reported"),
         Option("output", "gpu_check.md", path, "the page to write"),
-    ]
+    ],
+    "network (without CUDA the quickstart's, unless a flag is given)": train_teacher.NETWORK,
+    "machine": MACHINE[:2],
 }
 SETTINGS = {  # what differs from fp32, AdamW and channels last
     "fp32": {},
@@ -59,30 +63,37 @@ GiB: what a step takes at its peak beside weights and moments, measured on CUDA,
 
 def main(argv=None):
     """Writes the page with the options in `argv`, by default those of the command line."""
-    args = parse_args(OPTIONS, __doc__, argv, None if torch.cuda.is_available() else DIGITS)
+    args = parse_args(OPTIONS, __doc__, argv)
+    if not torch.cuda.is_available() and not args.given & {option.name for option in train_teacher.NETWORK}:
+        vars(args).update(DIGITS)
     vars(args).update(precision="fp32", compile=False, optimizer="adamw", layout=torch.channels_last)
-    device = choose_device(args)
-    with writing(args.output), open(args.output, "w") as page, tempfile.TemporaryDirectory() as folder:
+    device, page = choose_device(args), []
 
-        def tell(name, part, *arguments):
-            try:
-                lines = part(*arguments)
-            except Exception:
-                lines = f"| {name} | FAILED: {traceback.format_exc().strip().splitlines()[-1]:.300} |"
-            print(lines, file=page, flush=True)
-            print(lines)
+    def tell(name, part, *arguments):
+        try:
+            lines = part(*arguments) if callable(part) else part
+        except Exception:
+            lines = f"| {name} | FAILED: {traceback.format_exc().strip().splitlines()[-1]:.300} |"
+        print(lines)
+        page.append(lines + "\n")
+        with writing(args.output):
+            Path(args.output).write_text("".join(page))
 
+    with tempfile.TemporaryDirectory() as folder:
         tell("machine", machine, device)
-        print(STEPS, file=page)
+        tell("", STEPS)
         expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
         for name, setting in SETTINGS.items():
             tell(name, steps, Namespace(**vars(args) | setting), name, expected)
-        print("\n## Networks, fp32\n\n| | GFLOP per pass | teacher steps, images/s | 18 Heun steps |", file=page)
-        print("|---|---|---|---|", file=page)
+        choose_device(args)  # fp32 again
+        tell(
+            "",
+            "\n## Networks, fp32\n\n| | GFLOP per pass | teacher steps, images/s | 18 Heun steps |\n|---|---|---|---|",
+        )
         for name in ("SimpleUNet", "diffusers"):
             tell(name, networks, args, device, name)
-        print("\n## Scripts\n\n| | status | seconds |\n|---|---|---|", file=page)
-        for name, command in commands(folder, device).items():
+        tell("", "\n## Scripts\n\n| | status | seconds |\n|---|---|---|")
+        for name, command in commands(shlex.quote(folder), args.device, device.type).items():
             tell(name, run, name, command)
         tell("resumed", resumed, folder)
     print(f"wrote {args.output}")
@@ -105,7 +116,10 @@ def make_tasks(args, device):
     levels are handed in, and the GAN's heads see clean images.
     """
     torch.manual_seed(args.seed)
-    shape, classes = (args.img_channels or 3, args.img_resolution, args.img_resolution), args.label_dim or 10
+    shape, classes = (
+        (args.img_channels or 3, args.img_resolution, args.img_resolution),
+        10 if args.label_dim is None else args.label_dim,
+    )
     teacher, fake_unet = (train_teacher.build_network(args, shape[0], classes).eval() for _ in range(2))
     for parameter in (*teacher.parameters(), *fake_unet.parameters()):
         parameter.data += 0.02 * torch.randn(parameter.shape)  # also where they start as zeros
@@ -113,7 +127,7 @@ def make_tasks(args, device):
     model = UnifiedModel(guidance).eval()
     drawn = *torch.randn(2, args.batch_size, *shape), torch.randn(args.batch_size).exp()
     images, noise, sigma = (part.to(device) for part in drawn)
-    labels = (torch.arange(args.batch_size) % classes).to(device)
+    labels = (torch.arange(args.batch_size) % max(1, classes)).to(device)
     for network in (teacher, model):
         network.to(device, memory_format=args.layout)
     generator = model.feedforward_model
@@ -169,7 +183,9 @@ def steps(args, setting, expected):
 def count_costs(args, bf16):
     """(FLOPs, bytes of activations and gradients) of each step, as `extras.estimate` counts them."""
     with torch.device("meta"):
-        net = train_teacher.build_network(args, args.img_channels or 3, args.label_dim or 10).eval()
+        net = train_teacher.build_network(
+            args, args.img_channels or 3, 10 if args.label_dim is None else args.label_dim
+        ).eval()
         model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True, diffusion_gan=False)).eval()
     gradients = sum(parameter.nbytes for parameter in net.parameters())
     whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
@@ -195,7 +211,7 @@ def timed(task, rounds, device):
 
 def networks(args, device, name):
     """A row for our network, or for diffusers' UNet2DModel of the same layout at the width with the nearest FLOPs."""
-    net = train_teacher.build_network(args, args.img_channels or 3, args.label_dim or 10)
+    net = train_teacher.build_network(args, args.img_channels or 3, 10 if args.label_dim is None else args.label_dim)
     flops = forward_flops(copy.deepcopy(net).to("meta"))
     if name == "diffusers":
         config, mults = net.config, net.config["channel_mult"]
@@ -229,31 +245,33 @@ def networks(args, device, name):
     return f"| {name} | {flops / 1e9:.3g} | {' | '.join(speeds)} |"
 
 
-def commands(folder, device):
+def commands(folder, device, kind):
     """Command lines of the scripts, by name, for small networks on digits. Their files go to `folder`."""
-    training = f"--dataset mnist5k --batch_size 16 --step_number 4 --save_every 2 --device {device.type}"
+    training = f"--dataset mnist5k --batch_size 16 --step_number 4 --save_every 2 --device {device}"
     network = "--img_resolution 8 --model_channels 16 --channel_mult 1 2 --num_blocks 1"
     teacher, student = f"{folder}/whole/teacher_final.pt", f"{folder}/dmd2/dmd2_final.pt"
     dmd2 = f"train_dmd2.py {training} --teacher_checkpoint {teacher} --gan_classifier --precision bf16 --output_dir"
-    half = f"{folder}/whole/teacher_checkpoint_step_2.pt"
-    images = f"--checkpoint {student} --output_dir {folder} --device {device.type} --num_samples"
+    half = f"--device {device} --resume_from_checkpoint {folder}/whole/teacher_checkpoint_step_2.pt"
+    images = f"--checkpoint {student} --output_dir {folder} --device {device} --num_samples"
     found = {
         "teacher": f"train_teacher.py {training} {network} --output_dir {folder}/whole",
-        "teacher, resumed": f"train_teacher.py --resume_from_checkpoint {half} --output_dir {folder}/again",
+        "teacher, resumed": f"train_teacher.py {half} --output_dir {folder}/again",
         "DMD2 with GAN, bf16": f"{dmd2} {folder}/dmd2",
         "images": f"generate.py {images} 2",
         "evaluation": f"evaluate.py {images} 200 --features classifier --data_dir {folder}",
     }
     if all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
         found["ONNX"] = f"export.py --checkpoint {student} --output {folder}/x.onnx"
-    if device.type == "cpu" or torch.cuda.device_count() > 1:
-        found["DMD2, two processes"] = f"-m torch.distributed.run --nproc_per_node=2 {dmd2} {folder}/two"
+    if kind == "cpu" or torch.cuda.device_count() > 1:
+        found["DMD2, two processes"] = f"-m torch.distributed.run --standalone --nproc_per_node=2 {dmd2} {folder}/two"
     return found
 
 
 def run(name, command):
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
     told = f": {(done.stderr.strip().splitlines() or [''])[-1]:.300}" if done.returncode else ""
     return f"| {name} | {done.returncode}{told} | {time.perf_counter() - start:.0f} |"
 

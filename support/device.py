@@ -42,7 +42,7 @@ def choose_device(args):
     gpus = torch.cuda.device_count()
     if name == "cuda" and local_processes > max(1, gpus):
         raise UserError(f"{local_processes} processes but only {gpus} GPUs; start fewer, or use --device cpu")
-    device = torch.device(f"cuda:{processes.LOCAL_RANK}" if name == "cuda" else name)
+    device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= gpus:
         raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto")
     if device.type == "cpu":

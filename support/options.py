@@ -85,12 +85,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_args(tables, description, argv=None, default_config=None):
+def parse_args(tables, description, argv=None):
     """The options of `tables`, a dict from a heading of `--help` to a list of `Option`s, as a namespace.
 
-    The namespace also has `given`, the names of the options in the command line or the YAML file.
-    default_config: the YAML file to read if there is no `--config`. Raises UserError for the first wrong value, key or
-    flag.
+    The namespace also has `given`, the names of the options in the command line or the YAML file. Raises UserError for
+    the first wrong value, key or flag.
     """
     parser = Parser(
         usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -114,14 +113,13 @@ def parse_args(tables, description, argv=None, default_config=None):
         hint = f" (did you mean --config {word}?)" if word.endswith((".yaml", ".yml")) else ""
         raise UserError(f"unknown argument {word}{hint or did_you_mean(word, [f'--{name}' for name in options])}")
 
-    named = given.pop("config", None)
-    file = named or default_config
+    file = given.pop("config", None)
     from_file = read_yaml(file) if file else {}
     for key in from_file:
         if key not in options:
             raise UserError(f"{file}: unknown key {key}{did_you_mean(key, options)}")
 
-    values = argparse.Namespace(given={*given, *(from_file if named else [])})
+    values = argparse.Namespace(given={*given, *from_file})
     for name, option in options.items():
         value = option.default
         if name in given:

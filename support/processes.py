@@ -11,15 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # this process's number on its machine
-
 
 def join():
     """Joins the processes that torchrun started, if it did. Only rank 0 prints."""
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # If it is imported later (torch's optimizers do), its functions keep the group alive beyond the interpreter.
         # The group's threads then sometimes abort the process when they free tensors.
-        import torch.distributed.nn
+        from torch.distributed import nn  # noqa: F401
 
         # Numbers that all agree on go between CPUs, on every device. All others wait while rank 0 downloads data.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -37,6 +35,11 @@ def leave():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_rank():
+    """This process's number on its machine."""
+    return int(os.environ["LOCAL_RANK"]) if dist.is_initialized() else 0
 
 
 def is_main():
@@ -75,6 +78,14 @@ def all_max(value):
     return int(largest)
 
 
+def from_main(value):
+    """Rank 0's `value`, which pickle can write."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def broadcast(module):
     """Gives every process rank 0's weights of `module`."""
     if world_size() > 1:
@@ -92,8 +103,8 @@ def main_first():
 
     Machines that share a folder would download at once; there the files should lie before the start.
     """
-    if LOCAL_RANK:
+    if local_rank():
         barrier()
     yield  # a process that fails here exits, and torchrun ends the others
-    if not LOCAL_RANK:
+    if not local_rank():
         barrier()

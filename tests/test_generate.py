@@ -169,6 +169,8 @@ def test_classes_are_asked_for_by_name():
     names = ["a", "b", "c d"]
     assert generate.choose_classes(["c d", "a", "a"], names) == [2, 0]
     assert generate.choose_classes(None, names) == [0, 1, 2] and generate.choose_classes(None, []) == [0]
+    assert generate.choose_classes(None, ["a", "a"]) == [0, 1]
+    assert generate.choose_classes(["\u00fcber"], ["a", "u\u0308ber"]) == [1]  # decomposed, as on macOS
     with pytest.raises(UserError, match=r"no class 'c'.*; there are a, b, c d"):
         generate.choose_classes(["a", "c"], names)
     with pytest.raises(UserError, match="there are no classes"):

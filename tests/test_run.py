@@ -356,9 +356,9 @@ def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     stop = run.Stop()
     try:
-        assert not stop.due
+        assert not stop.is_due()
         monkeypatch.setattr(processes, "all_max", lambda reason: 143)
-        assert stop.due and stop.exit_status == 143
+        assert stop.is_due() and stop.exit_status == 143
         stop.receive(signal.SIGTERM, None)
         stop.receive(signal.SIGTERM, None)
         assert not ended
