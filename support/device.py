@@ -1,7 +1,6 @@
 """Where a script computes, and how: the device, the precision, torch.compile, and the memory that glibc keeps."""
 
 import ctypes
-import os
 import platform
 import re
 import sys
@@ -34,17 +33,17 @@ def choose_device(args):
     """
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
         raise UserError("this script is one process: start it without torchrun")
-    name, local_processes = args.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    name, gpus = args.device, torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda:") and local_processes > 1:
-        raise UserError(f"--device {name}: {local_processes} processes need a GPU each; use --device cuda or auto")
-    gpus = torch.cuda.device_count()
-    if name == "cuda" and local_processes > max(1, gpus):
-        raise UserError(f"{local_processes} processes but only {gpus} GPUs; start fewer, or use --device cpu")
+        name = "cuda" if gpus else "cpu"
+    if name.startswith("cuda:") and processes.world_size() > 1:
+        raise UserError(f"--device {name}: each process needs a GPU of its own; use --device cuda or auto")
     device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= gpus:
-        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto")
+        mend = (
+            "start fewer processes, or use --device cpu" if processes.world_size() > 1 else "use --device cpu or auto"
+        )
+        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; {mend}")
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
