@@ -1,4 +1,4 @@
-"""Export a generator as an ONNX file for any batch size, checked against PyTorch, or a checkpoint to share."""
+"""Export a generator as an ONNX file for any batch size, checked against PyTorch."""
 
 import json
 from importlib.util import find_spec
@@ -8,21 +8,16 @@ import torch
 
 import checkpoint
 from sampling import class_noise, few_step_sampler, random_stream
-from support.logger import WANDB
-from support.options import Option, choice, flag, parse_args, path
+from support.options import Option, flag, parse_args, path
 from support.script import UserError, make_folder, run_script
 
 OPTIONS = {
     "export": [
-        Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator; for pt also a teacher"),
-        Option("format", "onnx", choice("onnx", "pt"), "onnx, or pt: a checkpoint without optimizer and paths"),
-        Option("output", None, path, "file to write; default: ./generator.onnx or .pt"),
+        Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator"),
+        Option("output", "./generator.onnx", path, "file to write"),
         Option("overwrite", False, flag, "replace an existing file"),
     ]
 }
-SHARED = ("step", "images_seen", "model_config", "class_names", "student_sigmas", "versions")  # with weights, config
-# These options, and W&B's, stay private.
-PRIVATE = {"data_dir", "output_dir", "teacher_checkpoint", "generator_checkpoint", "resume_from_checkpoint", "source"}
 TOLERANCE = 1e-4  # for images in [-1, 1], where one 8-bit step is 8e-3
 
 
@@ -50,14 +45,10 @@ class Deployed(torch.nn.Module):
 def main(argv=None):
     """Writes the file of the options in `argv`, by default those of the command line."""
     args = parse_args(OPTIONS, __doc__, argv)
-    output = Path(args.output or f"generator.{args.format}")
+    output = Path(args.output)
     check(args, output)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint)
-    if args.format == "pt":
-        checkpoint.save(output, shareable(state))
-        print(f"wrote {output}: weights, network and classes, without optimizers and paths")
-        return
     if checkpoint.kind(state) != "dmd2":
         raise UserError(f"--checkpoint {args.checkpoint}: a teacher; export.py takes a generator of few evaluations")
     make_folder("--output", output.parent)  # fails now, not after minutes of exporting
@@ -76,16 +67,8 @@ def check(args, output):
     if output.is_dir() or (output.exists() and not args.overwrite):
         raise UserError(f"{output} exists; choose another path, or replace a file with --overwrite")
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
-    if missing and args.format == "onnx":
+    if missing:
         raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
-
-
-def shareable(state):
-    """The part of a checkpoint's `state` that others need: one set of weights, averaged if possible, and facts."""
-    hidden = PRIVATE | {option.name for option in WANDB}
-    config = {name: value for name, value in state["config"].items() if name not in hidden}
-    weights = {checkpoint.WEIGHTS[checkpoint.kind(state)]: checkpoint.weights(state)}
-    return {name: state[name] for name in SHARED if name in state} | weights | {"config": config}
 
 
 def write_onnx(output, model, facts):

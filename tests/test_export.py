@@ -11,12 +11,8 @@ from conftest import tiny_unet
 
 import checkpoint
 import export
-import generate
-import train_dmd2
-import train_teacher
 from networks.edm_unet import SongUNet
 from sampling import class_noise, few_step_sampler
-from support.options import path
 from support.script import UserError
 
 MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
@@ -115,32 +111,12 @@ def test_a_wrong_file_is_not_written(tmp_path, monkeypatch, wrong, found):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["teacher", "dmd2"])
-def test_pt_is_a_small_checkpoint_that_every_script_loads(runs, tmp_path, stage):
-    source, file = runs / stage / f"{stage}_final.pt", tmp_path / "x.pt"
-    exported(source, "--format", "pt", "--output", file)
-    assert file.stat().st_size < source.stat().st_size / 2
-    state, shared = checkpoint.load(source), torch.load(file, weights_only=True)
-    ours, theirs = (checkpoint.load_network(path).state_dict() for path in (file, source))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert stage == "dmd2" or checkpoint.load_teacher(file)
-    weights = "model_state_dict" if stage == "teacher" else "feedforward_model_state_dict"
-    facts = {"step", "images_seen", "model_config", "class_names", "versions", *["student_sigmas"] * (stage == "dmd2")}
-    assert shared.keys() == {weights, "config", *facts} and all(shared[name] == state[name] for name in facts)
-    assert shared["config"]["batch_size"] == 16
-    tables = [*train_teacher.OPTIONS.values(), *train_dmd2.OPTIONS.values()]
-    private = {option.name for table in tables for option in table if option.parse is path or "wandb" in option.name}
-    assert private >= {"data_dir", "output_dir", "teacher_checkpoint"} and not private & shared["config"].keys()
-    generate.main(["--checkpoint", str(file), "--output_dir", str(tmp_path / "images"), "--device", "cpu"])
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ([], None),
         (["--output", "folder", "--overwrite"], "folder exists; choose another path"),
         (["--output", "old.onnx"], "old.onnx exists; choose another path, or replace a file with --overwrite"),
-        (["--output", "generator.pt", "--format", "pt"], "generator.pt exists"),
         pytest.param(["--output", "generator.pt/x.onnx"], "--output generator.pt: ", marks=needs_onnx),
         pytest.param(["--checkpoint", "teacher.pt"], "a teacher; export.py takes a generator", marks=needs_onnx),
     ],
