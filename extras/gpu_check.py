@@ -60,13 +60,19 @@ GiB: what a step takes at its peak beside weights and moments, measured on CUDA,
 | | loss, off by | norm of the gradient, off by | images/s | TFLOP/s | share of a large product's | GiB | counted |
 |---|---|---|---|---|---|---|---|"""
 
+NETWORKS = """
+## Networks, fp32
+
+| | GFLOP per pass | teacher steps, images/s | 18 Heun steps, images/s |
+|---|---|---|---|"""
+
 
 def main(argv=None):
     """Writes the page with the options in `argv`, by default those of the command line."""
     args = parse_args(OPTIONS, __doc__, argv)
     if not torch.cuda.is_available() and not args.given & {option.name for option in train_teacher.NETWORK}:
         vars(args).update(DIGITS)
-    vars(args).update(precision="fp32", compile=False, optimizer="adamw", layout=torch.channels_last)
+    complete(args)
     device, page = choose_device(args), []
 
     def tell(name, part, *arguments):
@@ -86,10 +92,7 @@ def main(argv=None):
         for name, setting in SETTINGS.items():
             tell(name, steps, Namespace(**vars(args) | setting), name, expected)
         choose_device(args)  # fp32 again
-        tell(
-            "",
-            "\n## Networks, fp32\n\n| | GFLOP per pass | teacher steps, images/s | 18 Heun steps |\n|---|---|---|---|",
-        )
+        tell("", NETWORKS)
         for name in ("SimpleUNet", "diffusers"):
             tell(name, networks, args, device, name)
         tell("", "\n## Scripts\n\n| | status | seconds |\n|---|---|---|")
@@ -97,6 +100,12 @@ def main(argv=None):
             tell(name, run, name, command)
         tell("resumed", resumed, folder)
     print(f"wrote {args.output}")
+
+
+def complete(args):
+    """Sets what the options leave open, and the first of `SETTINGS`."""
+    vars(args).update(precision="fp32", compile=False, optimizer="adamw", layout=torch.channels_last)
+    args.img_channels, args.label_dim = args.img_channels or 3, 10 if args.label_dim is None else args.label_dim
 
 
 def machine(device):
@@ -110,24 +119,21 @@ def machine(device):
 
 
 def make_tasks(args, device):
-    """The steps of training on one batch, by name: (the network that is trained, a function that returns its loss).
+    """The steps of training on one batch, by name: (the optimizer, a function that returns the loss).
 
     Weights and batch are the same at every call, on every device. The losses draw nothing themselves: noise and noise
     levels are handed in, and the GAN's heads see clean images.
     """
     torch.manual_seed(args.seed)
-    shape, classes = (
-        (args.img_channels or 3, args.img_resolution, args.img_resolution),
-        10 if args.label_dim is None else args.label_dim,
-    )
-    teacher, fake_unet = (train_teacher.build_network(args, shape[0], classes).eval() for _ in range(2))
+    shape = args.img_channels, args.img_resolution, args.img_resolution
+    teacher, fake_unet = (train_teacher.build_network(args, shape[0], args.label_dim).eval() for _ in range(2))
     for parameter in (*teacher.parameters(), *fake_unet.parameters()):
         parameter.data += 0.02 * torch.randn(parameter.shape)  # also where they start as zeros
     guidance = GuidanceModel(copy.deepcopy(teacher), fake_unet=fake_unet, gan_classifier=True, diffusion_gan=False)
     model = UnifiedModel(guidance).eval()
     drawn = *torch.randn(2, args.batch_size, *shape), torch.randn(args.batch_size).exp()
     images, noise, sigma = (part.to(device) for part in drawn)
-    labels = (torch.arange(args.batch_size) % max(1, classes)).to(device)
+    labels = (torch.arange(args.batch_size) % max(1, args.label_dim)).to(device)
     for network in (teacher, model):
         network.to(device, memory_format=args.layout)
     generator = model.feedforward_model
@@ -183,9 +189,7 @@ def steps(args, setting, expected):
 def count_costs(args, bf16):
     """(FLOPs, bytes of activations and gradients) of each step, as `extras.estimate` counts them."""
     with torch.device("meta"):
-        net = train_teacher.build_network(
-            args, args.img_channels or 3, 10 if args.label_dim is None else args.label_dim
-        ).eval()
+        net = train_teacher.build_network(args, args.img_channels, args.label_dim).eval()
         model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True, diffusion_gan=False)).eval()
     gradients = sum(parameter.nbytes for parameter in net.parameters())
     whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
@@ -211,7 +215,7 @@ def timed(task, rounds, device):
 
 def networks(args, device, name):
     """A row for our network, or for diffusers' UNet2DModel of the same layout at the width with the nearest FLOPs."""
-    net = train_teacher.build_network(args, args.img_channels or 3, 10 if args.label_dim is None else args.label_dim)
+    net = train_teacher.build_network(args, args.img_channels, args.label_dim)
     flops = forward_flops(copy.deepcopy(net).to("meta"))
     if name == "diffusers":
         config, mults = net.config, net.config["channel_mult"]

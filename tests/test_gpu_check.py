@@ -37,7 +37,7 @@ def test_a_part_that_fails_is_told(tmp_path, monkeypatch):
     args = gpu_check.parse_args(
         gpu_check.OPTIONS, "", [*TINY_NET, "--device", "cpu", "--batch_size", "4", "--rounds", "1"]
     )
-    vars(args).update(precision="fp32", compile=False, optimizer="adamw", layout=torch.channels_last)
+    gpu_check.complete(args)
     expected = {
         name: gpu_check.step(args, torch.device("cpu"), *task)
         for name, task in gpu_check.make_tasks(args, "cpu").items()
