@@ -40,10 +40,8 @@ def choose_device(args):
         raise UserError(f"--device {name}: each process needs a GPU of its own; use --device cuda or auto")
     device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= gpus:
-        mend = (
-            "start fewer processes, or use --device cpu" if processes.world_size() > 1 else "use --device cpu or auto"
-        )
-        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; {mend}")
+        more = " and at most one process per device" * (processes.world_size() > 1)
+        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto{more}")
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
