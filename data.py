@@ -25,7 +25,7 @@ READERS = {  # imported when they are needed
 }
 LARGE = 4e9  # bytes of pixels; above, a data set is not moved to the GPU
 DATA = [
-    Option("dataset", "cifar10", choice(*READERS), f"one of {', '.join(READERS)}"),
+    Option("dataset", "cifar10", choice(*READERS), "the data set"),
     Option("data_dir", "./data", path, "where data sets are or are downloaded to; for folder: that folder, or a ZIP"),
 ]
 

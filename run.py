@@ -116,12 +116,15 @@ class Run:
             raise UserError(
                 "the processes resume from different checkpoints: --output_dir must be one for all machines"
             )
+        # A finished run stays as it is, whatever options it is called with again.
+        final = self.folder / f"{self.kind}_final.pt"
+        self.finished = self.done and bool(self.resumed) and Path(self.resumed_from).resolve() == final.resolve()
         continues, mistake = True, None
         if processes.is_main():
             try:
                 make_folder("--output_dir", self.folder / "samples")
                 self.lock_folder()
-                continues = self.take_folder()
+                continues = self.finished or self.take_folder()
             except UserError as error:
                 mistake = error
         if mistake := processes.from_main(mistake):
@@ -254,6 +257,8 @@ class Run:
 
     def finish(self):
         """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""
+        if self.finished:
+            return 0
         name = f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt"
         self.save(name)
         if not self.done:

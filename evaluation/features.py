@@ -67,7 +67,7 @@ def inception(weights, device):
         if not weights:
             file = "weights-inception-2015-12-05-6726825d.pth"
             what = f"no download: get {file} and name it with --inception_weights, or use --features classifier"
-        raise UserError(f"{what} ({' '.join(str(error).split()):.200})") from None
+        raise UserError(f"{what} ({' '.join(str(error).split()) or type(error).__name__:.200})") from None
     network.eval().to(device)
     see = in_batches(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
     return lambda images: see(images)[0]

@@ -30,7 +30,7 @@ ESTIMATE = [
 def main(argv=None):
     kind, *options = (sys.argv[1:] if argv is None else argv) or [""]
     if kind not in ("teacher", "dmd2"):
-        raise UserError(f"give teacher or dmd2 first, then the options of its training script, not {kind!r}")
+        raise UserError(f"give teacher or dmd2 first, then --help, or its training script's options, not {kind!r}")
     script, estimate = (train_teacher, of_teacher) if kind == "teacher" else (train_dmd2, of_dmd2)
     args = parse_args(script.OPTIONS | {"estimate": ESTIMATE}, __doc__, options)
     if args.batch_size % args.grad_accum:
@@ -50,8 +50,8 @@ def main(argv=None):
         limit = (1 - HEADROOM) * args.memory_gb * GIB - sum(fixed.values())
         parts = [parts for parts in range(1, args.batch_size + 1) if args.batch_size % parts == 0]
         least = bisect_left(parts, True, key=lambda number: activations(args.batch_size // number) <= limit)
-        answer = f"use --grad_accum {parts[least]}" if least < len(parts) else "too little even for one image at a time"
-        print(f"--memory_gb {args.memory_gb:g}: {answer}; {HEADROOM:.0%} is reserved for what is not counted")
+        answers = ["it fits", *(f"use --grad_accum {number}" for number in parts[1:]), "too little even for one image"]
+        print(f"--memory_gb {args.memory_gb:g}: {answers[least]}; {HEADROOM:.0%} is reserved for what is not counted")
 
 
 def of_teacher(args):

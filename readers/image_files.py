@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 import warnings
 import zipfile
 from collections import Counter
@@ -77,7 +78,9 @@ def readable(what, kind):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what}: not a readable {kind} ({str(error) or type(error).__name__})") from None
+        raise UserError(
+            f"{what}: not a readable {kind} ({str(error).split(' <_io')[0] or type(error).__name__})"
+        ) from None
 
 
 def list_folder(path, inside="", above=()):
@@ -134,7 +137,9 @@ def read_images(path, files, shape):
         image = read_image(names[index], files[names[index]], channels=shape[0])
         side = side or image.shape[1]
         if image.shape[1:] != (side, side):
-            sizes = f"{names[0]} has height {side}, {names[index]} is {image.shape[2]}x{image.shape[1]}"
+            sizes = f"{names[index]} is {image.shape[2]}x{image.shape[1]}" + f", {names[0]} has height {side}" * (
+                index > 0
+            )
             raise UserError(f"{path}: images must be square and of one size ({sizes}); crop and resize them first")
         pixels[index] = resize(image[None], shape[2])[0]
     return pixels
@@ -200,7 +205,7 @@ def folder_labels(path, files, images):
     label = {name: index for index, name in enumerate(class_names)}
     pairs = [(label[name.split("/")[0]], name) for name in images if "/" in name]
     labels, names = zip(*sorted(pairs, key=lambda pair: pair[0]), strict=True)
-    return names, labels, class_names
+    return names, labels, [unicodedata.normalize("NFC", name) for name in class_names]  # macOS decomposes letters
 
 
 def by_value(name):

@@ -19,9 +19,10 @@ def load(name, data_dir, shape):
             dataset = CLASSES[name](data_dir, train=True, download=True)
         # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
         except (OSError, RuntimeError, AssertionError, EOFError, LookupError, TypeError, ValueError) as error:
-            help = "delete damaged files and copy torchvision's there by hand, or use --dataset mnist5k, which is here"
             problem = f"is missing from {data_dir} or damaged there, and could not be downloaded ({error})"
-            raise UserError(f"data set {name} {problem}; {help}") from None
+            help = "copy torchvision's files there by hand, or use --dataset mnist5k, which is here"
+            own = "for images of your own add --dataset folder"
+            raise UserError(f"data set {name} {problem}; {help}; {own}") from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes

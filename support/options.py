@@ -47,6 +47,7 @@ def choice(*allowed):
             raise UserError(f"must be one of {', '.join(allowed)}, not {text!r}{did_you_mean(text, allowed)}")
         return text
 
+    parse.metavar = "{" + ",".join(allowed) + "}"
     return parse
 
 
@@ -104,7 +105,8 @@ def parse_args(tables, description, argv=None):
             if option.parse is flag:
                 group.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, help=help)
             else:
-                metavar = option.parse.__name__.upper() if option.parse in (text, path) else "X"
+                kind = option.parse.__name__.upper() if option.parse in (text, path) else "X"
+                metavar = getattr(option.parse, "metavar", kind)
                 group.add_argument(f"--{option.name}", nargs=option.nargs, metavar=metavar, help=help)
     given, unknown = parser.parse_known_args(argv)
     given = vars(given)

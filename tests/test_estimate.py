@@ -74,6 +74,7 @@ def test_grad_accum_is_the_least_that_fits_and_hours_follow(capsys):
     text, whole = estimated(capsys, *options, "--memory_gb", rows["together"] / 0.85 * 1.001)
     assert "use --grad_accum 4;" in text and whole["together"] > rows["together"] and whole["tflop"] == rows["tflop"]
     assert f"{rows['tflop'] / 0.04:.3g} s per iteration, {2 * rows['tflop'] / 0.04:.3g} hours in total" in text
+    assert "it fits;" in estimated(capsys, *options, "--memory_gb", 8)[0]
     assert "too little even for one image" in estimated(capsys, *options, "--memory_gb", 1e-4)[0]
 
 

@@ -282,6 +282,17 @@ def test_retention_keeps_the_newest(tmp_path):
     assert kept == {"teacher_checkpoint_step_8.pt", "teacher_checkpoint_step_9.pt", "teacher_final.pt"}
 
 
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    """Whatever options it is called with again: they would become those of its checkpoint and its config.yaml."""
+    train(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    train(tmp_path, resume_from_checkpoint="latest", step_number=2, lr=5)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    (tmp_path / "teacher_final.pt").rename(tmp_path / "teacher_checkpoint_step_4.pt")  # as after a kill at the end
+    train(tmp_path, resume_from_checkpoint="latest")
+    assert load(tmp_path / "teacher_final.pt")["step"] == 4
+
+
 def test_going_back_sets_the_later_checkpoints_aside(tmp_path):
     """Twice resumed from step 2 in a folder with later steps, a run keeps its own; `latest` ignores the others."""
     train(tmp_path, save_every=2, step_number=6, keep_last=9)
