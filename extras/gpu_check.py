@@ -23,18 +23,19 @@ import torch
 import checkpoint
 import train_teacher
 from evaluation.costs import forward_flops, teacher_costs, turn_costs
+from extras.estimate import nbytes
 from guidance import GuidanceModel
 from model import denoising_loss
 from networks.diffusers_unet import DiffusersUNet
 from sampling import heun_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.optimizers import build_optimizer, optimizer_step
-from support.options import Option, count, parse_args, path
+from support.options import Option, count, parse_args, path, read_yaml
 from support.script import run_script, writing
 from unified_model import UnifiedModel
 
 ROOT = Path(__file__).parents[1]
-DIGITS = dict(img_resolution=16, model_channels=32, channel_mult=[1, 2, 2], num_blocks=1, attn_resolutions=[4])
+DIGITS = ROOT / "configs" / "mnist0.yaml"
 OPTIONS = {
     "check": [
         Option("batch_size", 128, count, "images per step"),
@@ -71,16 +72,20 @@ NETWORKS = """
 def main(argv=None):
     """Writes the page with the options in `argv`, by default those of the command line."""
     args = parse_args(OPTIONS, __doc__, argv)
-    if not torch.cuda.is_available() and not args.given & {option.name for option in train_teacher.NETWORK}:
-        vars(args).update(DIGITS)
+    names = {option.name for option in train_teacher.NETWORK}
+    if not torch.cuda.is_available() and not args.given & names:
+        vars(args).update({name: value for name, value in read_yaml(DIGITS).items() if name in names})
     complete(args)
     device, page = choose_device(args), []
 
     def tell(name, part, *arguments):
         try:
-            lines = part(*arguments) if callable(part) else part
+            lines = part(*arguments)
         except Exception:
             lines = f"| {name} | FAILED: {traceback.format_exc().strip().splitlines()[-1]:.300} |"
+        write(lines)
+
+    def write(lines):
         print(lines)
         page.append(lines + "\n")
         with writing(args.output):
@@ -88,15 +93,15 @@ def main(argv=None):
 
     with tempfile.TemporaryDirectory() as folder:
         tell("machine", machine, device)
-        tell("", STEPS)
+        write(STEPS)
         expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
         for name, setting in SETTINGS.items():
             tell(name, steps, Namespace(**vars(args) | setting), name, expected)
         choose_device(args)  # fp32 again
-        tell("", NETWORKS)
+        write(NETWORKS)
         for name in ("SimpleUNet", "diffusers"):
             tell(name, networks, args, device, name)
-        tell("", "\n## Scripts\n\n| | exit status (0: as it should be) | seconds |\n|---|---|---|")
+        write("\n## Scripts\n\n| | exit status (0: as it should be) | seconds |\n|---|---|---|")
         for name, command in commands(shlex.quote(folder), args.device, device.type).items():
             tell(name, run, name, command)
         tell("resumed", resumed, folder)
@@ -156,10 +161,9 @@ def make_tasks(args, device):
         cls_loss_dict, _ = guidance.compute_guidance_clean_cls_loss(images.flip(0), labels, images, labels)
         return loss_dict["loss_fake_mean"] + cls_loss_dict["guidance_cls_loss"]
 
-    functions = {"teacher step": teacher_step, "generator turn": generator_turn, "guidance turn": guidance_turn}
-    nets = teacher, generator, fake_unet
-    optimizers = [build_optimizer(args.optimizer, net, 1.0) for net in nets]
-    return {name: each for name, each in zip(functions, zip(optimizers, functions.values(), strict=True), strict=True)}
+    tasks = {"teacher step": (teacher, teacher_step), "generator turn": (generator, generator_turn)}
+    tasks["guidance turn"] = fake_unet, guidance_turn
+    return {name: (build_optimizer(args.optimizer, net, 1.0), loss_of) for name, (net, loss_of) in tasks.items()}
 
 
 def step(args, device, optimizer, loss_of):
@@ -192,9 +196,8 @@ def count_costs(args, bf16):
     with torch.device("meta"):
         net = train_teacher.build_network(args, args.img_channels, args.label_dim).eval()
         model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True, diffusion_gan=False)).eval()
-    gradients = sum(parameter.nbytes for parameter in net.parameters())
     whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
-    return [(flops, memory + gradients) for flops, memory in whole]
+    return [(flops, memory + nbytes(net)) for flops, memory in whole]  # with its gradients
 
 
 def timed(task, rounds, device):
@@ -216,8 +219,11 @@ def timed(task, rounds, device):
 
 def networks(args, device, name):
     """A row for our network, or for diffusers' UNet2DModel of the same layout at the width with the nearest FLOPs."""
+
+    def flops(net):
+        return forward_flops(copy.deepcopy(net).to("meta"))
+
     net = train_teacher.build_network(args, args.img_channels, args.label_dim)
-    flops = forward_flops(copy.deepcopy(net).to("meta"))
     if name == "diffusers":
         config, mults = net.config, net.config["channel_mult"]
         attends = ["Attn" * (config["img_resolution"] >> i in config["attn_resolutions"]) for i in range(len(mults))]
@@ -231,9 +237,8 @@ def networks(args, device, name):
             unet = {"layers_per_block": config["num_blocks"], **blocks, **widths}
             return DiffusersUNet(*shape, unet, "epsilon", schedule)
 
-        candidates = map(of_width, range(8, config["model_channels"] + 8, 8))
-        net = min(candidates, key=lambda peer: abs(forward_flops(copy.deepcopy(peer).to("meta")) - flops))
-        flops = forward_flops(copy.deepcopy(net).to("meta"))
+        candidates, ours = map(of_width, range(8, config["model_channels"] + 8, 8)), flops(net)
+        net = min(candidates, key=lambda peer: abs(flops(peer) - ours))
     net.to(device, memory_format=args.layout)
     images = torch.randn(args.batch_size, *(net.config[key] for key in ("img_channels", *["img_resolution"] * 2)))
     images, labels = images.to(device), torch.zeros(args.batch_size, dtype=torch.int64, device=device)
@@ -247,7 +252,7 @@ def networks(args, device, name):
 
     tasks = partial(step, args, device, build_optimizer("adamw", net, 1.0), loss_of), sample
     speeds = [f"{args.batch_size / timed(task, args.rounds, device)[0]:.4g}" for task in tasks]
-    return f"| {name} | {flops / 1e9:.3g} | {' | '.join(speeds)} |"
+    return f"| {name} | {flops(net) / 1e9:.3g} | {' | '.join(speeds)} |"
 
 
 def commands(folder, device, kind):

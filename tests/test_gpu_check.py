@@ -31,7 +31,7 @@ def test_all_parts_are_on_the_page(tmp_path):
     assert len(results) >= 6 and {status for status, _ in results.values()} == {"0"}
 
 
-def test_a_part_that_fails_is_told(tmp_path, monkeypatch):
+def test_a_part_that_fails_is_told():
     """A script by its last line, and a step whose numbers are not the CPU's by how far they are off."""
     assert "| 2: train_teacher.py: error: unknown argument --x |" in gpu_check.run("x", "train_teacher.py --x")
     args = gpu_check.parse_args(
