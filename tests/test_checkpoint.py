@@ -1,7 +1,6 @@
 """Checkpoints that are damaged, changed or hostile: `check_state`, and what is allocated before it."""
 
 import copy
-import os
 import random
 import subprocess
 import sys
@@ -90,6 +89,7 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "prediction", "eps"), "prediction must be one of edm, flow"),
     (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
     (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
+    (nested("model_config", "depth", 3), "unexpected keyword argument 'depth'"),
     (lambda state: state["model_config"].pop("prediction"), "of an early version"),
 ]
 STUDENTS = [
@@ -137,7 +137,6 @@ def bomb(path, what):
 def test_small_files_do_not_take_gigabytes(tmp_path, what):
     """One line within 20 seconds of computing, and less than 1 GB beyond what torch takes."""
     bomb(tmp_path / "bomb.pt", what)
-    assert os.path.getsize(tmp_path / "bomb.pt") < 10_000_000
     code = (
         "import resource, sys; sys.path.insert(0, sys.argv[1]); import checkpoint\n"
         "used = lambda: resource.getrusage(resource.RUSAGE_SELF)\n"

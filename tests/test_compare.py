@@ -2,27 +2,18 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT, metrics
+from conftest import flags, metrics, refuses, start, wait_for
 from PIL import Image
-from test_run import wait_for
 
 import checkpoint
 import compare
 import train_dmd2
 from evaluation import plots
 from support.options import parse_args
-from support.script import UserError
-
-
-def run_compare(arguments, *more, work=("--forward_passes", 24)):
-    compare.main([*map(str, (*arguments, *work, *more))])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +26,7 @@ def compared(runs, tmp_path_factory):
     arguments = ["--configs", folder / "half.yaml", folder / "sid.yaml"]
     arguments += ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--seeds", 0, 1]
     arguments += ["--output_dir", folder / "out", "--num_samples", 20, "--device", "cpu"]
-    run_compare(arguments)
+    compare.main(flags(*arguments, forward_passes=24))
     return folder, arguments
 
 
@@ -84,7 +75,7 @@ def test_only_what_is_missing_or_damaged_is_done_again(compared):
     for name in ("dmd2_final.pt", "dmd2_checkpoint_step_4.pt", "dmd2_checkpoint_step_3.pt", "evaluation.json"):
         (run / name).unlink()
     kept = {file: file.stat().st_mtime_ns for file in [*out.rglob("*.pt"), *out.rglob("evaluation.json")]}
-    run_compare(arguments)
+    compare.main(flags(*arguments, forward_passes=24))
     assert len(kept) > 10 and [file for file in kept if file.stat().st_mtime_ns != kept[file]] == [damaged]
     found = json.loads(whole)["rows"][0] | {"noise": 0}
     assert json.loads(damaged.read_text())["rows"][0] | {"noise": 0} == pytest.approx(found)
@@ -97,27 +88,24 @@ def test_results_of_other_options_are_not_taken_for_these(compared):
     """Of the training, of the evaluation, of the work, or of another teacher, even if it has the same name."""
     folder, arguments = compared
     out, settings = folder / "out", folder / "out" / "settings.json"
-
-    def refused(message, *more):
-        with pytest.raises(UserError, match=re.escape(message)):
-            run_compare(arguments, *more)
-
-    refused(f"{out} holds results for forward_passes 24.0, not 48.0", "--forward_passes", 48)
-    refused(f"{out} holds results for num_samples 20, not 40", "--num_samples", 40)
-    refused("give --forward_passes, for equal work, or --step_number", "--step_number", 4)
+    command = ["compare.py", *arguments, "--forward_passes", 24]
+    refuses(f"{out} holds results for forward_passes 24.0, not 48.0", *command, "--forward_passes", 48)
+    refuses(f"{out} holds results for num_samples 20, not 40", *command, "--num_samples", 40)
+    refuses("give --forward_passes, for equal work, or --step_number", *command, "--step_number", 4)
     text = (folder / "half.yaml").read_text()
     (folder / "half.yaml").write_text(text + "generator_lr: 1e-3\n")
-    refused(f"{out / 'half'} holds results for generator_lr 2e-06, not 0.001")
+    refuses(f"{out / 'half'} holds results for generator_lr 2e-06, not 0.001", *command)
     (folder / "half.yaml").write_text(text + f"generator_checkpoint: {arguments[4]}\n")
-    refused(f"{out / 'half'} holds results for generator_checkpoint None, not {arguments[4]} (SHA-256 ")
+    refuses(f"{out / 'half'} holds results for generator_checkpoint None, not {arguments[4]} (SHA-256 ", *command)
     (folder / "half.yaml").write_text(text)
     text = settings.read_text()
     settings.write_text(text.replace("SHA-256 ", "SHA-256 0"))
-    refused(f"{out} holds results for teacher_checkpoint {arguments[4]} (SHA-256 0")
+    refuses(f"{out} holds results for teacher_checkpoint {arguments[4]} (SHA-256 0", *command)
     settings.write_text(text)
     (folder / "same").mkdir()
     (folder / "same" / "half.yaml").write_text("")
-    refused("--configs: two files have the same name", "--configs", folder / "half.yaml", folder / "same" / "half.yaml")
+    same = ["--configs", folder / "half.yaml", folder / "same" / "half.yaml"]
+    refuses("--configs: two files have the same name", *command, *same)
 
 
 def test_metrics_of_two_classifiers_are_not_compared(compared):
@@ -127,8 +115,7 @@ def test_metrics_of_two_classifiers_are_not_compared(compared):
     found = json.loads(text)
     found["rows"][0]["frechet_distance"] *= 1.01
     file.write_text(json.dumps(found))
-    with pytest.raises(UserError, match=f"{file} and that of the teacher differ for real images"):
-        run_compare(arguments)
+    refuses(f"{file} and that of the teacher differ for real images", "compare.py", *arguments, "--forward_passes", 24)
     file.write_text(text)
 
 
@@ -136,9 +123,8 @@ def test_metrics_of_two_classifiers_are_not_compared(compared):
 def test_a_stopped_comparison_saves_the_training_at_hand(compared, tmp_path, number, to_group, status):
     """Ctrl-C reaches the whole group of processes, SIGTERM compare.py alone."""
     _, arguments = compared
-    more = ["--step_number", 1_000_000, "--output_dir", tmp_path, "--precision", "bf16"]
-    command = [str(word) for word in (sys.executable, ROOT / "compare.py", *arguments, *more)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = dict(step_number=1_000_000, output_dir=tmp_path, precision="bf16")
+    process = start("compare.py", *arguments, **options, preexec_fn=os.setsid)
     run = tmp_path / "half" / "seed_0"
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), process)
     (os.killpg if to_group else os.kill)(process.pid, number)
@@ -162,7 +148,7 @@ def test_students_without_classes_are_compared_by_pixels(unconditional, tmp_path
     (tmp_path / "one.yaml").write_text(data)
     arguments = ["--configs", tmp_path / "one.yaml", "--teacher_checkpoint", unconditional / "teacher/teacher_final.pt"]
     arguments += ["--features", "pixels", "--seeds", 0, "--num_samples", 20, "--device", "cpu"]
-    run_compare(arguments, "--output_dir", tmp_path / "out", work=("--step_number", 2))
+    compare.main(flags(*arguments, output_dir=tmp_path / "out", step_number=2))
     out = capsys.readouterr().out
     assert "pictures.png: real images, teacher, one, from left to right" in out and "\n2 steps each" in out
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())["configurations"]["one"]

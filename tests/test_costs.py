@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import needs_muon, saved_for_backward, tiny_unet
+from conftest import saved_for_backward, tiny_unet
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_dmd2
@@ -45,20 +45,6 @@ def test_an_iterations_passes(options):
     assert PASSES[options] * 0.98 < counted <= PASSES[options]
 
 
-@needs_muon
-def test_muons_products_count_once_per_batch():
-    ways = (f"--optimizer {name} --batch_size {size}" for name, size in (("adamw", 8), ("muon", 8), ("muon", 16)))
-    adamw, muon8, muon16 = (iteration_flops(*meta(tiny_unet(), *way.split())) for way in ways)
-    assert muon8 - adamw == pytest.approx(2 * (muon16 - adamw)) and muon8 > 1.1 * adamw
-
-
-@pytest.fixture
-def as_if_cuda(monkeypatch):
-    """Lets CUDA's autocast, and so its rules, work on fake tensors where there is no GPU."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
-
-
 def kept(build, device, side=32):
     """The bytes that a forward pass keeps. Fused attention has no fake, and the plain one is all float32: left out."""
     with torch.device(device):
@@ -69,8 +55,11 @@ def kept(build, device, side=32):
 
 
 @pytest.mark.parametrize("build", [SimpleUNet, SongUNet])
-def test_bf16_keeps_half_the_memory_on_every_device(as_if_cuda, build):
+def test_bf16_keeps_half_the_memory_on_every_device(monkeypatch, build):
     """CUDA's rules make float32 of group norms and of upsampling, where left to them. `meta` keeps what CUDA keeps."""
+    # CUDA's autocast, and so its rules, work on fake tensors where there is no GPU.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *arguments: True)
     with FakeTensorMode():
         for device in ("cpu", "cuda"):
             single = kept(build, device)

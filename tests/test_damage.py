@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_unet, write_zip
+from conftest import ROOT, write_zip
 from edm_files import edm_tensors, write_edm
+from test_generate import untrained
 
 import checkpoint
 import train_teacher
@@ -14,18 +15,12 @@ from support.options import parse_args
 from support.script import UserError
 
 
-def write_checkpoint(path):
-    net = tiny_unet()
-    weights = {"model_state_dict": net.state_dict(), "ema_state_dict": net.state_dict()}
-    checkpoint.save(path, weights | {"step": 1, "model_config": net.config, "config": {}})
-
-
 def read_config(path):
     return parse_args(train_teacher.OPTIONS, "", ["--config", str(path)])
 
 
 KINDS = {  # file -> who writes it, who reads it
-    "checkpoint.pt": (write_checkpoint, checkpoint.load_network),
+    "checkpoint.pt": (lambda path: untrained(path, ["cat", "dog"]), checkpoint.load_network),
     "config.yaml": (lambda path: path.write_bytes((ROOT / "config_train0.yaml").read_bytes()), read_config),
     "images.zip": (write_zip, lambda path: load_dataset("folder", path, 16)),
     "edm.pkl": (write_edm, load),

@@ -2,7 +2,7 @@ import re
 import signal
 
 import pytest
-from conftest import ROOT, TINY_NET, tiny_unet, write_images
+from conftest import ROOT, TINY_NET, refuses, tiny_unet, write_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -11,7 +11,6 @@ import train_teacher
 from evaluation.costs import LiveMemory
 from extras import estimate
 from run import Run
-from support.script import UserError
 
 WAYS = {
     "teacher": ["teacher", *TINY_NET, "--dropout", 0, "--grad_accum", 2],  # for dropout, a CPU keeps more than CUDA
@@ -52,10 +51,8 @@ def test_the_estimate_is_what_the_real_loop_takes(request, tmp_path, monkeypatch
         options += ["--teacher_checkpoint", teacher, "--dfake_gen_update_ratio", 1]
         if way == "another generator":
             net = tiny_unet(model_channels=16)
-            checkpoint.save(
-                tmp_path / "t.pt",
-                checkpoint.load(teacher) | {"ema_state_dict": net.state_dict(), "model_config": net.config},
-            )
+            other = checkpoint.load(teacher) | {"ema_state_dict": net.state_dict(), "model_config": net.config}
+            checkpoint.save(tmp_path / "t.pt", other)
             options += ["--generator_checkpoint", tmp_path / "t.pt"]
     _, rows = estimated(capsys, kind, *options)
 
@@ -99,8 +96,7 @@ MISTAKES = {
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_mistakes_are_told(tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=MISTAKES[arguments]):
-        estimate.main(arguments.split())
+    refuses(MISTAKES[arguments], "extras.estimate", *arguments.split())
 
 
 # ---- docs/memory-and-time.md ----------------------------------------------------------------------------------------

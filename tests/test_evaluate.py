@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import succeed, write_images, write_zip
+from conftest import flags, refuses, succeed, write_images, write_zip
 from PIL import Image
 
 import checkpoint
@@ -98,8 +98,7 @@ def test_mistakes_are_refused(runs, unconditional, tmp_path, monkeypatch, file, 
     state = checkpoint.load("student.pt") | {"class_names": ["automobile", *CLASSES[1:]]}
     for name, changes in (("cars", {"dataset": "cifar10"}), ("theirs", {"data_dir": "theirs"})):
         checkpoint.save(f"{name}.pt", state | {"config": state["config"] | changes})
-    with pytest.raises(UserError, match=message):
-        evaluated("--checkpoint", file, "--output_dir", "out", *options)
+    refuses(message, "evaluate.py", "--checkpoint", file, "--output_dir", "out", "--device", "cpu", *options)
     assert not os.path.exists("theirs") and not os.path.exists("out/evaluation.json")
 
 
@@ -212,9 +211,8 @@ def test_an_image_depends_on_its_number_alone(runs):
     """Neither on the batch nor on how many there are. It is of the class that is its label."""
     drawn, cpu = [], torch.device("cpu")
     for samples, batch_size in ((12, 5), (8, 12)):
-        flags = ["--num_samples", samples, "--batch_size", batch_size, "--device", "cpu"]
-        flags += ["--checkpoint", runs / "dmd2" / "dmd2_final.pt"]
-        args = parse_args(evaluate.OPTIONS, "", [*map(str, flags)])
+        size = flags(num_samples=samples, batch_size=batch_size, device="cpu")
+        args = parse_args(evaluate.OPTIONS, "", [*size, "--checkpoint", str(runs / "dmd2" / "dmd2_final.pt")])
         (model,) = evaluate.load_models(args, cpu)
         labels = evaluate.generate(args, [model], (1, 8, 8), cpu)
         drawn.append((labels, model.images))

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import flags, refuses, tiny_unet
 
 import checkpoint
 import export
@@ -24,10 +24,6 @@ def write_generator(file, net, raw="feedforward_model_state_dict", sigmas=(40.0,
     names = [f"class {label}" for label in range(net.label_dim)]
     checkpoint.save(file, state | {"student_sigmas": list(sigmas), "class_names": names})
     return file
-
-
-def exported(source, *arguments):
-    export.main(["--checkpoint", *map(str, (source, *arguments))])
 
 
 def unet():
@@ -57,7 +53,8 @@ def test_onnx_makes_the_same_images(tmp_path, build, sigmas, inputs):
         net.conv_out.weight *= 4  # so that some of the images leave [-1, 1]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "x.onnx.tmp").write_text("of a killed export")
-    exported(write_generator(tmp_path / "x.pt", net, sigmas=sigmas), "--output", tmp_path / "new" / "x.onnx")
+    source = write_generator(tmp_path / "x.pt", net, sigmas=sigmas)
+    export.main(flags(checkpoint=source, output=tmp_path / "new" / "x.onnx"))
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["x.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "new" / "x.onnx", providers=["CPUExecutionProvider"])
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
@@ -132,6 +129,5 @@ def test_mistakes_are_refused_and_nothing_is_written(tmp_path, monkeypatch, argu
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"old")
     before = {file: file.is_dir() or file.read_bytes() for file in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match=message):
-        exported("generator.pt", *arguments)
+    refuses(message, "export.py", "--checkpoint", "generator.pt", *arguments)
     assert {file: file.is_dir() or file.read_bytes() for file in tmp_path.rglob("*")} == before

@@ -18,18 +18,9 @@ def shades(each=20, size=8, channels=1, classes=2):
     return Dataset(to_uint8(greys + 0.3 * noise), labels, [str(label) for label in range(classes)])
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Classifiers that train for eight steps."""
-    monkeypatch.setattr(features, "plan", lambda dataset: (8, 4))
-
-
-def stored(path):
-    return torch.load(path, weights_only=True)
-
-
-def test_a_classifier_is_trained_once_and_anew_where_it_does_not_fit(tmp_path, short, monkeypatch, capsys):
+def test_a_classifier_is_trained_once_and_anew_where_it_does_not_fit(tmp_path, monkeypatch, capsys):
     """For other data, another version, a damaged or foreign file, and where it cannot be kept."""
+    monkeypatch.setattr(features, "plan", lambda dataset: (8, 4))  # eight steps
     path = tmp_path / "classifier.pt"
 
     def trains(dataset, cache=path):
@@ -43,14 +34,14 @@ def test_a_classifier_is_trained_once_and_anew_where_it_does_not_fit(tmp_path, s
     monkeypatch.setattr(features, "VERSION", features.VERSION + 1)
     assert trains(others) and trains(ours) and trains(ours, "/dev/null/classifier.pt")
 
-    good, expected = path.read_bytes(), stored(path)["model_state_dict"]
+    good, expected = path.read_bytes(), torch.load(path)["model_state_dict"]
     torch.save(torch.zeros(3), tmp_path / "tensor")
     middle = len(good) // 2  # among the weights
     damaged = good[:middle] + bytes([good[middle] ^ 64]) + good[middle + 1 :]
     for content in (b"ab", good[:middle], damaged, (tmp_path / "tensor").read_bytes()):
         path.write_bytes(content)
         assert trains(ours)
-        torch.testing.assert_close(stored(path)["model_state_dict"], expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.load(path)["model_state_dict"], expected, rtol=0, atol=0)
 
 
 def test_steps_suit_the_data():
@@ -124,8 +115,6 @@ def test_inception_weights_that_a_gpu_saved_load_on_a_cpu(inception_weights, tmp
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
         torch.save(torch.load(inception_weights), tmp_path / "weights.pth")
-    with pytest.raises(RuntimeError, match="CUDA"):
-        torch.load(tmp_path / "weights.pth")
     see = features.inception(str(tmp_path / "weights.pth"), CPU)
     assert see(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (1, 2048)
 

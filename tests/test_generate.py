@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_unet
+from conftest import flags, tiny_unet
 from PIL import Image
 
 import checkpoint
@@ -14,8 +14,7 @@ from support.script import UserError
 
 def generated(file, folder, *arguments):
     """generate.py in this process, two images of each class from the checkpoint `file`."""
-    given = ["--checkpoint", file, "--output_dir", folder, "--num_samples", 2, "--device", "cpu", *arguments]
-    generate.main([str(argument) for argument in given])
+    generate.main(flags("--num_samples", 2, "--device", "cpu", *arguments, checkpoint=file, output_dir=folder))
 
 
 def contents(folder):

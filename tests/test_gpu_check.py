@@ -1,7 +1,7 @@
 """The page of extras/gpu_check.py, on a CPU."""
 
 import torch
-from conftest import ROOT, TINY_NET, needs_muon, succeed
+from conftest import ROOT, TINY_NET, flags, needs_muon, succeed
 
 from extras import gpu_check
 
@@ -10,15 +10,10 @@ from extras import gpu_check
 def test_all_parts_are_on_the_page(tmp_path):
     """Without a compiler one part fails, and the others go on."""
     options = [*TINY_NET, "--device", "cpu", "--batch_size", 10, "--rounds", 1, "--output", tmp_path / "page.md"]
-    told = succeed(
-        "extras/gpu_check.py",
-        *options,
-        env={"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-    )
-    page = (tmp_path / "page.md").read_text()
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
-    ]
+    env = {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    told = succeed("extras/gpu_check.py", *options, env=env)
+    lines = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     steps = {name: cells for name, *cells in rows if ": " in name}
     assert len(steps) == 5 * 3 and told.endswith("page.md\n")
     for name, (loss, norm, images_per_second, *_) in steps.items():
@@ -34,14 +29,11 @@ def test_all_parts_are_on_the_page(tmp_path):
 def test_a_part_that_fails_is_told():
     """A script by its last line, and a step whose numbers are not the CPU's by how far they are off."""
     assert "| 2: train_teacher.py: error: unknown argument --x |" in gpu_check.run("x", "train_teacher.py --x")
-    args = gpu_check.parse_args(
-        gpu_check.OPTIONS, "", [*TINY_NET, "--device", "cpu", "--batch_size", "4", "--rounds", "1"]
-    )
+    options = flags(*TINY_NET, device="cpu", batch_size=4, rounds=1)
+    args, doubled = gpu_check.parse_args(gpu_check.OPTIONS, "", options), {}
     gpu_check.complete(args)
-    expected = {
-        name: gpu_check.step(args, torch.device("cpu"), *task)
-        for name, task in gpu_check.make_tasks(args, "cpu").items()
-    }
-    doubled = {name: (2 * loss, norm) for name, (loss, norm) in expected.items()}
+    for name, task in gpu_check.make_tasks(args, "cpu").items():
+        loss, norm = gpu_check.step(args, torch.device("cpu"), *task)
+        doubled[name] = 2 * loss, norm
     for row in gpu_check.steps(args, "here", doubled).splitlines():
         assert row.split("|")[2:4] == [" 5.0e-01 ", " 0.0e+00 "]

@@ -2,16 +2,7 @@ import pytest
 import torch
 from conftest import tiny_unet
 
-from model import (
-    PREDICTIONS,
-    Attention,
-    SimpleUNet,
-    denoising_loss,
-    get_sigmas_flow,
-    get_sigmas_karras,
-    group_norm,
-    preconditioning,
-)
+from model import PREDICTIONS, Attention, SimpleUNet, denoising_loss, get_sigmas_karras, group_norm, preconditioning
 
 
 def test_karras_sigmas_follow_edm_equation_5():
@@ -58,19 +49,6 @@ def test_every_parametrisation_is_the_same_denoiser(prediction):
     denoised = (c_skip * noisy.flatten() + c_out * (target + error).flatten()).reshape(noisy.shape)
     loss = denoising_loss(denoised, images, sigma, prediction=prediction)
     torch.testing.assert_close(loss, (error**2).mean(), rtol=1e-6, atol=0)
-
-
-def test_an_unknown_prediction_is_refused():
-    with pytest.raises(
-        ValueError, match="prediction must be one of edm, flow, epsilon, v_prediction, sample, not 'eps'"
-    ):
-        preconditioning(torch.ones(1), prediction="eps")
-
-
-def test_levels_of_flow_matching_are_even_in_t():
-    sigmas = get_sigmas_flow(5, 0.0, 4.0)
-    torch.testing.assert_close(sigmas / (1 + sigmas), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]))
-    torch.testing.assert_close(get_sigmas_flow(5, 0.0, 4.0, shift=2.0)[2], torch.tensor(2 * (1 / 3) / (2 / 3)))
 
 
 @pytest.mark.parametrize("prediction", ["edm", "flow"])
@@ -187,10 +165,3 @@ def test_default_network_is_ddpm_sized():
     net = SimpleUNet()
     assert 25e6 < sum(p.numel() for p in net.parameters()) < 40e6
     assert net.config["img_resolution"] == 32 and net.config["img_channels"] == 3 and net.config["label_dim"] == 10
-
-
-def test_bad_shapes_are_refused():
-    with pytest.raises(ValueError, match="halved"):
-        SimpleUNet(img_resolution=10, channel_mult=(1, 1, 1))
-    with pytest.raises(ValueError, match="multiple of 8"):
-        SimpleUNet(model_channels=20)

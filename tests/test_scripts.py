@@ -1,5 +1,4 @@
 import json
-import os
 import pickle
 import re
 import shutil
@@ -26,6 +25,7 @@ from conftest import (
 from edm_files import write_edm
 from PIL import Image
 from test_docs import PAGES, commands
+from test_safe_pickle import hostile_bytes
 from torch.utils._pytree import tree_flatten
 from torchvision.datasets import CIFAR10
 
@@ -92,23 +92,6 @@ def test_averaged_weights_are_what_is_loaded(runs):
         assert any(not torch.equal(state["ema_state_dict"][key], value) for key, value in state[raw].items())
 
 
-@STAGES
-def test_resume_is_bit_identical(runs, tmp_path, stage):
-    """Stopped after 2 of 4 steps and after 3, against the run that never stopped."""
-    options = flags(*TINY, *options_of(stage, runs), output_dir=tmp_path, save_every=1, log_every=1)
-    if stage == "dmd2":
-        options += flags(dfake_gen_update_ratio=2, gan_classifier=True, ema_decay=0.5)
-    source = runs / stage / f"{stage}_checkpoint_step_2.pt"
-    succeed(f"train_{stage}.py", *options, resume_from_checkpoint=source, step_number=3)
-    os.remove(tmp_path / f"{stage}_final.pt")
-    succeed(f"train_{stage}.py", *options, resume_from_checkpoint="latest")
-    assert_same_run(tmp_path / f"{stage}_final.pt", final(runs, stage))
-    ours, theirs = metrics(tmp_path), metrics(runs / stage)[2:]
-    for row in (*ours, *theirs):
-        del row["images_per_second"]
-    assert ours == theirs and [row["step"] for row in ours] == [3, 4]
-
-
 def train_and_go_on(stage, folder, *words, **options):
     """Trains in `folder`/straight, and on from step 2 of 4 in another folder: the two ends are the same to the bit."""
     options = flags(*TINY, *words, save_every=2, log_every=1, **options)
@@ -139,7 +122,7 @@ def test_a_run_with_muon_resumes_bit_identically(runs, tmp_path, stage):
 
 @STAGES
 def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
-    """All but the device and W&B's. The result is that of the run that never stopped, in its folder."""
+    """All but the device and W&B's. Weights and metrics are those of the run that never stopped, to the bit."""
     moved = tmp_path / stage
     shutil.copytree(runs / stage, moved)
     source = moved / f"{stage}_checkpoint_step_2.pt"
@@ -158,12 +141,14 @@ def test_a_resume_takes_the_options_of_its_run(runs, tmp_path, stage):
     assert ours == theirs | changed
     assert "wandb_run_name: für alle" in (moved / "config.yaml").read_text(encoding="utf-8")
     assert_same_run(final(tmp_path, stage), final(runs, stage))
+    ours, theirs = ([row | {"images_per_second": 0} for row in metrics(folder / stage)] for folder in (tmp_path, runs))
+    assert ours == theirs
 
 
-@pytest.mark.parametrize("what", ["missing", "text", "truncated", "bit flip", "foreign", "architecture", "hostile"])
+@pytest.mark.parametrize("what", ["missing", "text", "truncated", "bit flip", "foreign", "hostile"])
 def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
     file, trace = tmp_path / "bad.pt", tmp_path / "it-ran"
-    good, state = final(runs, "teacher").read_bytes(), load(final(runs, "teacher"))
+    good = final(runs, "teacher").read_bytes()
     half = len(good) // 2
     if what == "text":
         file.write_text("no checkpoint")
@@ -171,17 +156,10 @@ def test_unfit_checkpoints_are_refused(runs, tmp_path, what):
         file.write_bytes(good[:half])
     elif what == "bit flip":
         file.write_bytes(good[:half] + bytes([good[half] ^ 1]) + good[half + 1 :])
-    elif what == "architecture":
-        checkpoint.save(file, {**state, "model_config": {**state["model_config"], "num_blocks": 2}})
     elif what == "foreign":
         torch.save({"weights": torch.zeros(3)}, file)
     elif what == "hostile":
-
-        class Hostile:
-            def __reduce__(self):
-                return os.system, (f"touch {trace}",)
-
-        torch.save({"step": Hostile(), "model_config": {}, "config": {}}, file)
+        file.write_bytes(hostile_bytes(f"touch {trace}"))
     for script, flag in (("generate.py", "--checkpoint"), ("train_dmd2.py", "--teacher_checkpoint")):
         assert_refused(run_script(script, flag, file, output_dir=tmp_path / "out"), f"checkpoint {file}")
     assert not trace.exists() and not (tmp_path / "out").exists()
@@ -216,7 +194,6 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
         refuses("--device cuda: this machine has 0 CUDA devices", *train, device="cuda")
     resume = ["train_teacher.py", "--output_dir", out, "--resume_from_checkpoint"]
     refuses("--batch_size 16 must be divisible by --grad_accum 3", *resume, teacher, grad_accum=3)
-    refuses("give one of them", *resume, teacher, overwrite=True)
     state, bad, theirs = load(teacher), tmp_path / "bad.pt", tmp_path / "theirs"
     for change, told in (
         ({"lr": "fast"}, f"checkpoint {bad}: lr needs a number, not 'fast'"),
@@ -227,12 +204,6 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
         refuses(told, *resume, bad)
     assert not theirs.exists()
     assert not out.exists()
-
-
-def test_numbers_name_any_classes(runs, tmp_path):
-    write_images(tmp_path / "letters", classes="abcdefghij", each=2, size=8)
-    data = dict(dataset="folder", data_dir=tmp_path / "letters", teacher_checkpoint=final(runs, "teacher"))
-    succeed("train_dmd2.py", *TINY, **data, output_dir=tmp_path / "letters_of_a_digits_teacher")
 
 
 OBJECTIVES = {
@@ -261,19 +232,11 @@ def test_a_student_of_several_steps_is_sampled_at_its_levels(runs, tmp_path):
     data = dict(features="classifier", num_samples=20, data_dir=tmp_path, device="cpu", batch_size=7)
     succeed("evaluate.py", checkpoint=student, **data)
     assert json.loads((folder / "evaluation.json").read_text())["rows"][1]["evaluations"] == 2
-    for size in (7, 100):
-        out = dict(format="npz", output_dir=tmp_path / str(size), num_samples=2, device="cpu", batch_size=size)
-        succeed("generate.py", checkpoint=student, **out)
-    ours, theirs = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("7", "100"))
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
-    resume = dict(student_sigmas=[80, 5, 1], resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
-    refuses(
-        "its student_sigmas differs from this run's, [80.0, 5.0, 1.0]",
-        "train_dmd2.py",
-        *options,
-        output_dir=tmp_path / "other",
-        **resume,
-    )
+    told = succeed("generate.py", checkpoint=student, output_dir=tmp_path / "images", num_samples=2, device="cpu")
+    assert "network evaluations per image: 2;" in told
+    options += flags(student_sigmas=[80, 5, 1], resume_from_checkpoint=folder / "dmd2_checkpoint_step_2.pt")
+    told = "its student_sigmas differs from this run's, [80.0, 5.0, 1.0]"
+    refuses(told, "train_dmd2.py", *options, output_dir=tmp_path / "other")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
@@ -307,7 +270,7 @@ def test_both_stages_without_classes(unconditional, tmp_path, stage):
     assert_same_run(final(tmp_path, stage), final(unconditional, stage))
 
 
-def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path):
+def test_labels_are_left_out_where_there_are_some(unconditional, tmp_path):
     """With --label_dim 0, images with labels make the same teacher. It is distilled with them, without a GAN."""
     data = flags(*TINY, dataset="folder", data_dir=write_zip(tmp_path / "set.zip", labels=[0, 1] * 20, size=8))
     told = succeed("train_teacher.py", *TINY_NET, *data, label_dim=0, output_dir=tmp_path / "teacher")
@@ -316,10 +279,6 @@ def test_labels_are_left_out_where_there_are_some(runs, unconditional, tmp_path)
     assert_same(dict(ours), dict(theirs))
     succeed("train_dmd2.py", *data, *options_of("dmd2", tmp_path), output_dir=tmp_path / "dmd2")
     assert load(final(tmp_path, "dmd2"))["class_names"] == []
-
-    data = flags(*TINY, dataset="folder", data_dir=unconditional / "set.zip", output_dir=tmp_path / "out")
-    options = [*data, *options_of("dmd2", runs)]
-    refuses("knows 10 classes; the data set folder has none", "train_dmd2.py", *options)
 
 
 # ---- Weights & Biases, data sets, notebooks -------------------------------------------------------------------------
@@ -387,17 +346,7 @@ def test_cifar10_from_torchvisions_files(tmp_path, monkeypatch):
     assert (tmp_path / "images" / "airplane_samples.png").exists()
 
 
-# The pages whose commands run; the others need teachers.
-RUN = {
-    "README",
-    "how-it-works",
-    "training-guide",
-    "evaluation",
-    "generate",
-    "reliability",
-    "results",
-    "memory-and-time",
-}
+RUN = [page for page in PAGES if page.stem not in ("objectives", "teachers")]  # whose commands need other teachers
 
 
 @pytest.mark.parametrize("group", ["python", "torchrun", "pretrained"])
@@ -405,9 +354,8 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
     """The README's commands and those of some pages, each on what the ones before wrote; scaled down by flags."""
     for name in ("teacher", "dmd2"):
         shutil.copytree(runs / name, tmp_path / "log" / "checkpoints" / name)
-    for path in [*ROOT.glob("config_*.yaml"), *ROOT.glob("configs/*.yaml")]:
-        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
-        (tmp_path / path.relative_to(ROOT)).write_text(path.read_text())
+    for path in [ROOT / "configs", *ROOT.glob("config_*.yaml")]:
+        (tmp_path / path.name).symlink_to(path)
     write_edm(tmp_path / "edm-cifar10-32x32-cond-vp.pkl")
     write_zip(tmp_path / "cifar10.zip", labels=[*range(10)] * 10, size=8)
     (tmp_path / "my_images").mkdir()  # of which `small` makes digits
@@ -418,7 +366,7 @@ def test_readme_commands_run_in_order(group, runs, tmp_path, inception_weights):
         "generate.py": flags(num_samples=2),
         "toy.py": flags(step_number=5, batch_size=32),
     }
-    for runner, script, *arguments in [command for page in PAGES if page.stem in RUN for command in commands(page)]:
+    for runner, script, *arguments in [command for page in RUN for command in commands(page)]:
         script = re.sub(r"^extras\.(\w+)$", r"extras/\1.py", script)
         if script == "extras/gpu_check.py":  # its test runs it
             continue

@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import ROOT, GaussianDenoiser, tiny_unet
 
-from guidance import GuidanceModel, relative_errors
+from guidance import relative_errors
 from networks.velocity import VelocityDenoiser
-from sampling import euler_sampler, heun_sampler
 from unified_model import UnifiedModel
 
 LABELS = torch.tensor([3, 1])
@@ -29,26 +28,14 @@ def velocity_of(net, data_at, time_scale):
 
 @pytest.mark.parametrize("data_at, time_scale", [(0, 1.0), (0, 1000.0), (1, 1.0)])
 def test_a_velocity_network_is_the_same_denoiser(data_at, time_scale):
-    """Denoised images, DMD2's gradient, and the samples of both samplers."""
+    """At one noise level for all images, and at one for each."""
     edm = tiny_unet()
     torch.nn.init.normal_(edm.conv_out.weight, std=0.1)
     net = VelocityDenoiser(velocity_of(edm, data_at, time_scale), data_at, time_scale)
     x, noise = torch.randn(2, 2, 1, 8, 8)
-    for sigma in (0.01, 1.0, 80.0):
-        torch.testing.assert_close(
-            net(x + sigma * noise, sigma, LABELS), edm(x + sigma * noise, sigma, LABELS), rtol=0, atol=1e-5
-        )
-    fake_unet, grads = tiny_unet(), []
-    for real_unet in (edm, net):
-        images = x.clone().requires_grad_()
-        guidance = GuidanceModel(real_unet, fake_unet=fake_unet)
-        loss_dict, _ = guidance.compute_distribution_matching_loss(images, LABELS, torch.tensor([0.3, 5.0]), noise)
-        loss_dict["loss_dm"].backward()
-        grads.append(images.grad)
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5 * grads[0].abs().max().item())
-    for sampler in (heun_sampler, euler_sampler):
-        samples = [sampler(each, noise, LABELS, num_steps=5) for each in (edm, net)]
-        torch.testing.assert_close(*samples, rtol=1e-5, atol=1e-5)
+    for sigma in (0.01, 1.0, torch.tensor([0.3, 80.0])):
+        noisy = x + torch.as_tensor(sigma).reshape(-1, 1, 1, 1) * noise
+        torch.testing.assert_close(net(noisy, sigma, LABELS), edm(noisy, sigma, LABELS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("data_at, shown", [(0, False), (1, True)])
