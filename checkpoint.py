@@ -201,10 +201,7 @@ def load_network(path, device="cpu"):
 def load_teacher(path, option="teacher_checkpoint"):
     """The state of the teacher at `path`, the value of `option`. Raises UserError for anything else."""
     if not os.path.exists(path):
-        raise UserError(
-            f"--{option} {path}: there is no such file; train_teacher.py trains a teacher, import_teacher.py "
-            "imports a pretrained one"
-        )
+        raise UserError(f"--{option} {path}: there is no such file; train_teacher.py or import_teacher.py makes one")
     state = load(path)
     if kind(state) != "teacher":
         raise UserError(f"--{option} {path}: a generator; give a teacher's checkpoint")
@@ -236,9 +233,8 @@ def load_sampler(path, device="cpu", steps=18):
 
 def numbered(folder, kind):
     """The step checkpoints of `kind` (teacher or dmd2) in `folder`: a dict from step to file, in order."""
-    matches = [
-        (re.fullmatch(rf"{kind}_checkpoint_step_(\d+)\.pt", file.name), file) for file in Path(folder).glob("*.pt")
-    ]
+    pattern = re.compile(rf"{kind}_checkpoint_step_(\d+)\.pt")
+    matches = [(pattern.fullmatch(file.name), file) for file in Path(folder).glob("*.pt")]
     return dict(sorted((int(match[1]), file) for match, file in matches if match))
 
 

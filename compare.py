@@ -105,7 +105,6 @@ def read_options(args, config):
     argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
     options = parse_args(train_dmd2.OPTIONS, None, argv)
     vars(options).update(machine(args))
-    train_dmd2.check(options)
     return options
 
 

@@ -58,6 +58,8 @@ class GuidanceModel(nn.Module):
         diffusion_gan_max_timestep=1000,
     ):
         super().__init__()
+        if min_step_percent >= max_step_percent:
+            raise ValueError(f"min_step_percent {min_step_percent} must be below max_step_percent {max_step_percent}")
         self.real_unet = real_unet.requires_grad_(False).eval()
         self.fake_unet = (copy.deepcopy(real_unet) if fake_unet is None else fake_unet).requires_grad_(True)
         self.sigma_data, self.prediction = sigma_data, prediction
@@ -66,9 +68,7 @@ class GuidanceModel(nn.Module):
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
         low, high = known_range(self.fake_unet, *known_range(real_unet, sigma_min, sigma_max))
         if low >= high:
-            raise ValueError(
-                f"sigma_min {sigma_min}, sigma_max {sigma_max}: the networks know none of these noise levels"
-            )
+            raise ValueError(f"sigma_min {sigma_min}, sigma_max {sigma_max}: the networks know no noise level between")
         if schedule not in ("karras", "flow"):
             raise ValueError(f"schedule must be karras or flow, not {schedule!r}")
         if schedule == "flow":
@@ -95,19 +95,12 @@ class GuidanceModel(nn.Module):
         self.f_divergence = f_divergence
         if f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {f_divergence!r}")
-        if f_divergence != "rkl":
-            if objective != "dmd":
-                raise ValueError(f"f_divergence {f_divergence} needs objective dmd, not {objective}")
-            if not gan_classifier or not diffusion_gan:
-                raise ValueError(
-                    f"f_divergence {f_divergence} takes its weights from the GAN's heads: it needs gan_classifier, and "
-                    "heads that see noised images (diffusion_gan)"
-                )
-            if self.gan_steps <= self.max_step:
-                raise ValueError(
-                    f"f_divergence {f_divergence} asks the GAN's heads at noise levels up to {self.max_step} of "
-                    f"{num_train_timesteps}; they see only {self.gan_steps} (diffusion_gan_max_timestep)"
-                )
+        known = gan_classifier and diffusion_gan and self.gan_steps > self.max_step
+        if f_divergence != "rkl" and not (objective == "dmd" and known):
+            raise ValueError(
+                f"f_divergence {f_divergence} needs objective dmd, gan_classifier, and heads that see noised images "
+                f"(diffusion_gan) at all {self.max_step + 1} noise levels of the loss (diffusion_gan_max_timestep)"
+            )
 
     def train(self, mode=True):
         super().train(mode)
@@ -160,14 +153,12 @@ class GuidanceModel(nn.Module):
     @contextmanager
     def frozen(self):
         """A context in which these parameters get no gradient, while gradients flow through the networks."""
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            self.requires_grad_(True)
+            self.real_unet.requires_grad_(False)
 
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.

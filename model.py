@@ -134,9 +134,7 @@ class Denoiser(nn.Module):
     def precondition(self, x, sigma, class_labels, features):
         """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
         if unknown := set(features) - self.feature_channels.keys():
-            raise ValueError(
-                f"no feature map at resolution {min(unknown)}; the encoder has {list(self.feature_channels)}"
-            )
+            raise ValueError(f"no feature map at {min(unknown)}; the encoder has {list(self.feature_channels)}")
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
         c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
         if not self.label_dim:

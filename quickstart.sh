@@ -13,7 +13,7 @@ else
     "${PYTHON:-python3}" -m venv .venv
 fi
 echo "== installing requirements.txt (installed packages are skipped)"
-.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt "torch>=2.9" # 2.9: it has Muon
+.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 
 precision=fp32
 if .venv/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

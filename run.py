@@ -30,13 +30,7 @@ RUN = [
     Option("step_number", 100_000, count, "training steps in total"),
     Option("save_every", 5000, count, "steps between checkpoints"),
     Option("keep_last", 3, count, "number of newest step checkpoints to keep; the final one is always kept"),
-    Option(
-        "resume_from_checkpoint",
-        None,
-        path,
-        "checkpoint to resume from; `latest`: the newest in output_dir; `auto`: that, or a new run if there is none. "
-        "Options that are not given are those of its run, but for device, compile and W&B's",
-    ),
+    Option("resume_from_checkpoint", None, path, "a file; latest: output_dir's newest; auto: that, or else a new run"),
     Option("overwrite", False, flag, "start anew in an output_dir that holds a run: its checkpoints are deleted"),
 ]
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
@@ -113,9 +107,7 @@ class Run:
             # The processes have the same weights, but draw different noise.
             torch.manual_seed(self.args.seed + 1000003 * self.step + processes.rank())
         if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
-            raise UserError(
-                "the processes resume from different checkpoints: --output_dir must be one for all machines"
-            )
+            raise UserError("the processes resume from different checkpoints: all machines need one --output_dir")
         # A finished run stays as it is, whatever options it is called with again.
         final = self.folder / f"{self.kind}_final.pt"
         self.finished = self.done and bool(self.resumed) and Path(self.resumed_from).resolve() == final.resolve()
@@ -231,8 +223,19 @@ class Run:
         return self.step >= self.args.step_number
 
     def goes_on(self):
-        """Whether there is a step left to train and no request to stop."""
+        """Whether there is a step left to train and no request to stop. Raises UserError as `check_steps` does."""
+        if self.step % self.args.log_every == 0 or self.done:  # not at every step: it waits for the device
+            self.check_steps()
         return not self.done and not self.stop.is_due()
+
+    def check_steps(self):
+        """Raises UserError if an optimizer has skipped its last `--max_bad_steps` steps, or more."""
+        worst = max(int(getattr(part, "bad_steps", 0)) for part in self.parts.values())
+        if worst >= self.args.max_bad_steps:
+            raise UserError(
+                f"step {self.step}: {worst} steps in a row had gradients that are not finite and were skipped; "
+                "lower the learning rate, and resume from the last checkpoint if there is one"
+            )
 
     def save_if_due(self):
         if self.step % self.args.save_every == 0:

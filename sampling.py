@@ -47,16 +47,13 @@ def one_step_sampler(net, noise, labels, conditioning_sigma):
 
 
 @torch.no_grad()
-def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, sigmas=None):
+def heun_sampler(net, noise, labels, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """EDM's deterministic sampler (algorithm 1): Heun's method along dx/dsigma = (x - D(x; sigma)) / sigma.
 
     noise: standard normal `[B, C, H, W]`; labels: `[B]`. Returns `[B, C, H, W]` after 2 * num_steps - 1 evaluations.
-    The noise levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds. sigmas: a schedule
-    of one's own instead, descending.
+    The noise levels stay within `net.sigma_min` and `net.sigma_max` if the network has these bounds.
     """
-    if sigmas is None:
-        sigmas = get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist()
-    sigmas = [*sigmas, 0.0]
+    sigmas = [*get_sigmas_karras(num_steps, *known_range(net, sigma_min, sigma_max), rho).tolist(), 0.0]
     x = noise * sigmas[0]
     for sigma, sigma_next in pairwise(sigmas):
         d = (x - net(x, noise.new_full((len(x),), sigma), labels)) / sigma

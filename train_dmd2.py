@@ -14,26 +14,14 @@ from sampling import grid_noise, heun_sampler, random_stream, student_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import to_float
 from support.logger import LOGGING, WANDB
-from support.optimizers import (
-    OPTIMIZATION,
-    BadSteps,
-    adamw,
-    add_means,
-    build_optimizer,
-    lr_factor,
-    optimizer_step,
-    update_ema,
-)
+from support.optimizers import OPTIMIZATION, adamw, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, noise_level, number, parse_args, path, positive, share
 from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
 OPTIONS = {
-    "data": [
-        *DATA,
-        Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "the teacher to distil"),
-    ],
+    "data": [*DATA, Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "to distil")],
     "the two time scales": [
         Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
@@ -64,9 +52,7 @@ OPTIONS = {
     ],
     "GAN on real images (DMD2 section 4.3)": [
         Option("gan_classifier", False, flag, "add the GAN loss"),
-        Option(
-            "gan_features", "fake", choice("fake", "teacher"), "what the heads see: features of fake_unet or teacher"
-        ),
+        Option("gan_features", "fake", choice("fake", "teacher"), "whose features the heads see"),
         Option("gan_resolutions", None, count, "resolutions of these, a head each; default: the coarsest alone", "+"),
         Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
         Option("gen_cls_loss_weight", 3e-3, number(0), "weight of the GAN loss in the generator's loss"),
@@ -79,16 +65,6 @@ OPTIONS = {
     "log": LOGGING,
     "Weights & Biases": WANDB,
 }
-
-
-def check(args):
-    """Raises UserError for options that do not fit together."""
-    for low, high in (("sigma_min", "sigma_max"), ("min_step_percent", "max_step_percent")):
-        if getattr(args, low) >= getattr(args, high):
-            raise UserError(f"--{low} ({getattr(args, low)}) must be below --{high} ({getattr(args, high)})")
-    if args.student_sigmas and args.student_sigmas != sorted(set(args.student_sigmas), reverse=True):
-        listed = " ".join(map(str, args.student_sigmas))
-        raise UserError(f"--student_sigmas {listed}: must descend, starting with the most noise")
 
 
 def load_generator(args, teacher_state, device):
@@ -133,7 +109,7 @@ def build_model(args, teacher, generator=None):
             diffusion_gan=args.diffusion_gan,
             diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
         )
-    model = UnifiedModel(guidance, student_sigmas=sigmas, generator=generator)
+        model = UnifiedModel(guidance, student_sigmas=sigmas, generator=generator)
     return model.eval()  # turns dropout off, in all its networks alike
 
 
@@ -152,7 +128,6 @@ def main(argv=None):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "dmd2")
     args = run.args  # completed by the options of the run that is resumed, if any
-    check(args)
     device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
@@ -191,7 +166,6 @@ def main(argv=None):
     )
     del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
-    bad_steps = BadSteps(args.max_bad_steps, device)
     size = sum(p.numel() for p in generator.parameters()) / 1e6
     data = describe(dataset._replace(class_names=class_names))
     logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
@@ -247,9 +221,6 @@ def main(argv=None):
                 update_ema(ema, generator, args.ema_decay, generator_updates + 1, ramp=2)
             run.step += 1
 
-            bad_steps.add(norms)
-            if run.step % args.log_every == 0 or run.done:
-                bad_steps.check(run.step)
             logger.log(run.step, metrics | norms)
             if logger.wants_samples(run.step):
                 with torch.no_grad(), autocast(args, device):

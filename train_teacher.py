@@ -10,7 +10,7 @@ from run import RUN, Run
 from sampling import grid_noise, heun_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.logger import LOGGING, WANDB
-from support.optimizers import OPTIMIZATION, BadSteps, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
+from support.optimizers import OPTIMIZATION, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, number, parse_args, path, positive, share
 from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
@@ -28,10 +28,7 @@ NETWORK = [
     Option("prediction", "edm", choice("edm", "flow"), "what the network predicts; flow: flow matching's velocity"),
 ]
 OPTIONS = {
-    "data": [
-        *DATA,
-        Option("hflip", None, flag, "flip half of the images left to right (default: for cifar10 and folder)"),
-    ],
+    "data": [*DATA, Option("hflip", None, flag, "mirror half of the images (default: for cifar10 and folder)")],
     "network": NETWORK,
     "optimization": [
         Option("lr", 1e-4, positive, "learning rate"),
@@ -55,19 +52,11 @@ def build_network(args, img_channels, label_dim):
     if "attn_resolutions" in args.given and (missing := set(args.attn_resolutions) - set(sides)):
         known = ", ".join(map(str, sides))
         raise UserError(f"--attn_resolutions {max(missing)}: the network's resolutions are {known}")
+    chosen = {option.name: getattr(args, option.name) for option in NETWORK}  # they have the constructor's names
+    chosen |= {"img_channels": img_channels, "label_dim": label_dim}
+    chosen["attn_resolutions"] = [side for side in args.attn_resolutions if side in sides]
     with as_user_error("the network's options"):
-        return SimpleUNet(
-            img_resolution=args.img_resolution,
-            img_channels=img_channels,
-            label_dim=label_dim,
-            model_channels=args.model_channels,
-            channel_mult=args.channel_mult,
-            num_blocks=args.num_blocks,
-            attn_resolutions=[side for side in args.attn_resolutions if side in sides],
-            dropout=args.dropout,
-            sigma_data=args.sigma_data,
-            prediction=args.prediction,
-        )
+        return SimpleUNet(**chosen)
 
 
 def main(argv=None):
@@ -98,7 +87,6 @@ def main(argv=None):
     facts = {"model_config": net.config, "class_names": class_names}
     run.start(device, batches, facts, model=net, ema=ema, optimizer=optimizer)
     logger = run.logger
-    bad_steps = BadSteps(args.max_bad_steps, device)
     size = sum(p.numel() for p in net.parameters()) / 1e6
     attention = ", ".join(map(str, net.config["attn_resolutions"])) or "no resolution"
     data = describe(dataset._replace(class_names=class_names))
@@ -127,9 +115,6 @@ def main(argv=None):
             run.step += 1
             update_ema(ema, net, args.ema_decay, run.step)
 
-            bad_steps.add(norms)
-            if run.step % args.log_every == 0 or run.done:
-                bad_steps.check(run.step)
             logger.log(run.step, metrics | norms | {"lr": lr})
             if logger.wants_samples(run.step):
                 logger.message(f"drawing {len(grid[0])} images, 35 network evaluations each")

@@ -32,6 +32,9 @@ class UnifiedModel(nn.Module):
         generator = copy.deepcopy(guidance_model.real_unet) if generator is None else generator
         self.feedforward_model = generator.requires_grad_(True)
         self.student_sigmas = list(student_sigmas or [conditioning_sigma])
+        if self.student_sigmas != sorted(set(self.student_sigmas), reverse=True):
+            listed = " ".join(map(str, self.student_sigmas))
+            raise ValueError(f"student_sigmas {listed}: must descend, starting with the most noise")
         fake_unet = guidance_model.fake_unet
         self.fake_unets = nn.ModuleList([fake_unet, *(copy.deepcopy(fake_unet) for _ in self.student_sigmas[1:])])
 

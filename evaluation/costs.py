@@ -118,8 +118,7 @@ def optimizer_costs(name, net):
     optimizer = build_optimizer(name, net, lr=1.0)
     fill_gradients(net)
     flops, _ = count(optimizer.step)
-    parts = optimizer.parts.values() if name == "muon" else [optimizer]
-    return flops, sum(moment.nbytes for part in parts for state in part.state.values() for moment in state.values())
+    return flops, sum(moment.nbytes for state in optimizer.state.values() for moment in state.values())
 
 
 def iteration_flops(args, model):

@@ -69,7 +69,6 @@ def of_teacher(args):
 
 def of_dmd2(args):
     """The same for train_dmd2.py."""
-    train_dmd2.check(args)
     teacher = load_teacher(args.teacher_checkpoint)
     generator = args.generator_checkpoint and load_teacher(args.generator_checkpoint, "generator_checkpoint")
     model = train_dmd2.build_model(args, teacher, generator).to("meta")

@@ -27,20 +27,12 @@ def resize(images, resolution):
     return torch.cat([chunk.round().clamp(0, 255).to(torch.uint8) for chunk in chunks])
 
 
-def join(pictures, dim):
-    """Pictures `[H, W, C]` of one size as one, along `dim`, with white gaps between them."""
-    gap = torch.full_like(pictures[0].split(8, dim)[0], 255)
-    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim)
-
-
 def save_grid(path, *blocks, columns):
     """Writes batches `[N, C, H, W]` in [-1, 1] as one PNG: grids of `columns` columns, three in a row, enlarged."""
     from torchvision.utils import make_grid  # here: it takes seconds to import
 
-    tiles = [make_grid(to_uint8(block).cpu(), columns, pad_value=255).permute(1, 2, 0) for block in blocks]
-    lines = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]
-    lines[-1] += [torch.full_like(tiles[0], 255)] * (len(lines[0]) - len(lines[-1]))
-    picture = Image.fromarray(join([join(line, 1) for line in lines], 0).numpy())
+    tiles = [make_grid(to_uint8(block).cpu(), columns, pad_value=255) for block in blocks]
+    picture = Image.fromarray(make_grid(tiles, 3, padding=8, pad_value=255).permute(1, 2, 0).numpy())
     scale = max(1, 64 // blocks[0].shape[-1])
     with writing(path):
         picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(path)

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,19 +32,6 @@ WANDB = [
     Option("wandb_sample_every", 1000, count, "steps between images and sample grids"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
 ]
-
-
-@contextmanager
-def wandb_folders(folder):
-    """A context in which W&B copies the files that it sends to `folder`, not to the home folder."""
-    names = {"WANDB_DATA_DIR": "", "WANDB_CACHE_DIR": "cache"}
-    ours = {name: str(Path(folder, part).resolve()) for name, part in names.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            del os.environ[name]
 
 
 class Logger:
@@ -84,15 +70,17 @@ class Logger:
             import wandb  # only if enabled: it takes a second, and need not be installed
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
-            with wandb_folders(args.wandb_dir):
-                return wandb.init(
-                    **chosen,
-                    config=public(args),
-                    id=self.wandb_run_id,
-                    resume="allow",
-                    # W&B records the command line in a run's metadata, but must not if that contains the key.
-                    settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
-                )
+            # By default W&B copies what it sends to the home folder.
+            os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(args.wandb_dir))
+            os.environ.setdefault("WANDB_CACHE_DIR", os.path.abspath(f"{args.wandb_dir}/cache"))
+            return wandb.init(
+                **chosen,
+                config=public(args),
+                id=self.wandb_run_id,
+                resume="allow",
+                # W&B records the command line in a run's metadata, but must not if that contains the key.
+                settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
+            )
         except Exception as error:  # hours of training must not depend on W&B, whatever it raises
             self.without_wandb(error)
             return None
@@ -180,8 +168,7 @@ class Logger:
         """Sends the checkpoint `file` to W&B if that is enabled."""
         if self.args.wandb_log_checkpoints:
             options = dict(type="model", aliases=[file.stem])
-            with wandb_folders(self.args.wandb_dir):
-                self.send(lambda run: run.log_artifact(str(file), name=f"{run.id}-checkpoint", **options))
+            self.send(lambda run: run.log_artifact(str(file), name=f"{run.id}-checkpoint", **options))
 
     def message(self, text):
         tqdm.write(text, file=sys.stdout)

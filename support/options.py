@@ -28,15 +28,13 @@ def number(low=-math.inf, high=math.inf, *, whole=False, above=None):
             value = float(text)
         except ValueError:
             raise UserError(f"needs a number, not {text!r}") from None
-        if whole and value.is_integer():  # 1e5 is a whole number too
-            value = int(text) if text.lstrip("+-").isdigit() else int(value)
-        elif whole:
+        if whole and not value.is_integer():  # 1e5 is a whole number too
             raise UserError(f"needs a whole number, not {text}")
         if not math.isfinite(value) or not low <= value <= high or (above is not None and value <= above):
             lower = f"above {above}" if above is not None else f"at least {low}" if low > -math.inf else ""
             upper = f"at most {high}" if high < math.inf else ""
             raise UserError(f"must be {' and '.join(filter(None, [lower, upper])) or 'finite'}, not {text}")
-        return value
+        return int(value) if whole else value
 
     return parse
 

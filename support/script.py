@@ -17,29 +17,23 @@ class UserError(ValueError):
 
 
 @contextmanager
-def as_user_error(where):
-    """Turns a ValueError of the method, which knows nothing of users, into a UserError that starts with `where`."""
+def as_user_error(where, kind=ValueError):
+    """Turns errors of `kind`, by default of the method, which knows no users, into a UserError that names `where`."""
     try:
         yield
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    except kind as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
 
 
-@contextmanager
 def writing(path):
     """Turns a failure to write to `path` (full disk, read-only folder) into a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from None
+    return as_user_error(f"{path}: could not be written", OSError)
 
 
 def make_folder(option, path):
     """Makes the folder `path`, the value of `option`. Raises UserError if that fails."""
-    try:
+    with as_user_error(f"{option} {path}", OSError):
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{option} {path}: {error.strerror}") from None
 
 
 def run_script(main):

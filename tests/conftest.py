@@ -20,7 +20,6 @@ from model import SimpleUNet
 from support.script import UserError
 
 ROOT = Path(__file__).parents[1]
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
 
 def flags(*words, **options):

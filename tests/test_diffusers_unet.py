@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import needs_muon, refuses, succeed, write_images
+from conftest import refuses, succeed, write_images
 from edm_files import assert_import_refused, imported
 
 import checkpoint
@@ -328,7 +328,6 @@ def test_without_diffusers_one_line_says_so(tmp_path, monkeypatch):
     assert_import_refused(folder, tmp_path / "again", "pip install diffusers")
 
 
-@needs_muon
 def test_muon_knows_the_blocks():
     net = DiffusersUNet(8, 3, 0, UNET, "epsilon", LINEAR)
     hidden = {id(p) for p in Muon(net, 1e-3).hidden}

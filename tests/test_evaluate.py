@@ -69,7 +69,7 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     pictures = {"evaluation.png", "comparison.png", "diversity.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"evaluation.json", *pictures}
     shown = Image.open(tmp_path / "out" / "diversity.png")
-    assert shown.size == (8 * (3 * 82 + 2 * 8), 8 * 82)  # 8x8 images of one class from each of three
+    assert shown.size == (8 * (3 * 90 + 8), 8 * 98)  # 8x8 images of one class from each of three
     assert (tmp_path / "set_classifier_8x1.pt").exists()
     evaluated("--checkpoint", runs / "dmd2" / "dmd2_final.pt", "--plot", "--output_dir", tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000

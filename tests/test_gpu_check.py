@@ -1,12 +1,11 @@
 """The page of extras/gpu_check.py, on a CPU."""
 
 import torch
-from conftest import ROOT, TINY_NET, flags, needs_muon, succeed
+from conftest import ROOT, TINY_NET, flags, succeed
 
 from extras import gpu_check
 
 
-@needs_muon
 def test_all_parts_are_on_the_page(tmp_path):
     """Without a compiler one part fails, and the others go on."""
     options = [*TINY_NET, "--device", "cpu", "--batch_size", 10, "--rounds", 1, "--output", tmp_path / "page.md"]

@@ -8,6 +8,7 @@ import evaluate
 import generate
 import train_dmd2
 import train_teacher
+from model import SimpleUNet
 from support.options import parse_args
 
 T, D, G, E = train_teacher, train_dmd2, generate, evaluate
@@ -53,7 +54,7 @@ def test_shipped_configs_are_valid(path):
     if path.stem.endswith("0"):
         T.build_network(args, 1, 10)
     else:
-        D.check(args)
+        D.build_model(args, SimpleUNet(64, channel_mult=[1] * 5, model_channels=8, num_blocks=1))
 
 
 def test_numbers_and_paths_as_people_and_yaml_write_them(tmp_path, monkeypatch):
@@ -92,10 +93,7 @@ WRONG = [  # script, arguments, part of the one-line message
     (T, "--channel_mult", "--channel_mult: expected at least one argument"),
     (T, "--output_dir=", "--output_dir must not be empty"),
     (T, "--config /no/such.yaml", "--config /no/such.yaml: No such file"),
-    (D, "--sigma_min 5 --sigma_max 1", "--sigma_min (5.0) must be below --sigma_max (1.0)"),
-    (D, "--min_step_percent 0.9 --max_step_percent 0.1", "--min_step_percent (0.9) must be below --max_step_percent"),
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
-    (D, "--student_sigmas 1 5", "--student_sigmas 1.0 5.0: must descend, starting with the most noise"),
     (D, "--conditioning_sigma 1e9", "--conditioning_sigma must be above 0 and at most 1000000"),
     (D, "--lr 1e-4", "unknown argument --lr"),
     (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda or cuda:N"),
