@@ -17,7 +17,7 @@ OPTIONS = {
     "teacher": [
         Option("source", "./edm-cifar10-32x32-cond-vp.pkl", path, SOURCES),
         Option("output", OUTPUT, path, "teacher checkpoint to write; must not exist"),
-        Option("class_names", None, text, "names of its classes, separated by commas; default: CIFAR-10's, or numbers"),
+        Option("class_names", None, text, "names of its classes; default: CIFAR-10's, or numbers", "+"),
     ]
 }
 
@@ -47,10 +47,10 @@ def main(argv=None):
     args = parse_args(OPTIONS, __doc__, argv)
     if os.path.exists(args.output):
         raise UserError(f"--output {args.output} exists; give another name, or delete it first")
-    names = args.class_names and [name.strip() for name in args.class_names.split(",")]
+    names = args.class_names
     imported = load(args.source, names and len(names))
     net, label_dim, resolution = imported.net, imported.net.label_dim, imported.net.config["img_resolution"]
-    if names and (len(names) != label_dim or len(set(names)) != label_dim or "" in names):
+    if names and not len(names) == len(set(names)) == label_dim:
         found = f"--class_names has {len(set(names))} different names"
         raise UserError(f"{found}; the network has {label_dim or 'no'} classes")
     cifar10 = of_cifar10(imported, Path(args.source))
