@@ -29,12 +29,7 @@ def test_counted_arithmetic_and_memory_are_those_of_the_convolution():
     assert count(lambda: [convolve().sum() for _ in range(3)])[1] == 4 * 8 * 16 * 16 + 3 * 4
 
 
-PASSES = {
-    "": 4.4,
-    "--dfake_gen_update_ratio 5": 4.8,
-    "--student_sigmas 80 2.5": 4.9,
-    "--objective sid": 4.6,
-}
+PASSES = {"": 4.4, "--dfake_gen_update_ratio 5": 4.8, "--student_sigmas 80 2.5": 4.9, "--objective sid": 4.6}
 
 
 @pytest.mark.parametrize("options", PASSES)

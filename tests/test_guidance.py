@@ -87,10 +87,7 @@ WRONG = [
     (dict(schedule="cosine"), "schedule must be karras or flow"),
     (dict(objective="sdi"), "objective must be dmd or sid"),
     (dict(gan_classifier=True, gan_resolutions=[5]), "gan_resolutions 5: the encoder has 8, 4"),
-    (
-        dict(gan_classifier=True, teacher=GaussianDenoiser(0.0, 1.0)),
-        "gan_features fake: this network has no feature maps",
-    ),
+    (dict(gan_classifier=True, teacher=GaussianDenoiser(0.0, 1.0)), "gan_features fake: this network has no feature"),
     (dict(f_divergence="lk"), "f_divergence must be one of rkl"),
     (dict(f_divergence="kl"), "f_divergence kl needs objective dmd, gan_classifier, and heads that see noised"),
     (dict(f_divergence="kl", gan_classifier=True, objective="sid"), "needs objective dmd"),
