@@ -114,7 +114,5 @@ def test_the_networks_first_learn_the_start(tmp_path, monkeypatch, start, modes)
 
 
 def test_mistakes_are_told_in_one_line(tmp_path):
-    assert_refused(
-        run_script("toy.py", f_divergence="kl", output_dir=tmp_path), "kl needs objective dmd, gan_classifier"
-    )
+    assert_refused(run_script("toy.py", f_divergence="kl", output_dir=tmp_path), "f_divergence kl needs objective")
     refuses("--target must be one of ring, unequal, grid, not 'rings' (did you mean ring?)", "toy.py", target="rings")
