@@ -45,8 +45,8 @@ def test_equal_work_is_told_in_a_table_with_all_metrics(compared):
         minutes = [point["minutes"] for point in found[name][0]["points"]]
         assert minutes == sorted(minutes) and minutes[0] > 0
     assert Image.open(folder / "out" / "compare.png").width > 100
-    grid, gap, scale = 8 * (8 + 2) + 2, 8, 8  # four sets of 8x8 images of side 8: three in a row, and one below
-    assert Image.open(folder / "out" / "pictures.png").size == (scale * (3 * grid + 2 * gap), scale * (2 * grid + gap))
+    # four sets of 8x8 images of side 8: three in a row, and one below
+    assert Image.open(folder / "out" / "pictures.png").size == (8 * (3 * 90 + 8), 8 * (2 * 90 + 8))
 
 
 def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compared):

@@ -128,7 +128,7 @@ def test_resolutions_config_and_features(resolution, channels):
     assert torch.equal(both, out)
     assert [feature.shape for feature in maps] == [(2, net.feature_channels[side], side, side) for side in sides]
     assert all(torch.equal(a, b) for a, b in zip(net.encode(x, sigma, labels, sides), maps, strict=True))
-    with pytest.raises(ValueError, match=rf"at resolution 5; the encoder has \[{resolution}, {resolution // 2}\]"):
+    with pytest.raises(ValueError, match=rf"at 5; the encoder has \[{resolution}, {resolution // 2}\]"):
         net.encode(x, sigma, labels, [5])
 
 
