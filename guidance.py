@@ -153,12 +153,14 @@ class GuidanceModel(nn.Module):
     @contextmanager
     def frozen(self):
         """A context in which these parameters get no gradient, while gradients flow through the networks."""
-        self.requires_grad_(False)
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         try:
             yield
         finally:
-            self.requires_grad_(True)
-            self.real_unet.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def compute_loss_fake(self, images, labels, sigma=None, noise=None):
         """`fake_unet`'s denoising loss on generated images (DMD eq. 6): it learns the generator's distribution.

@@ -229,8 +229,8 @@ class Run:
         return not self.done and not self.stop.is_due()
 
     def check_steps(self):
-        """Raises UserError if an optimizer has skipped its last `--max_bad_steps` steps, or more."""
-        worst = max(int(getattr(part, "bad_steps", 0)) for part in self.parts.values())
+        """Raises UserError if an optimizer has skipped `--max_bad_steps` steps in a row, or more."""
+        worst = max(int(getattr(part, "bad_steps", (0, 0))[1]) for part in self.parts.values())
         if worst >= self.args.max_bad_steps:
             raise UserError(
                 f"step {self.step}: {worst} steps in a row had gradients that are not finite and were skipped; "

@@ -99,18 +99,22 @@ def optimizer_step(optimizer, lr, max_norm):
     """One step at learning rate `lr` with gradients clipped to a total norm. Returns the norm before clipping.
 
     Parameters without a gradient stay as they are. Under torchrun the gradients are averaged first. If the norm is not
-    finite, neither weights nor moments change; `optimizer.bad_steps` counts such steps in a row, on the device.
+    finite, neither weights nor moments change; `optimizer.bad_steps` is how many such steps in a row there are now, and
+    were at most, counted on the device.
     """
     group = optimizer.param_groups[0]
     group["lr"] = lr
     processes.all_mean([parameter.grad for parameter in group["params"] if parameter.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(group["params"], max_norm)
-    optimizer.bad_steps = (getattr(optimizer, "bad_steps", 0) + 1) * ~norm.isfinite()
+    bad = ~norm.isfinite()
+    in_a_row, at_most = getattr(optimizer, "bad_steps", (0, torch.zeros_like(norm)))
+    in_a_row = (in_a_row + 1) * bad
+    optimizer.bad_steps = in_a_row, torch.maximum(at_most, in_a_row)
     if group["fused"]:
         # As GradScaler does, this makes fused AdamW skip the step without a synchronisation.
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.found_inf = bad.float()
         optimizer.step()
-    elif norm.isfinite():
+    elif not bad:
         optimizer.step()
     optimizer.zero_grad()
     return norm
