@@ -3,6 +3,7 @@
 import importlib
 from collections import namedtuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +12,7 @@ from support.device import moved
 from support.images import resize, to_float
 from support.options import Option, choice, path
 from support.processes import own_rows
-from support.script import UserError
+from support.script import UserError, as_user_error
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class. Without classes: labels 0, no names
 Dataset = namedtuple("Dataset", "images labels class_names")
@@ -52,6 +53,24 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
     if images.nbytes <= LARGE:
         images = images.to(device)
     return Dataset(images, labels.to(device), class_names)
+
+
+def without_images(data_dir, class_names, shape, batch_size, device):
+    """Labels alone, to distil a teacher without its data: a data set of at least a batch of blank images of `shape`.
+
+    Every class has the same share. If `data_dir` is given, it is a text file with a whole number per class, such as its
+    number of images, and the shares are in proportion. Raises UserError for another file.
+    """
+    counts = np.ones(len(class_names) or 1, dtype=np.int64)
+    if data_dir != DATA[1].default:
+        with as_user_error(f"--data_dir {data_dir}", (OSError, ValueError)):
+            given = np.loadtxt(data_dir, dtype=np.int64, ndmin=1)
+            if given.shape != counts.shape or given.min() < 0 or not given.any():
+                raise ValueError(f"needs {len(counts)} whole numbers, the images of each class")
+        counts = given
+    labels = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
+    labels = labels.repeat(-(-batch_size // len(labels)))
+    return Dataset(torch.zeros(1, dtype=torch.uint8).expand(len(labels), *shape), labels.to(device), class_names)
 
 
 def describe(dataset):

@@ -152,15 +152,15 @@ def load_models(args, device):
     for file in [teacher, *files] if teacher else files:
         state = checkpoint.load_teacher(file) if file is teacher else checkpoint.load(file)
         net = checkpoint.network(state, file, device)
+        guide = None if teacher and file is not teacher else checkpoint.load_guide(args, state, device)
         compile_networks(args, net)
-        sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
+        sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
-        row = {"name": f"{checkpoint.kind(state)}, step {state['step']}", "checkpoint": str(file)}
+        name = f"{checkpoint.kind(state)}, step {state['step']}" + f", guided by {args.guidance_scale:g}" * bool(guide)
+        row = {"name": name, "checkpoint": str(file)}
         row |= {"step": state["step"], "evaluations": evaluations}
         models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
-        for name in ("img_resolution", "img_channels", "label_dim"):
-            if net.config[name] != models[0].net.config[name]:
-                raise UserError(f"{file}: its {name} differs from that of {models[0].file}; they cannot be compared")
+        checkpoint.check_same_images(file, net.config, models[0].net.config, f"that of {models[0].file}")
     return models
 
 
@@ -169,7 +169,7 @@ def load_real_images(args, models, device):
     file, config, shape = models[-1].file, models[-1].facts["config"], models[0].net.config
     args.dataset, args.data_dir = args.dataset or config.get("dataset"), args.data_dir or config.get("data_dir")
     if args.dataset not in [*READERS] or not isinstance(args.data_dir, str):
-        raise UserError(f"{file} does not say what it was trained on: give --dataset and --data_dir")
+        raise UserError(f"{file} does not say what real images to compare with: give --dataset and --data_dir")
     known = "data_dir" in args.given or args.data_dir == DATA[1].default or Path(args.data_dir).exists()
     if not known:  # a checkpoint does not choose where data are put
         raise UserError(f"{file} was trained on data in {args.data_dir}, which is not here: give --data_dir")

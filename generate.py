@@ -40,7 +40,8 @@ def main(argv=None):
     device, folder = choose_device(args), Path(args.output_dir)
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint, device)
-    sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler)
+    guide = checkpoint.load_guide(args, state, device)
+    sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)
     compile_networks(args, net)
     names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]

@@ -85,7 +85,7 @@ class Run:
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
                 source = f"checkpoint {self.resumed_from}: {option.name}"
                 values[option.name] = convert(option, stored[option.name], source)
-        read = values["data_dir"] != args.data_dir and values["dataset"] != "mnist5k"
+        read = values["data_dir"] != args.data_dir and values["dataset"] not in ("mnist5k", "none")
         if read and not os.path.exists(values["data_dir"]):
             where = f"trained on data in {values['data_dir']}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put

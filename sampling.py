@@ -81,6 +81,21 @@ def euler_sampler(net, noise, labels, num_steps=18, sigma_max=80.0):
     return x
 
 
+def guided(net, guide, scale):
+    """The denoiser D_guide + scale (D - D_guide), for samplers: `net` guided away from `guide`, a weaker one.
+
+    An earlier checkpoint of `net` as the guide gives autoguidance (arXiv 2406.02507), a network without classes
+    classifier-free guidance (arXiv 2207.12598). scale: 1 is `net` alone. It evaluates both networks.
+    """
+
+    def denoise(x, sigma, labels):
+        return guide(x, sigma, labels).lerp(net(x, sigma, labels), scale)
+
+    denoise.sigma_min, denoise.sigma_max = known_range(guide, *known_range(net, 0.0, math.inf))
+    denoise.shift = getattr(net, "shift", 1.0)
+    return denoise
+
+
 def random_stream(seed, index, device="cpu"):
     """Random generator number `index` of `seed`. torch's CPU generator takes 32 bits of seed."""
     return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)

@@ -6,7 +6,7 @@ import math
 import torch
 
 import checkpoint
-from data import DATA, Batches, check_classes, describe, load_dataset, subset
+from data import DATA, READERS, Batches, check_classes, describe, load_dataset, subset, without_images
 from guidance import GuidanceModel, relative_errors
 from objectives import F_DIVERGENCES
 from run import RUN, Run
@@ -21,7 +21,11 @@ from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
 OPTIONS = {
-    "data": [*DATA, Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "to distil")],
+    "data": [
+        Option("dataset", "cifar10", choice(*READERS, "none"), "the data set; none: only labels, which need no GAN"),
+        Option("data_dir", "./data", path, DATA[1].help + "; for none: a file with the number of images per class"),
+        Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "to distil"),
+    ],
     "the two time scales": [
         Option("dfake_gen_update_ratio", 10, count, "iterations per generator update"),
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
@@ -72,15 +76,15 @@ def load_generator(args, teacher_state, device):
     if not (file := args.generator_checkpoint):
         return None
     state = checkpoint.load_teacher(file, "generator_checkpoint")
-    ours, theirs = state["model_config"], teacher_state["model_config"]
-    for name in ("img_resolution", "img_channels", "label_dim"):
-        if ours[name] != theirs[name]:
-            raise UserError(f"--generator_checkpoint {file}: its {name} is {ours[name]}, the teacher's {theirs[name]}")
+    teachers = teacher_state["model_config"]
+    checkpoint.check_same_images(f"--generator_checkpoint {file}", state["model_config"], teachers, "the teacher's")
     return checkpoint.network(state, file, device)
 
 
 def build_model(args, teacher, generator=None):
     """The generator and its guidance. Raises UserError for options `args` that do not fit the networks."""
+    if args.dataset == "none" and args.gan_classifier:
+        raise UserError("--dataset none: --gan_classifier needs real images")
     sigmas = args.student_sigmas or [args.conditioning_sigma]
     student = generator or teacher
     if outside := [sigma for sigma in sigmas if not student.sigma_min <= sigma <= student.sigma_max]:
@@ -135,10 +139,14 @@ def main(argv=None):
     model = build_model(args, teacher, load_generator(args, teacher_state, device)).to(device)
     broadcast(model)
     guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
-    shape = teacher.config["img_resolution"], teacher.config["img_channels"]
-    dataset = load_dataset(args.dataset, args.data_dir, *shape, device)
+    side, channels = teacher.config["img_resolution"], teacher.config["img_channels"]
+    if not (has_images := args.dataset != "none"):
+        class_names = checkpoint.class_names(teacher_state, teacher.label_dim)
+        dataset = without_images(args.data_dir, class_names, (channels, side, side), args.batch_size, device)
+    else:
+        dataset = load_dataset(args.dataset, args.data_dir, side, channels, device)
     class_names = check_classes(f"--teacher_checkpoint {args.teacher_checkpoint}", dataset, teacher_state, args.dataset)
-    if not run.step:  # before the teacher is compiled, as each batch size takes a compilation of its own
+    if has_images and not run.step:  # before the teacher is compiled, as each batch size takes a compilation of its own
         tell_if_misread(args, teacher, dataset)
     # The GAN's real images are mirrored if the teacher's were, or its heads would learn that mirrored means generated.
     batches = Batches(dataset, args.batch_size, args.seed, hflip=bool(teacher_state["config"].get("hflip")))
@@ -167,7 +175,7 @@ def main(argv=None):
     del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
     size = sum(p.numel() for p in generator.parameters()) / 1e6
-    data = describe(dataset._replace(class_names=class_names))
+    data = describe(dataset._replace(class_names=class_names)) if has_images else "no real images"
     logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
     grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
     teacher_grid = None  # drawn when it is first needed
@@ -185,8 +193,7 @@ def main(argv=None):
             update_generator = run.step % args.dfake_gen_update_ratio == 0
             generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
             student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
-            fake_images, norms = [], {}
-            metrics = {"real_std": real_images.std(0, correction=0).mean()}  # beside fake_std it shows a collapse
+            fake_images, norms, metrics = [], {}, {}
 
             # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), GAN loss.
             if update_generator:
@@ -200,6 +207,8 @@ def main(argv=None):
                 lr = args.generator_lr * lr_scale
                 norms["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
                 metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
+                if has_images:  # beside it a collapse shows
+                    metrics["real_std"] = real_images.std(0, correction=0).mean()
             else:
                 with torch.no_grad(), autocast(args, device):
                     fake_images = [model.generate_at(z, y, student_step) for z, y, _ in micro_batches]

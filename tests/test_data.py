@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import train_teacher
-from data import Batches, Dataset, check_classes, check_label_dim, describe, load_dataset
+from data import Batches, Dataset, check_classes, check_label_dim, describe, load_dataset, without_images
 from readers import image_files, torchvision_sets
 from support import processes
 from support.images import resize, to_float, to_uint8
@@ -355,6 +355,24 @@ def named(*names, counts=None):
     counts = counts or [1] * len(names) or [1]
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     return Dataset(torch.zeros(len(labels), 1, 8, 8), labels, list(names))
+
+
+@pytest.mark.parametrize("counts, shares", [(None, [1, 1, 1]), ("1\n0\n3\n", [1, 0, 3])])
+def test_labels_without_images(tmp_path, counts, shares):
+    """As many of each class, or in the shares of a file, in at least a batch."""
+    file = tmp_path / "counts.txt"
+    file.write_text(counts or "")
+    images, labels, _ = without_images(str(file) if counts else "./data", ["a", "b", "c"], (1, 8, 8), 7, "cpu")
+    assert len(images) == len(labels) >= 7 and images.shape[1:] == (1, 8, 8)
+    assert labels.bincount().tolist() == [share * len(labels) // sum(shares) for share in shares]
+
+
+@pytest.mark.parametrize("content", ["1 2", "1 2 -3", "0 0 0", "1 2 many", None])
+def test_shares_that_are_none_are_refused(tmp_path, content):
+    file = tmp_path / "counts.txt"
+    file.write_text(content) if content else None
+    with pytest.raises(UserError, match=f"--data_dir {file}: "):
+        without_images(str(file), ["a", "b", "c"], (1, 8, 8), 7, "cpu")
 
 
 def test_the_classes_are_described():

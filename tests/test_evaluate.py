@@ -43,13 +43,14 @@ def test_a_folder_beside_its_teacher(runs, tmp_path):
     """Each checkpoint of the run: metrics and noise on equal numbers of images, the verdict, the best, pictures."""
     data = [*classes_of(tmp_path), "--features", "classifier", "--num_samples", 45]
     command = ["--checkpoint", runs / "dmd2", "--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", *data]
+    command += ["--guide_checkpoint", runs / "teacher" / "teacher_checkpoint_step_2.pt"]  # of the teacher alone
     # Jupyter's, in an environment without Jupyter's packages.
     text = succeed("evaluate.py", *command, env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     found = result(tmp_path)
     real, taught, *students = found["rows"]
-    names = ["real, held out", "teacher, step 4", "dmd2, step 2", "dmd2, step 4"]
+    names = ["real, held out", "teacher, step 4, guided by 1.5", "dmd2, step 2", "dmd2, step 4"]
     assert [row["name"] for row in found["rows"]] == names
-    assert [row.get("evaluations") for row in found["rows"]] == [None, 3, 1, 1]
+    assert [row.get("evaluations") for row in found["rows"]] == [None, 6, 1, 1]
     assert found["images_per_metric"] == 20  # a fifth is held out
     assert [row["images"] for row in found["rows"]] == [20, 40, 40, 40]
     for row in found["rows"]:

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import flags, tiny_unet
+from conftest import flags, refuses, tiny_unet
 from PIL import Image
 
 import checkpoint
 import generate
 from data import load_dataset
-from sampling import class_noise, euler_sampler, heun_sampler, one_step_sampler
+from sampling import class_noise, euler_sampler, guided, heun_sampler, one_step_sampler
 from support.images import to_uint8
 from support.script import UserError
 
@@ -72,6 +72,27 @@ def test_images_are_what_the_samplers_give(runs, tmp_path, capsys, stage, sample
     # for guided-diffusion's evaluator
     assert (arrays["arr_0"] == arrays["images"].repeat(3, axis=3)).all() and arrays["arr_0"].flags.c_contiguous
     assert (arrays["arr_1"] == arrays["labels"]).all()
+
+
+def test_a_teacher_guided_by_an_earlier_checkpoint(runs, tmp_path, capsys):
+    file, early = runs / "teacher" / "teacher_final.pt", runs / "teacher" / "teacher_checkpoint_step_2.pt"
+    guidance = ["--guide_checkpoint", early, "--guidance_scale", 3, "--steps", 3, "--num_samples", 2]
+    generated(file, tmp_path, *guidance, "--format", "npz")
+    assert "network evaluations per image: 10;" in capsys.readouterr().out
+    both = guided(checkpoint.load_network(file), checkpoint.load_network(early), 3.0)
+    images = heun_sampler(both, *class_noise(range(10), 2, (1, 8, 8), seed=0), num_steps=3).permute(0, 2, 3, 1)
+    expected = (images * 127.5 + 127.5).clamp(0, 255).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "samples.npz")["images"], expected, atol=0.51)
+
+    other, state = tmp_path / "other.pt", checkpoint.load(early)
+    checkpoint.save(other, state | {"model_config": state["model_config"] | {"label_dim": 9}, "class_names": []})
+    for given, guide, told in (
+        (runs / "dmd2" / "dmd2_final.pt", early, "guides a teacher, and"),
+        (file, runs / "dmd2" / "dmd2_final.pt", "a generator; give a teacher"),
+        (file, other, f"{other}: its label_dim is 9, the teacher's 10"),
+    ):
+        options = dict(checkpoint=given, guide_checkpoint=guide, output_dir=tmp_path / "out", device="cpu")
+        refuses(told, "generate.py", **options)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -3,7 +3,7 @@ from itertools import pairwise
 import torch
 from conftest import GaussianDenoiser
 
-from sampling import class_noise, few_step_sampler, grid_noise, heun_sampler, student_sampler
+from sampling import class_noise, few_step_sampler, grid_noise, guided, heun_sampler, student_sampler
 
 
 def test_heun_reaches_the_data_and_its_error_falls_like_the_square_of_the_step():
@@ -19,6 +19,23 @@ def test_heun_reaches_the_data_and_its_error_falls_like_the_square_of_the_step()
         errors.append((out - exact).abs().max().item())
     for coarse, fine in pairwise(errors):
         assert 3.3 < coarse / fine < 4.7, errors
+
+
+def test_guidance_moves_the_data_away_from_the_guides():
+    """For N(0, s^2) guided by N(0, g^2), the flow is linear: the factors of both networks to the powers S and 1 - S."""
+    z, labels = torch.linspace(-2, 2, 16, dtype=torch.float64).reshape(1, 1, 4, 4), torch.zeros(1, dtype=torch.long)
+    factor = {std: std / (std**2 + 80**2) ** 0.5 for std in (0.5, 0.7)}
+    net, guide = GaussianDenoiser(0.0, 0.5), GaussianDenoiser(0.0, 0.7)
+    for scale in (1.0, 1.5, 2.0):
+        out = heun_sampler(guided(net, guide, scale), z, labels, 200, sigma_min=1e-4)
+        torch.testing.assert_close(out, 80 * z * factor[0.5] ** scale * factor[0.7] ** (1 - scale), rtol=1e-3, atol=0)
+
+
+def test_guidance_stays_where_both_networks_know_the_noise():
+    net, guide = GaussianDenoiser(0.0, 0.5), GaussianDenoiser(0.0, 0.7)
+    net.sigma_min, net.sigma_max, net.shift, guide.sigma_min, guide.sigma_max = 0.01, 80.0, 3.0, 0.002, 50.0
+    both = guided(net, guide, 1.5)
+    assert (both.sigma_min, both.sigma_max, both.shift) == (0.01, 50.0, 3.0)
 
 
 def test_heun_counts_its_evaluations():

@@ -281,6 +281,16 @@ def test_labels_are_left_out_where_there_are_some(unconditional, tmp_path):
     assert load(final(tmp_path, "dmd2"))["class_names"] == []
 
 
+def test_a_teacher_is_distilled_without_its_data(runs, tmp_path):
+    """By SiD, from labels alone. Heads and the yardstick ask for real images."""
+    options = [*options_of("dmd2", runs), *flags(dataset="none", objective="sid", dfake_gen_update_ratio=1)]
+    straight = train_and_go_on("dmd2", tmp_path, *options)
+    assert all(np.isfinite(row["loss_dm"]) and "real_std" not in row for row in metrics(straight))
+    assert load(straight / "dmd2_final.pt")["class_names"] == [str(digit) for digit in range(10)]
+    refuses("--dataset none: --gan_classifier needs", "train_dmd2.py", *options, gan_classifier=True)
+    refuses("does not say what real images", "evaluate.py", checkpoint=straight / "dmd2_final.pt", features="pixels")
+
+
 # ---- Weights & Biases, data sets, notebooks -------------------------------------------------------------------------
 
 
