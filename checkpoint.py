@@ -109,7 +109,7 @@ def check_state(state):
     for name, expected in FIELDS.items():
         value = state.get(name, expected())
         require(isinstance(value, expected) and not isinstance(value, bool), f"its {name} is no {expected.__name__}")
-    config, tensors = state["model_config"], weights(state)
+    config = state["model_config"]
     require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), foreign)
     current = {"network", "prediction"} & config.keys() and (kind(state) == "teacher" or "student_sigmas" in state)
     require(current, "of an early version, whose layout is no longer read")
@@ -134,10 +134,13 @@ def check_state(state):
     blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
     few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)
     require(few, f"its model_config has more than {MAX_BLOCKS} blocks per resolution")
-    are_tensors = bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
-    require(are_tensors, "its weights are no tensors")
-    whole = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors.values())
-    require(whole, "its weights have a tensor that is larger than its content")
+    for average in (state, *averages(state).values()):
+        require(isinstance(weights(average), dict), "its weights are no tensors")
+        tensors = weights(average).values()
+        are_tensors = bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+        require(are_tensors, "its weights are no tensors")
+        whole = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors)
+        require(whole, "its weights have a tensor that is larger than its content")
 
 
 def require(condition, otherwise):
@@ -162,6 +165,12 @@ def class_names(state, label_dim):
 def weights(state):
     """The `state_dict` of a checkpoint's network: averaged weights if there are any."""
     return state.get("ema_state_dict") or state.get(WEIGHTS[kind(state)], {})
+
+
+def averages(state):
+    """The generator's further averages: a dict from their decays, as in `--ema_decay`, to states that load them."""
+    keys = {match[1]: match[0] for name in state if (match := re.fullmatch("ema_(.+)_state_dict", name))}
+    return {decay: state | {"ema_state_dict": state[key]} for decay, key in keys.items()}
 
 
 def network_class(name):

@@ -124,7 +124,7 @@ def main(argv=None):
         result["speed_ratio"] = rows[chosen]["images_per_second"] / rows[1]["images_per_second"]
     write_results(output_dir / "evaluation.json", result)
     print_table(rows)
-    if len(rows) - first > 1:
+    if file.is_dir() and len(rows) - first > 1:
         plot_quality(output_dir / "evaluation.png", {"checkpoints": [rows[first:]]})
         print(f"best by the mean rank in both Frechet distances, recall and coverage: {result['best']}")
     if args.teacher_checkpoint:
@@ -141,23 +141,33 @@ def main(argv=None):
     print(f"wrote {output_dir / 'evaluation.json'} and pictures beside it")
 
 
-def load_models(args, device):
-    """The teacher, if one is given, then the generator, or each one in the folder: a namespace per model."""
+def load_states(args):
+    """(file, state, suffix of its name) of a teacher that is given, then of a folder's files or one file's averages."""
     place, teacher = Path(args.checkpoint), args.teacher_checkpoint
+    if teacher:
+        yield teacher, checkpoint.load_teacher(teacher), ""
     found = checkpoint.by_step(place, "dmd2") or checkpoint.by_step(place, "teacher")
     files = list(dict(found).values()) if place.is_dir() else [place]
     if not files:
         raise UserError(f"--checkpoint {place}: no checkpoints in this folder")
-    models = []
-    for file in [teacher, *files] if teacher else files:
-        state = checkpoint.load_teacher(file) if file is teacher else checkpoint.load(file)
+    for file in files:
+        state = checkpoint.load(file)
+        yield file, state, ""
+        for decay, average in checkpoint.averages(state).items() if file is place else ():
+            yield file, average, f", average {decay}"
+
+
+def load_models(args, device):
+    """A namespace for each of `load_states`. Raises UserError if they make images of different shapes or classes."""
+    models, teacher = [], args.teacher_checkpoint
+    for file, state, average in load_states(args):
         net = checkpoint.network(state, file, device)
         guide = None if teacher and file is not teacher else checkpoint.load_guide(args, state, device)
         compile_networks(args, net)
         sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
-        name = f"{checkpoint.kind(state)}, step {state['step']}" + f", guided by {args.guidance_scale:g}" * bool(guide)
-        row = {"name": name, "checkpoint": str(file)}
+        suffix = f"{average}, guided by {args.guidance_scale:g}" if guide else average
+        row = {"name": f"{checkpoint.kind(state)}, step {state['step']}{suffix}", "checkpoint": str(file)}
         row |= {"step": state["step"], "evaluations": evaluations}
         models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
         checkpoint.check_same_images(file, net.config, models[0].net.config, f"that of {models[0].file}")

@@ -26,6 +26,7 @@ OPTIONS = {
         Option("checkpoint", "./log/checkpoints/dmd2/dmd2_final.pt", path, "generator or teacher"),
         Option("output_dir", "./generated", path, "where images go"),
         Option("num_samples", 16, count, "images per class; without classes, images in total"),
+        Option("ema_decay", None, text, "of which of a generator's averages; default: the first"),
         Option("classes", None, text, "names of classes; default: all", "+"),
         Option("format", "grid", choice("grid", "png", "npz", "flat"), FORMATS),
         *checkpoint.SAMPLING,
@@ -39,6 +40,12 @@ def main(argv=None):
     args = parse_args(OPTIONS, __doc__, argv)
     device, folder = choose_device(args), Path(args.output_dir)
     state = checkpoint.load(args.checkpoint)
+    if args.ema_decay:
+        further = checkpoint.averages(state)
+        if args.ema_decay not in further:
+            known = ", ".join(further) or "none"
+            raise UserError(f"--ema_decay {args.ema_decay}: beside its first average, {args.checkpoint} has {known}")
+        state = further[args.ema_decay]
     net = checkpoint.network(state, args.checkpoint, device)
     guide = checkpoint.load_guide(args, state, device)
     sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)

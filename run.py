@@ -152,7 +152,7 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[key])
                 elif part is not None:  # a new average starts from the weights
-                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if name == "ema" else state[key])
+                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if "ema" in name else state[key])
             key = "random_state"
             torch.set_rng_state(state[key]["cpu"])
             if kind != "cpu" and state[key].get(kind) is not None:

@@ -41,7 +41,8 @@ OPTIONS = {
     "training": [
         Option("prediction", "edm", choice("edm", "flow"), "what generator and fake_unet predict"),
         *shared(step_number=5000, batch_size=512, dfake_gen_update_ratio=5, generator_lr=4e-3, guidance_lr=8e-3),
-        *shared(ema_decay=0.99, conditioning_sigma=2.5),
+        *shared(conditioning_sigma=2.5),
+        SHARED["ema_decay"]._replace(default=0.99, nargs=None, help="decay of the average of the generator"),
     ],
     "objective": [SHARED[name] for name in ("objective", "f_divergence", "gan_classifier")],
     "run": [SHARED["seed"], SHARED["output_dir"]._replace(default="./log/toy", help="where the pictures go")],

@@ -31,7 +31,7 @@ OPTIONS = {
         Option("generator_lr", 2e-6, positive, "learning rate of the generator"),
         Option("guidance_lr", 2e-6, positive, "learning rate of the guidance model"),
         Option("clip_guidance", True, flag, "apply clip_grad_norm to the guidance model too"),
-        Option("ema_decay", 0.0, share, "decay of the generator's average, which is then what is sampled; 0: none"),
+        Option("ema_decay", [0.0], share, "decays of the generator's averages; the first is sampled; 0: none", "+"),
         *OPTIMIZATION,
     ],
     "generator": [
@@ -151,7 +151,8 @@ def main(argv=None):
     # The GAN's real images are mirrored if the teacher's were, or its heads would learn that mirrored means generated.
     batches = Batches(dataset, args.batch_size, args.seed, hflip=bool(teacher_state["config"].get("hflip")))
 
-    ema = copy.deepcopy(generator).requires_grad_(False) if args.ema_decay else None
+    averages = {decay: copy.deepcopy(generator).requires_grad_(False) for decay in args.ema_decay if decay}
+    ema = next(iter(averages.values()), None)
     heads = guidance.cls_pred_branch if args.gan_classifier else None
     fake_unet = model.fake_unets if len(sigmas) > 1 else guidance.fake_unet
     optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
@@ -171,6 +172,7 @@ def main(argv=None):
         optimizer_generator=optimizer_generator,
         optimizer_guidance=optimizer_guidance,
         optimizer_gan=optimizer_gan,
+        **{f"ema_{decay}": average for decay, average in averages.items() if average is not ema},
     )
     del teacher_state  # mainly to free its optimizer's moments
     logger = run.logger
@@ -225,9 +227,9 @@ def main(argv=None):
             if heads:
                 norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
-            if ema and update_generator:
+            for decay, average in averages.items() if update_generator else ():
                 # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
-                update_ema(ema, generator, args.ema_decay, generator_updates + 1, ramp=2)
+                update_ema(average, generator, decay, generator_updates + 1, ramp=2)
             run.step += 1
 
             logger.log(run.step, metrics | norms)

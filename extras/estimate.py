@@ -21,6 +21,7 @@ HEADROOM = 0.15  # of a GPU's memory, for what is not counted: driver, cuDNN wor
 GIB = 2**30
 # Images and channels of data sets that need not be there; each has ten classes.
 DATA_SETS = {"cifar10": (50_000, 3), "mnist": (60_000, 1), "fashion_mnist": (60_000, 1), "mnist5k": (5000, 1)}
+DATA_SETS["none"] = (0, 0)
 ESTIMATE = [
     Option("peak_tflops", None, positive, "the device's peak TFLOP/s in the run's precision; gives the time"),
     Option("memory_gb", None, positive, "the device's memory in GiB; gives the least grad_accum that fits"),
@@ -76,7 +77,7 @@ def of_dmd2(args):
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
     fixed = {
         "weights": nbytes(model),
-        "averaged weights": nbytes(generator) if args.ema_decay else 0,
+        "averaged weights": nbytes(generator) * sum(map(bool, args.ema_decay)),
         "moments": sum(optimizer_costs(args.optimizer, net)[1] for net in trained) + 2 * heads,
         "gradients": max(nbytes(generator), nbytes(teacher) + heads),  # of the networks that are trained in a turn
         "data": data_set(args, teacher.config["img_resolution"], teacher.config["img_channels"])[0],

@@ -134,6 +134,8 @@ def convert(option, raw, source):
     """The value of `option` from `raw`, the text or YAML value given for it."""
     if raw is None and option.default is None:
         return None
+    if option.nargs and isinstance(raw, (str, int, float)):
+        raw = [raw]
     if (option.nargs is not None) != isinstance(raw, list) or (option.nargs == "+" and not raw):
         raise UserError(f"{source} needs {'a list' if option.nargs else 'a single value'}, not {raw}")
     if isinstance(raw, dict) or raw is None:

@@ -98,6 +98,8 @@ STUDENTS = [
     (lambda state: state.update(student_sigmas=[3.0, 80.0]), "not finite noise levels that descend"),
     (nested("feedforward_model_state_dict", "conv_in.bias", torch.zeros(1).expand(8)), "larger than its content"),
     (nested("feedforward_model_state_dict", "conv_in.bias", [0.0]), "its weights are no tensors"),
+    (lambda state: state.update({"ema_0.9_state_dict": [0.0]}), "its weights are no tensors"),
+    (lambda state: state.update({"ema_0.9_state_dict": {"a": torch.zeros(1).expand(8)}}), "larger than its content"),
 ]
 
 

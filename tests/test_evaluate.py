@@ -11,6 +11,7 @@ from PIL import Image
 
 import checkpoint
 import evaluate
+import generate
 from data import load_dataset
 from evaluation import features
 from evaluation.metrics import BETTER, best, frechet_distance, statistics, verdict, with_root
@@ -155,6 +156,26 @@ def test_without_classes(unconditional, tmp_path, capsys, inception_weights, fea
     shown = Image.open(tmp_path / "out" / "comparison.png")
     assert shown.size == (8 * 22, 8 * 202)  # ten rows of two images of the teacher's, each over the student's
     assert not list(unconditional.glob("*classifier*"))
+
+
+def test_each_average_of_a_generator(runs, tmp_path, capsys):
+    """A row for each. generate.py samples the one that is asked for."""
+    state, file = checkpoint.load(runs / "dmd2" / "dmd2_final.pt"), tmp_path / "averages.pt"
+    further = {name: tensor.neg() for name, tensor in state["ema_state_dict"].items()}
+    checkpoint.save(file, state | {"ema_0.9_state_dict": further})
+    data = ["--features", "pixels", *classes_of(tmp_path, each=5), "--num_samples", 20]
+    evaluated("--checkpoint", file, *data)
+    names = ["real, held out", "dmd2, step 4", "dmd2, step 4, average 0.9"]
+    rows = result(tmp_path)["rows"]
+    assert [row["name"] for row in rows] == names
+    assert rows[1]["pixel_frechet_distance"] != rows[2]["pixel_frechet_distance"]
+    options = flags(checkpoint=file, num_samples=2, format="npz", device="cpu")
+    generate.main([*options, *flags(ema_decay=0.9, output_dir=tmp_path / "further")])
+    checkpoint.save(file, state | {"ema_state_dict": further})
+    generate.main([*options, *flags(output_dir=tmp_path / "first")])
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["images"] for name in ("further", "first"))
+    assert (ours == theirs).all()
+    refuses(f"--ema_decay 0.9: beside its first average, {file} has none", "generate.py", *options, ema_decay=0.9)
 
 
 def test_of_many_real_images_some_are_looked_at(unconditional, tmp_path, monkeypatch, capsys):

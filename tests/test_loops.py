@@ -100,7 +100,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("gan_lr, clip", [(None, True), (4e-3, True), (4e-3, False)])
 def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     """Four iterations at ratio 2, in two parts per batch; all rates and weights differ."""
-    options = dict(generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=0.4, seed=5)
+    options = dict(generator_lr=1e-2, guidance_lr=5e-3, lr_warmup_steps=3, lr_decay=0.5, ema_decay=[0.4, 0.1], seed=5)
     options |= dict(dfake_gen_update_ratio=2, grad_accum=2, clip_grad_norm=0.02, clip_guidance=clip)
     options |= dict(gan_classifier=True, gen_cls_loss_weight=0.3, cls_loss_weight=0.7)
     options |= dict(teacher_checkpoint=teacher, conditioning_sigma=4.0, max_step_percent=0.7)
@@ -114,7 +114,11 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     model = GuidanceModel(net, gan_classifier=True, max_step_percent=0.7, sigma_data=net.sigma_data)
     fake_unet, heads, model = model.fake_unet, model.cls_pred_branch, UnifiedModel(model, conditioning_sigma=4.0).eval()
     generator = model.feedforward_model
-    start, first_heads, ema = weights(generator), weights(heads), weights(generator)
+    start, first_heads, averages = (
+        weights(generator),
+        weights(heads),
+        {0.4: weights(generator), 0.1: weights(generator)},
+    )
     generators = adamw(generator.parameters(), 1e-2)
     guidances = [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), gan_lr or 5e-3, betas=(0.5, 0.99))]
     for number, factor in enumerate(FACTORS):
@@ -129,7 +133,8 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
             fakes.append(fake)
         if number % 2 == 0:
             assert step(generators, 1e-2 * factor, most=0.02) > 0.02
-            average(ema, generator, min(0.4, (number // 2 + 1) / (number // 2 + 3)))
+            for decay, ema in averages.items():
+                average(ema, generator, min(decay, (number // 2 + 1) / (number // 2 + 3)))
         for fake, y, x in zip(fakes, labels.chunk(2), real.chunk(2), strict=True):
             losses, _ = model.guidance_turn(fake, y, x, y)
             ((losses["loss_fake_mean"] + 0.7 * losses["guidance_cls_loss"]) / 2).backward()
@@ -139,7 +144,8 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     assert_close(state["feedforward_model_state_dict"], weights(generator), start)
     assert_close(state["guidance_fake_unet_state_dict"], weights(fake_unet), start)
     assert_close(state["guidance_cls_state_dict"], weights(heads), first_heads)
-    assert_close(state["ema_state_dict"], ema, start)
+    assert_close(state["ema_state_dict"], averages[0.4], start)
+    assert_close(state["ema_0.1_state_dict"], averages[0.1], start)
 
 
 def test_the_generator_may_start_as_another_network(teacher, tmp_path):

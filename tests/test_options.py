@@ -117,7 +117,7 @@ WRONG_YAML = [  # content, part of the one-line message
     ("wandb:\n  mode: offline\nwandb_mode: online\n", "wandb_mode is given twice"),
     ("lr: null", "lr needs a value"),
     ("lr: [1, 2]", "lr needs a single value"),
-    ("channel_mult: 2", "channel_mult needs a list"),
+    ("channel_mult: {2: 1}", "channel_mult needs a list"),
     ("hflip: maybe", "hflip must be true or false"),
     ("batch_size: true", "batch_size needs a number, not 'True'"),
     ("1: 2", "unknown key 1"),
