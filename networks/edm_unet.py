@@ -70,7 +70,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(Denoiser):
-    """What the two share. Arguments and blocks have EDM's names:
+    """What the two share. Arguments and blocks have EDM's names, the defaults are the CIFAR-10 teacher:
 
     img_resolution:     side of the square images, a multiple of 2^(len(channel_mult) - 1)
     img_channels:       1 or 3
@@ -92,15 +92,15 @@ class UNet(Denoiser):
 
     def __init__(
         self,
-        img_resolution,
-        img_channels,
-        label_dim,
-        model_channels,
-        channel_mult,
-        num_blocks,
-        attn_resolutions,
-        dropout,
-        sigma_data,
+        img_resolution=32,
+        img_channels=3,
+        label_dim=10,
+        model_channels=128,
+        channel_mult=(2, 2, 2),
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.13,
+        sigma_data=0.5,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(network=type(self).__name__, **arguments)
@@ -162,15 +162,10 @@ class UNet(Denoiser):
 
 
 class SongUNet(UNet):
-    """DDPM++ of Song et al. 2021 (arXiv 2011.13456), in EDM's files "vp". The defaults are the CIFAR-10 teacher.
+    """DDPM++ of Song et al. 2021 (arXiv 2011.13456), in EDM's files "vp".
 
     EDM's layer for augmentation labels is left out: it has no bias, and its input is zero in sampling and distillation.
     """
-
-    def __init__(self, **changes):
-        defaults = dict(img_resolution=32, img_channels=3, label_dim=10, model_channels=128, channel_mult=(2, 2, 2))
-        defaults |= dict(num_blocks=4, attn_resolutions=(16,), dropout=0.13, sigma_data=0.5)
-        super().__init__(**defaults | changes)
 
     def embed(self, c_noise, class_labels):
         angle = c_noise * self.freqs
@@ -186,10 +181,8 @@ class DhariwalUNet(UNet):
     adm = True
 
     def __init__(self, **changes):
-        defaults = dict(
-            img_resolution=64, img_channels=3, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4)
-        )
-        defaults |= dict(num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1, sigma_data=0.5)
+        defaults = dict(img_resolution=64, label_dim=1000, model_channels=192, channel_mult=(1, 2, 3, 4))
+        defaults |= dict(num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1)
         super().__init__(**defaults | changes)
 
     def embed(self, c_noise, class_labels):
