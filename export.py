@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from sampling import class_noise, few_step_sampler, random_stream
+from sampling import few_step_sampler
 from support.options import Option, flag, parse_args, path
 from support.script import UserError, make_folder, run_script
 
@@ -46,7 +46,11 @@ def main(argv=None):
     """Writes the file of the options in `argv`, by default those of the command line."""
     args = parse_args(OPTIONS, __doc__, argv)
     output = Path(args.output)
-    check(args, output)
+    if output.is_dir() or (output.exists() and not args.overwrite):
+        raise UserError(f"{output} exists; choose another path, or replace a file with --overwrite")
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
+    if missing:
+        raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
     state = checkpoint.load(args.checkpoint)
     net = checkpoint.network(state, args.checkpoint)
     if checkpoint.kind(state) != "dmd2":
@@ -62,18 +66,9 @@ def main(argv=None):
     write_onnx(output, Deployed(net, state["student_sigmas"]).eval(), facts)
 
 
-def check(args, output):
-    """Raises UserError for a file that is there, and for packages that are not."""
-    if output.is_dir() or (output.exists() and not args.overwrite):
-        raise UserError(f"{output} exists; choose another path, or replace a file with --overwrite")
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if not find_spec(name)]
-    if missing:
-        raise UserError(f"export needs packages that are not installed: pip install {' '.join(missing)}")
-
-
 def write_onnx(output, model, facts):
     """Writes `model` to the path `output` if its images are PyTorch's. Its metadata are the `facts`, each as JSON."""
-    import onnxruntime  # not before `check` has reported missing packages
+    import onnxruntime  # not before `main` has reported missing packages
 
     inputs = example(model, facts["shape"], num_samples=2, seed=0)
     program = torch.onnx.export(
@@ -98,11 +93,11 @@ def write_onnx(output, model, facts):
 def example(model, shape, num_samples, seed):
     """Inputs of `model` by name, for `num_samples` images per class, of at most ten classes, evenly spread."""
     K = model.net.label_dim
-    noise, labels = class_noise(range(0, K, max(1, -(-K // 10))), num_samples, shape, seed)
-    draw = random_stream(seed, K + 1)  # a stream that no class uses
-    levels = range(1, len(model.student_sigmas))
-    fresh = {f"noise_{level}": torch.randn(noise.shape, generator=draw) for level in levels}
-    return {"noise": noise, **fresh} | ({"labels": labels} if K else {})
+    labels = torch.arange(0, max(1, K), max(1, -(-K // 10))).repeat_interleave(num_samples)
+    generator = torch.Generator().manual_seed(seed)
+    names = ["noise", *(f"noise_{level}" for level in range(1, len(model.student_sigmas)))]
+    inputs = {name: torch.randn(len(labels), *shape, generator=generator) for name in names}
+    return inputs | ({"labels": labels} if K else {})
 
 
 @torch.no_grad()
