@@ -8,6 +8,7 @@ import torch
 
 from importers.state_dict import Imported, listed, match, read_safetensors
 from networks.diffusers_unet import DiffusersUNet
+from support.script import as_user_error
 
 WEIGHTS = "diffusion_pytorch_model"
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -45,7 +46,8 @@ def load_diffusers(folder, num_classes=None):
         net = DiffusersUNet(**arguments)
     tensors = {}
     for file in files:
-        tensors |= {current_name(name): tensor for name, tensor in read_safetensors(file)[0].items()}
+        for name, tensor in read_safetensors(file)[0].items():
+            tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor
     state = match(tensors, net, lambda name: name.removeprefix("unet."))
     return Imported(net, state, [], notes, licence(folder))
 
@@ -60,17 +62,9 @@ def weight_files(folder):
     return files
 
 
-def current_name(name):
-    for former, current in FORMER_NAMES.items():
-        name = name.replace(f".{former}.", f".{current}.")
-    return name
-
-
 def read_json(path):
-    try:
+    with as_user_error(f"{path.name} is damaged"):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is damaged ({error})") from None
 
 
 def architecture(config, scheduler):
