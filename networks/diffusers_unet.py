@@ -10,8 +10,7 @@ import torch
 from model import PREDICTIONS, Denoiser, keep_precision, resolutions
 from support.script import UserError
 
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+BLOCKS = [f"{kind}Block2D" for kind in ("Down", "AttnDown", "ResnetDownsample", "Up", "AttnUp", "ResnetUpsample")]
 MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at each resolution; along a side
 
 
@@ -63,8 +62,8 @@ class DiffusersUNet(Denoiser):
         if unet.get("class_embed_type") or unet.get("time_embedding_type", "positional") != "positional":
             raise ValueError("its time embedding is not positional, or it has a class_embed_type: not supported")
         for name in [*unet["down_block_types"], *unet["up_block_types"]]:
-            if name.removeprefix("UNetRes") not in DOWN_BLOCKS + UP_BLOCKS:
-                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(DOWN_BLOCKS + UP_BLOCKS)}")
+            if name.removeprefix("UNetRes") not in BLOCKS:
+                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(BLOCKS)}")
         if not 1 <= img_resolution <= MOST_PIXELS or not 1 <= unet.get("layers_per_block", 2) <= MOST_BLOCKS:
             limits = f"sides of at most {MOST_PIXELS} pixels and 1 to {MOST_BLOCKS} blocks are supported"
             raise ValueError(f"{img_resolution} pixels, layers_per_block {unet.get('layers_per_block', 2)}: {limits}")
