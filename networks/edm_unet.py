@@ -70,17 +70,10 @@ class ResBlock(nn.Module):
 
 
 class UNet(Denoiser):
-    """What the two share. Arguments and blocks have EDM's names, the defaults are the CIFAR-10 teacher:
+    """What the two share. Blocks have EDM's names, the defaults are the CIFAR-10 teacher.
 
-    img_resolution:     side of the square images, a multiple of 2^(len(channel_mult) - 1)
-    img_channels:       1 or 3
-    label_dim:          number of classes; 0: unconditional
-    model_channels:     base width
-    channel_mult:       width of each resolution, from the finest, in units of `model_channels`
-    num_blocks:         residual blocks at each resolution on the way down; one more on the way up
-    attn_resolutions:   resolutions with self-attention
-    dropout:            probability, inside the residual blocks
-    sigma_data:         standard deviation of the data
+    The arguments are those of `model.SimpleUNet` without `prediction`, but there is one residual block more at each
+    resolution on the way up.
 
     A network sets `adm` and defines embed(c_noise, class_labels) -> `[B, emb_channels]`. The key `network` in
     `net.config` names its class. Initial weights are torch's, not EDM's. EDM's label dropout, for classifier-free
