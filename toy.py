@@ -81,9 +81,9 @@ class ExactTeacher(nn.Module):
         squares = (x.flatten(1)[:, None] - self.means).square().sum(2)
         return self.weights.log() - squares / (2 * variance) - (2 * math.pi * variance).log()
 
-    def log_density(self, x, sigma=0.0):
-        """log p(x) `[B]` of the target with noise `sigma`."""
-        return self.log_joint(x, sigma).logsumexp(1)
+    def log_density(self, x):
+        """log p(x) `[B]` of the target."""
+        return self.log_joint(x, 0.0).logsumexp(1)
 
     def forward(self, x, sigma, class_labels=None):
         mean = self.log_joint(x, sigma).softmax(1) @ self.means  # of the mode that x comes from, in the posterior
