@@ -10,7 +10,6 @@ from importers.state_dict import Imported, listed, match, read_safetensors
 from networks.diffusers_unet import DiffusersUNet
 from support.script import as_user_error
 
-WEIGHTS = "diffusion_pytorch_model"
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 FLOW, FLOW_DEFAULTS = "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 1.0}
 # What diffusers' EMAModel adds to config.json.
@@ -31,10 +30,13 @@ def load_diffusers(folder, num_classes=None):
     if others := [name for name in index if name not in ("unet", "scheduler") and not name.startswith("_")]:
         raise ValueError(f"a pipeline with {listed(others)}; only UNet2DModel on pixels, with a scheduler, is read")
     unet = next((folder / name for name in ("unet_ema", "unet") if (folder / name).is_dir()), folder)
-    files = weight_files(unet)
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    if not weights.exists():
+        has = listed(sorted(file.name for file in unet.iterdir()))
+        raise ValueError(f"no {weights.name}, but {has} in {unet}; a .bin can hold code and is not read")
     places = (folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler = next((place for place in places if (place / "scheduler_config.json").exists()), folder)
-    notes = [f"its weights are {files[0]}, its scheduler is in {scheduler}"]
+    notes = [f"its weights are {weights}, its scheduler is in {scheduler}"]
     arguments = architecture(read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json"))
     label_dim = arguments["label_dim"]
     if label_dim and num_classes == label_dim - 1:
@@ -45,21 +47,10 @@ def load_diffusers(folder, num_classes=None):
     with torch.device("meta"):
         net = DiffusersUNet(**arguments)
     tensors = {}
-    for file in files:
-        for name, tensor in read_safetensors(file)[0].items():
-            tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor
+    for name, tensor in read_safetensors(weights)[0].items():
+        tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor
     state = match(tensors, net, lambda name: name.removeprefix("unet."))
     return Imported(net, state, [], notes, licence(folder))
-
-
-def weight_files(folder):
-    """The safetensors files with the weights: one, or its shards; of a variant, such as fp16, if there is no other."""
-    files = sorted(folder.glob(f"{WEIGHTS}*.safetensors"))
-    files = [file for file in files if "." not in file.stem] or files
-    if len({re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files}) != 1:
-        has = listed(sorted(file.name for file in folder.iterdir()))
-        raise ValueError(f"no {WEIGHTS}.safetensors, but {has} in {folder}; a .bin can hold code and is not read")
-    return files
 
 
 def read_json(path):

@@ -198,20 +198,6 @@ def test_averaged_weights_of_the_training_script(tmp_path):
     assert found.notes == [f"its weights are {weights}, its scheduler is in {folder / 'scheduler'}"]
 
 
-@pytest.mark.parametrize("options", [{}, dict(variant="fp16"), dict(max_shard_size="100KB")], ids=str)
-def test_variants_and_shards(tmp_path, options):
-    folder, model = write_folder(tmp_path / "a")
-    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    whole.unlink()
-    model.save_pretrained(folder / "unet", **options)
-    assert whole.exists() == (not options)
-    found = load(folder)
-    assert torch.equal(found.state["unet.conv_in.weight"], model.conv_in.weight)
-    files = sorted((folder / "unet").glob("*.safetensors"))
-    assert len(files) > 1 or "max_shard_size" not in options
-    assert f"its weights are {files[0]}, " in found.notes[0]
-
-
 def test_null_class(tmp_path):
     """Of K + 1 classes the last may be the null class of guidance: K names make the others the classes."""
     folder, model = write_folder(tmp_path / "a", num_class_embeds=3)
@@ -252,15 +238,9 @@ def cut_short(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
 
 
-def two_variants(folder):
-    (folder / WEIGHTS).with_suffix(".fp16.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
-    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".non_ema.safetensors"))
-
-
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 WRONG = {  # part of the one-line message -> change of the folder
     "no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin in": only_bin,
-    "but config.json, diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.non_ema": two_variants,
     "damaged, or not a network": cut_short,
     "scheduler_config.json: No such file": lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),
     "config.json is damaged": lambda folder: (folder / "unet/config.json").write_text("[1"),
