@@ -47,7 +47,7 @@ def load_diffusers(folder, num_classes=None):
     with torch.device("meta"):
         net = DiffusersUNet(**arguments)
     tensors = {}
-    for name, tensor in read_safetensors(weights)[0].items():
+    for name, tensor in read_safetensors(weights).items():
         tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor
     state = match(tensors, net, lambda name: name.removeprefix("unet."))
     return Imported(net, state, [], notes, licence(folder))

@@ -24,11 +24,7 @@ def load_edm(path):
     Raises ValueError for a file that holds no such network, and any exception for a damaged one.
     """
     known, notes, licence, data = {}, [], None, None
-    if str(path).endswith(".safetensors"):
-        content, metadata = read_safetensors(path)
-        licence = metadata.get("license")
-    else:
-        content = read_file(path)
+    content = read_safetensors(path) if str(path).endswith(".safetensors") else read_file(path)
     if not isinstance(content, dict):
         content = {content.made_by if isinstance(content, Record) else type(content).__name__: content}
     if "model_config" in content:
