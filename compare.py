@@ -13,14 +13,11 @@ import yaml
 import checkpoint
 import evaluate
 import train_dmd2
-from data import load_dataset
 from evaluation.costs import forward_flops, iteration_flops
 from evaluation.metrics import BETTER
-from evaluation.plots import plot_quality, save_diversity
+from evaluation.plots import plot_quality
 from evaluation.results import read_results, write_results
-from sampling import class_noise
 from support.device import MACHINE, choose_device
-from support.images import to_uint8
 from support.options import Option, count, number, parse_args, path, positive, public
 from support.script import UserError, make_folder, run_script, writing
 
@@ -51,7 +48,8 @@ def main(argv=None):
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
-    folder, device = Path(args.output_dir), choose_device(args)
+    choose_device(args)  # a wrong one is told at once
+    folder = Path(args.output_dir)
     state = checkpoint.load_teacher(args.teacher_checkpoint)
     net = checkpoint.network(state, args.teacher_checkpoint, "meta")
     names = [Path(config).stem for config in args.configs]
@@ -75,24 +73,7 @@ def main(argv=None):
             points = points_of(args, options[name], seed, steps[name], folder / name / f"seed_{seed}", real)
             results[name].append({"seed": seed, "points": points})
         write_report(args, folder, real, teacher, results)
-
-    # ---- a page of pictures: 64 images of one class from each -------------------------------------------------------
-    dataset = load_dataset(first.dataset, first.data_dir, net.config["img_resolution"], net.config["img_channels"])
-    noise, labels = class_noise(range(net.label_dim), 64, dataset.images.shape[1:], seed=0)
-    real_labels = dataset.labels if net.label_dim else torch.zeros_like(dataset.labels)
-    students = [folder / name / f"seed_{args.seeds[0]}" / "dmd2_final.pt" for name in names]
-    sets = [dataset.images, *(images_of(file, noise, labels, device) for file in (args.teacher_checkpoint, *students))]
-    label = save_diversity(folder / "pictures.png", sets, [real_labels, *[labels] * (1 + len(names))])
-    what = f"class {dataset.class_names[label]} of " if net.label_dim else ""
-    print(f"pictures.png: {what}{', '.join(['real images', 'teacher', *names])}, from left to right, three in a row")
-    print(f"wrote compare.md, compare.json, compare.png and pictures.png to {folder}")
-
-
-@torch.inference_mode()
-def images_of(file, noise, labels, device):
-    sample = checkpoint.load_sampler(file, device)
-    batches = zip(noise.split(250), labels.split(250), strict=True)
-    return torch.cat([to_uint8(sample(z.to(device), y.to(device))).cpu() for z, y in batches])
+    print(f"wrote compare.md, compare.json and compare.png to {folder}")
 
 
 def machine(args):
