@@ -63,11 +63,8 @@ def inception(weights, device):
             file = copy.name if weights else None
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], file, verbose=False)
     except Exception as error:  # any file may be given
-        what = f"--inception_weights {weights}: not torch-fidelity's Inception weights"
-        if not weights:
-            file = "weights-inception-2015-12-05-6726825d.pth"
-            what = f"no download: get {file} and name it with --inception_weights, or use --features classifier"
-        raise UserError(f"{what} ({' '.join(str(error).split()) or type(error).__name__:.200})") from None
+        advice = "name torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or use --features classifier"
+        raise UserError(f"--inception_weights {weights or '(download)'}: {error!s:.200}; {advice}") from None
     network.eval().to(device)
     see = in_batches(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
     return lambda images: see(images)[0]

@@ -78,9 +78,8 @@ def readable(what, kind):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{what}: not a readable {kind} ({str(error).split(' <_io')[0] or type(error).__name__})"
-        ) from None
+        reason = str(error).split(" <_io")[0] or type(error).__name__
+        raise UserError(f"{what}: not a readable {kind} ({reason})") from None
 
 
 def list_folder(path, inside="", above=()):
@@ -137,9 +136,7 @@ def read_images(path, files, shape):
         image = read_image(names[index], files[names[index]], channels=shape[0])
         side = side or image.shape[1]
         if image.shape[1:] != (side, side):
-            sizes = f"{names[index]} is {image.shape[2]}x{image.shape[1]}" + f", {names[0]} has height {side}" * (
-                index > 0
-            )
+            sizes = f"{names[index]} is {image.shape[2]}x{image.shape[1]}, not {side}x{side}"
             raise UserError(f"{path}: images must be square and of one size ({sizes}); crop and resize them first")
         pixels[index] = resize(image[None], shape[2])[0]
     return pixels

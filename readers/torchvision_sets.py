@@ -17,12 +17,10 @@ def load(name, data_dir, shape):
     with main_first():
         try:
             dataset = CLASSES[name](data_dir, train=True, download=True)
-        # urllib raises OSErrors and torchvision RuntimeErrors. The other errors come from truncated files.
-        except (OSError, RuntimeError, AssertionError, EOFError, LookupError, TypeError, ValueError) as error:
-            problem = f"is missing from {data_dir} or damaged there, and could not be downloaded ({error})"
-            help = "copy torchvision's files there by hand, or use --dataset mnist5k, which is here"
-            own = "for images of your own add --dataset folder"
-            raise UserError(f"data set {name} {problem}; {help}; {own}") from None
+        except Exception as error:  # no network, or a damaged file
+            problem = f"data set {name} is missing from {data_dir} or damaged there, and not downloaded ({error})"
+            advice = "copy torchvision's files there, or take --dataset mnist5k, or folder for images of your own"
+            raise UserError(f"{problem}; {advice}") from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes

@@ -128,7 +128,7 @@ def test_missing_download_says_what_to_do(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", offline)
-    with pytest.raises(UserError, match=r"cifar10.*no network.*mnist5k.*--dataset folder"):
+    with pytest.raises(UserError, match=r"cifar10.*no network.*mnist5k, or folder"):
         load_dataset("cifar10", tmp_path, 32)
 
 
@@ -313,8 +313,8 @@ REFUSED = [  # files, or what writes them, and the message
     (PAIR | {"b.png": picture(255)[:45]}, "set/b.png: not a readable image"),
     (PAIR | {"b.png": picture(Image.new("RGB", (8, 8)), kind="EPS")}, "set/b.png: not a readable image"),
     (PAIR | {"b.png": picture(Image.new("I;16", (8, 8), 20000))}, "set/b.png: I;16 pixels of more than 8"),
-    (PAIR | {"b.png": picture(1, size=9)}, r"square and of one size \(.*b.png is 9x9, .*a.png has height 8"),
-    ({"a.png": picture(Image.new("L", (8, 9)))}, r"must be square and of one size \([^,]*a.png is 8x9\)"),
+    (PAIR | {"b.png": picture(1, size=9)}, r"square and of one size \(.*b.png is 9x9, not 8x8"),
+    ({"a.png": picture(Image.new("L", (8, 9)))}, r"must be square and of one size \(.*a.png is 8x9, not 9x9\)"),
     ({"a.png": wide_png()}, r"set/a.png: not a readable image \(.*exceeds limit of 100000000 pixels"),
     (lambda p: zeros(p, "a.png", 201_000_000), "a.png: larger than 200 MB"),
     (lambda p: zeros(p, "dataset.json", 201_000_000), "dataset.json: larger than 200 MB"),
