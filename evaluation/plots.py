@@ -1,7 +1,7 @@
 """Pictures: a run's curves, quality over training, and images side by side."""
 
 import os
-from importlib.util import find_spec
+import sys
 from statistics import median
 
 import torch
@@ -38,9 +38,8 @@ def training_minutes(rows, batch_size, step):
 
 def new_figure(rows, columns, width, height):
     """A matplotlib figure and its axes, a flat list."""
-    backend = os.environ.get("MPLBACKEND", "")
-    if backend.startswith("module://") and not find_spec(backend.removeprefix("module://").split(".")[0]):
-        del os.environ["MPLBACKEND"]  # Jupyter's, in an environment without it: matplotlib could not be imported
+    if "IPython" not in sys.modules:  # in a script that Jupyter starts, its backend may be missing
+        os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
