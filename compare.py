@@ -55,12 +55,15 @@ def main(argv=None):
     names = [Path(config).stem for config in args.configs]
     if len(set(names)) < len(names):
         raise UserError("--configs: two files have the same name; results are stored by name")
-    options = {name: read_options(args, config) for name, config in zip(names, args.configs, strict=True)}
-    # Built before the first training, so that a mistake in any configuration is told at once.
-    generators = {name: train_dmd2.load_generator(options[name], state, "meta") for name in names}
-    models = {name: train_dmd2.build_model(options[name], net, generators[name]).to("meta") for name in names}
+    options, steps = {}, {}
+    for name, config in zip(names, args.configs, strict=True):  # a mistake in any is told before the first training
+        argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
+        options[name] = parse_args(train_dmd2.OPTIONS, None, argv)
+        vars(options[name]).update(machine(args))
+        generator = train_dmd2.load_generator(options[name], state, "meta")
+        model = train_dmd2.build_model(options[name], net, generator).to("meta")
+        steps[name] = args.step_number or steps_of(args, options[name], model)
     del state  # mainly to free its optimizer's moments
-    steps = {name: args.step_number or steps_of(args, options[name], models[name]) for name in names}
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
@@ -79,14 +82,6 @@ def main(argv=None):
 def machine(args):
     """The options for the machine that were given, as a dict. They go on to each script."""
     return {name: getattr(args, name) for name in ("device", "precision", "compile") if name in args.given}
-
-
-def read_options(args, config):
-    """The options of train_dmd2.py for the runs of one configuration; `points_of` adds those of each run."""
-    argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
-    options = parse_args(train_dmd2.OPTIONS, None, argv)
-    vars(options).update(machine(args))
-    return options
 
 
 def check_settings(args, folder, options):
