@@ -7,6 +7,8 @@ classifier features and logits `[N, K]`, float32 on its device.
 import hashlib
 import sys
 import tempfile
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,15 +42,11 @@ def averaged_pixels(images):
     return torch.cat(small)
 
 
-def in_batches(network, device):
-    """`network`, which maps a batch on `device` to a tuple of tensors, as a function of all images."""
-
-    @torch.inference_mode()
-    def see(images):
-        batches = [network(batch.to(device)) for batch in images.split(BATCH_SIZE)]
-        return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-
-    return see
+@torch.inference_mode()
+def in_batches(network, device, images):
+    """What `network`, which maps a batch on `device` to a tuple of tensors, makes of all `images`."""
+    batches = [network(batch.to(device)) for batch in images.split(BATCH_SIZE)]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def inception(weights, device):
@@ -66,8 +64,7 @@ def inception(weights, device):
         advice = "name torch-fidelity's weights-inception-2015-12-05-6726825d.pth, or use --features classifier"
         raise UserError(f"--inception_weights {weights or '(download)'}: {error!s:.200}; {advice}") from None
     network.eval().to(device)
-    see = in_batches(lambda batch: network(batch.expand(-1, 3, -1, -1)), device)
-    return lambda images: see(images)[0]
+    return lambda images: in_batches(lambda batch: network(batch.expand(-1, 3, -1, -1)), device, images)[0]
 
 
 def convolution(width_in, width, *pool):
@@ -151,7 +148,11 @@ def classifier(dataset, cache, device):
     content = hashlib.sha256(dataset.images.cpu().numpy().tobytes())
     content.update(dataset.labels.cpu().numpy().tobytes())
     fingerprint = f"{VERSION} {content.hexdigest()}"
-    if weights := stored(cache, fingerprint):
+    weights = None
+    with suppress(Exception):  # missing, damaged or foreign: it is made again
+        state = checkpoint.read(cache)
+        weights = state["model_state_dict"] if state.get("fingerprint") == fingerprint else None
+    if weights:
         network.load_state_dict(weights)
     else:
         print(f"training the classifier on {len(train_set.labels)} real images, this once", flush=True)
@@ -161,17 +162,8 @@ def classifier(dataset, cache, device):
         except UserError as error:  # no place to keep it: it serves this time
             print(error, file=sys.stderr)
     network.eval()
-    see = in_batches(lambda batch: network(to_float(batch)), device)
+    see = partial(in_batches, lambda batch: network(to_float(batch)), device)
     return see, (see(held_out.images)[1].argmax(1) == held_out.labels).float().mean().item()
-
-
-def stored(path, fingerprint):
-    """The classifier's weights in the file `path`, if it is intact and has this fingerprint; else None."""
-    try:
-        state = checkpoint.read(path)
-        return state["model_state_dict"] if state.get("fingerprint") == fingerprint else None
-    except Exception:  # missing, damaged or foreign: it is made again
-        return None
 
 
 def train_classifier(network, dataset):
