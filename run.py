@@ -40,20 +40,11 @@ NOUNS = {"teacher": "teacher", "dmd2": "generator"}
 
 
 class Run:
-    """One training run, with a folder of its own. A script uses it from top to bottom:
-
-        run = Run(args, OPTIONS, "teacher")     # loads the checkpoint to resume from, if any
-        run.start(...)                          # locks the folder, restores the checkpoint, opens `run.logger`
-        with run:                               # gives the lock and the signals back, whatever happens
-            while run.goes_on():
-                ...
-                run.step += 1                   # finished steps
-                run.save_if_due()
-            return run.finish()                 # saves the last checkpoint; returns the script's exit status
+    """One training run, with a folder of its own; `main` of train_teacher.py shows how it is used, in order.
 
     args, tables: the script's options, from `parse_args`. In `run.args` those that were not given have the values of
-    the run that is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. Under torchrun only rank 0
-    writes.
+    the run that is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. `step`: finished steps. Under
+    torchrun only rank 0 writes.
     """
 
     def __init__(self, args, tables, kind):
