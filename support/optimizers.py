@@ -78,10 +78,8 @@ class Muon(torch.optim.AdamW):
 
 def load_optimizer(optimizer, state):
     """Loads the moments in `state`, in the memory layout of the parameters, which fused AdamW assumes."""
-    # Other settings are this run's own: the state may come from another kind of device.
-    groups = zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
-    groups = [ours | {"params": theirs["params"], "lr": float(theirs["lr"])} for ours, theirs in groups]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    # The settings are this run's own: the state may come from another kind of device.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
     by_muon = set(getattr(optimizer, "hidden", ()))
     for parameter, moments in optimizer.state.items():
         for name in ("momentum",) if parameter in by_muon else ("exp_avg", "exp_avg_sq"):
