@@ -130,9 +130,8 @@ def check_state(state):
         json.loads(json.dumps(config), parse_int=check_size)
     except (TypeError, RecursionError):
         raise ValueError("its model_config is no plain data") from None
-    parts = [part for part in (config, config.get("unet")) if isinstance(part, dict)]
-    blocks = [part.get(name, 1) for part in parts for name in ("num_blocks", "layers_per_block")]
-    few = all(type(number) is int and number <= MAX_BLOCKS for number in blocks)
+    blocks = config.get("num_blocks", 1)  # a DiffusersUNet checks its own
+    few = type(blocks) is int and blocks <= MAX_BLOCKS
     require(few, f"its model_config has more than {MAX_BLOCKS} blocks per resolution")
     for average in (state, *averages(state).values()):
         require(isinstance(weights(average), dict), "its weights are no tensors")
