@@ -36,7 +36,6 @@ RUN = [
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
 NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile"} | {o.name for o in WANDB}
-NOUNS = {"teacher": "teacher", "dmd2": "generator"}
 
 
 class Run:
@@ -51,8 +50,7 @@ class Run:
         processes.join()
         self.kind, self.step, self.resumed, self.lock = kind, 0, None, None
         if args.resume_from_checkpoint == "auto":
-            final = Path(args.output_dir, f"{kind}_final.pt")
-            found = final.exists() or checkpoint.numbered(args.output_dir, kind)
+            found = checkpoint.by_step(args.output_dir, kind)
             print(f"--resume_from_checkpoint auto: {'the newest' if found else 'a new run'} in {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
@@ -60,7 +58,7 @@ class Run:
                 raise UserError("--overwrite starts a run, --resume_from_checkpoint continues one: give one of them")
             self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind or "random_state" not in self.resumed:
-                raise UserError(f"checkpoint {self.resumed_from}: not of a training of a {NOUNS[kind]}")
+                raise UserError(f"checkpoint {self.resumed_from}: not of a training by train_{kind}.py")
             self.step = self.resumed["step"]
             args = self.options_of_run(args, tables)
         if args.batch_size % (args.grad_accum * (size := processes.world_size())):
@@ -214,19 +212,18 @@ class Run:
         return self.step >= self.args.step_number
 
     def goes_on(self):
-        """Whether there is a step left to train and no request to stop. Raises UserError as `check_steps` does."""
-        if self.step % self.args.log_every == 0 or self.done:  # not at every step: it waits for the device
-            self.check_steps()
-        return not self.done and not self.stop.is_due()
+        """Whether there is a step left to train and no request to stop.
 
-    def check_steps(self):
-        """Raises UserError if an optimizer has skipped `--max_bad_steps` steps in a row, or more."""
-        worst = max(int(getattr(part, "bad_steps", (0, 0))[1]) for part in self.parts.values())
-        if worst >= self.args.max_bad_steps:
-            raise UserError(
-                f"step {self.step}: {worst} steps in a row had gradients that are not finite and were skipped; "
-                "lower the learning rate, and resume from the last checkpoint if there is one"
-            )
+        Raises UserError if an optimizer has skipped `--max_bad_steps` steps in a row, or more.
+        """
+        if self.step % self.args.log_every == 0 or self.done:  # not at every step: it waits for the device
+            worst = max(int(getattr(part, "bad_steps", (0, 0))[1]) for part in self.parts.values())
+            if worst >= self.args.max_bad_steps:
+                raise UserError(
+                    f"step {self.step}: {worst} steps in a row had gradients that are not finite and were skipped; "
+                    "lower the learning rate, and resume from the last checkpoint if there is one"
+                )
+        return not self.done and not self.stop.is_due()
 
     def save_if_due(self):
         if self.step % self.args.save_every == 0:
@@ -245,9 +242,9 @@ class Run:
         checkpoint.save(file, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {file}")
         self.logger.artifact(file)
-        files = checkpoint.numbered(self.folder, self.kind)
-        for step in list(files)[: -self.args.keep_last]:
-            files[step].unlink(missing_ok=True)
+        files = list(checkpoint.numbered(self.folder, self.kind).values())
+        for old in files[: -self.args.keep_last]:
+            old.unlink(missing_ok=True)
 
     def finish(self):
         """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""

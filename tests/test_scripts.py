@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     digits = dict(teacher_checkpoint=teacher)
     refuses("--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train", *dmd2)
     refuses("a generator; give a teacher's checkpoint", *dmd2, teacher_checkpoint=student)
-    refuses("not of a training of a generator", *dmd2, resume_from_checkpoint=teacher, **digits)
+    refuses("not of a training by train_dmd2.py", *dmd2, resume_from_checkpoint=teacher, **digits)
     refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
     refuses("the options: sigma_min 5.0, sigma_max 1.0: the networks know", *dmd2, sigma_min=5, sigma_max=1, **digits)
     refuses("student_sigmas 1.0 5.0: must descend, starting with", *dmd2, student_sigmas=[1, 5], **digits)
