@@ -108,10 +108,10 @@ class Run:
                 continues = self.finished or self.take_folder()
             except UserError as error:
                 mistake = error
-        if mistake := processes.from_main(mistake):
+        if processes.all_max(int(mistake is not None)):
             if self.lock:  # in a notebook the next call may use the folder
                 self.lock.close()
-            raise mistake
+            raise mistake or UserError(f"--output_dir {self.folder}: refused, as the first process tells")
         # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
         wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
         self.logger = Logger(self.args, self.step, wandb_run_id)

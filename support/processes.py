@@ -79,14 +79,6 @@ def all_max(value):
     return int(largest)
 
 
-def from_main(value):
-    """Rank 0's `value`, which pickle can write."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def broadcast(module):
     """Gives every process rank 0's weights of `module`."""
     if world_size() > 1:
