@@ -131,9 +131,6 @@ class Run:
         for fact, ours in self.facts.items():  # network, classes, the generator's noise levels
             if fact not in ("config", "versions") and ours != state.get(fact):
                 raise UserError(f"{source}: its {fact} differs from this run's, {ours}")
-        if (heads := "guidance_cls_state_dict" in state) != (self.parts.get("guidance_cls") is not None):
-            how = "with" if heads else "without"
-            raise UserError(f"{source}: trained {how} --gan_classifier; resume it {how} that option")
         key, kind = "", self.device.type
         try:
             for name, part in self.parts.items():

@@ -175,7 +175,6 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
     refuses("--teacher_checkpoint ./log/checkpoints/teacher/teacher_final.pt: there is no such file; train", *dmd2)
     refuses("a generator; give a teacher's checkpoint", *dmd2, teacher_checkpoint=student)
     refuses("not of a training by train_dmd2.py", *dmd2, resume_from_checkpoint=teacher, **digits)
-    refuses("trained with --gan_classifier", *dmd2, gan_classifier=False, resume_from_checkpoint=student)
     refuses("the options: sigma_min 5.0, sigma_max 1.0: the networks know", *dmd2, sigma_min=5, sigma_max=1, **digits)
     refuses("student_sigmas 1.0 5.0: must descend, starting with", *dmd2, student_sigmas=[1, 5], **digits)
     heads = dict(gan_classifier=True, **digits)
@@ -194,7 +193,11 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
         refuses("--device cuda: this machine has 0 CUDA devices", *train, device="cuda")
     resume = ["train_teacher.py", "--output_dir", out, "--resume_from_checkpoint"]
     refuses("--batch_size 16 must be divisible by --grad_accum 3", *resume, teacher, grad_accum=3)
-    state, bad, theirs = load(teacher), tmp_path / "bad.pt", tmp_path / "theirs"
+    state, bad, theirs = load(student), tmp_path / "bad.pt", tmp_path / "theirs"
+    del state["guidance_cls_state_dict"]
+    checkpoint.save(bad, state)
+    refuses("its guidance_cls_state_dict does not fit; resume it with the options", *dmd2, resume_from_checkpoint=bad)
+    state = load(teacher)
     for change, told in (
         ({"lr": "fast"}, f"checkpoint {bad}: lr needs a number, not 'fast'"),
         ({"lr": 1e-4, "dataset": "cifar10", "data_dir": str(theirs)}, "which is not here: give --data_dir"),
