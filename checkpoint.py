@@ -267,15 +267,15 @@ def load_sampler(path, device="cpu", steps=18):
 
 
 def numbered(folder, kind):
-    """The step checkpoints of `kind` (teacher or dmd2) in `folder`: a dict from step to file, in order."""
+    """The step checkpoints of `kind` (teacher or dmd2) in `folder` as pairs (step, file), in order."""
     pattern = re.compile(rf"{kind}_checkpoint_step_(\d+)\.pt")
     matches = [(pattern.fullmatch(file.name), file) for file in Path(folder).glob("*.pt")]
-    return dict(sorted((int(match[1]), file) for match, file in matches if match))
+    return sorted((int(match[1]), file) for match, file in matches if match)
 
 
 def by_step(folder, kind):
-    """All checkpoints of `kind` in `folder` as pairs (step, file), in order; a damaged final one counts as the last."""
-    found = list(numbered(folder, kind).items())
+    """The same of all checkpoints of `kind`, with the final one; if that is damaged, it counts as the last."""
+    found = numbered(folder, kind)
     final = Path(folder) / f"{kind}_final.pt"
     if final.exists():
         try:

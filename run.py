@@ -239,8 +239,7 @@ class Run:
         checkpoint.save(file, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {file}")
         self.logger.artifact(file)
-        files = list(checkpoint.numbered(self.folder, self.kind).values())
-        for old in files[: -self.args.keep_last]:
+        for _, old in checkpoint.numbered(self.folder, self.kind)[: -self.args.keep_last]:
             old.unlink(missing_ok=True)
 
     def finish(self):
