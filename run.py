@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from argparse import Namespace
 from itertools import chain
 from pathlib import Path
 
@@ -60,25 +59,24 @@ class Run:
             if checkpoint.kind(self.resumed) != kind or "random_state" not in self.resumed:
                 raise UserError(f"checkpoint {self.resumed_from}: not of a training by train_{kind}.py")
             self.step = self.resumed["step"]
-            args = self.options_of_run(args, tables)
+            self.take_options(args, tables)
         if args.batch_size % (args.grad_accum * (size := processes.world_size())):
             by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
             raise UserError(f"--batch_size {args.batch_size} must be divisible by {by}")
         self.args, self.folder = args, Path(args.output_dir)
 
-    def options_of_run(self, args, tables):
-        """`args`, where options that were not given, but for `NOT_RESUMED`, are those of the run that is resumed."""
+    def take_options(self, args, tables):
+        """Gives `args` the options of the run that is resumed, but for those that were given and `NOT_RESUMED`."""
         stored = self.resumed["config"] | {"output_dir": str(Path(self.resumed_from).parent)}
-        values = dict(vars(args))
+        data_dir = args.data_dir
         for option in chain(*tables.values()):
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
                 source = f"checkpoint {self.resumed_from}: {option.name}"
-                values[option.name] = convert(option, stored[option.name], source)
-        read = values["data_dir"] != args.data_dir and values["dataset"] not in ("mnist5k", "none")
-        if read and not os.path.exists(values["data_dir"]):
-            where = f"trained on data in {values['data_dir']}, which is not here: give --data_dir"
+                setattr(args, option.name, convert(option, stored[option.name], source))
+        read = args.data_dir != data_dir and args.dataset not in ("mnist5k", "none")
+        if read and not os.path.exists(args.data_dir):
+            where = f"trained on data in {args.data_dir}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
-        return Namespace(**values)
 
     def start(self, device, batches, facts, **parts):
         """Locks the folder. If the run resumes, restores step, data position, random numbers and `parts`.
