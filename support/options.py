@@ -136,10 +136,9 @@ def convert(option, raw, source):
         return None
     if option.nargs and isinstance(raw, (str, int, float)):
         raw = [raw]
-    if (option.nargs is not None) != isinstance(raw, list) or (option.nargs == "+" and not raw):
+    unfit = raw is None or isinstance(raw, dict) or isinstance(raw, list) != (option.nargs is not None)
+    if unfit or (option.nargs == "+" and not raw):
         raise UserError(f"{source} needs {'a list' if option.nargs else 'a single value'}, not {raw}")
-    if isinstance(raw, dict) or raw is None:
-        raise UserError(f"{source} needs a value")
     try:
         return [option.parse(str(item)) for item in raw] if option.nargs else option.parse(str(raw))
     except UserError as error:
@@ -150,10 +149,10 @@ class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses duplicate keys, of which the plain loader keeps the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"key {key} is given twice")
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -164,8 +163,6 @@ def read_yaml(file):
             content = yaml.load(stream, UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"--config {file}: {error.strerror}") from None
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

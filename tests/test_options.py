@@ -115,7 +115,7 @@ WRONG_YAML = [  # content, part of the one-line message
     ("wandb:\n  projekt: x\n", "unknown key wandb_projekt (did you mean wandb_project?)"),
     ("wandb:\n  enabled: true\nwandb_enabled: true\n", "unknown key wandb_enabled"),
     ("wandb:\n  mode: offline\nwandb_mode: online\n", "wandb_mode is given twice"),
-    ("lr: null", "lr needs a value"),
+    ("lr: null", "lr needs a single value, not None"),
     ("lr: [1, 2]", "lr needs a single value"),
     ("channel_mult: {2: 1}", "channel_mult needs a list"),
     ("hflip: maybe", "hflip must be true or false"),
