@@ -22,10 +22,10 @@ OPTIONS = {
 }
 
 
-def load(source, num_classes=None):
+def load(source):
     """The network at `source` as `importers.state_dict.Imported`. Raises UserError for any file that holds none."""
     try:
-        return load_diffusers(source, num_classes) if os.path.isdir(source) else load_edm(source)
+        return load_diffusers(source) if os.path.isdir(source) else load_edm(source)
     except ValueError as error:
         reason = error
     except OSError as error:
@@ -48,7 +48,7 @@ def main(argv=None):
     if os.path.exists(args.output):
         raise UserError(f"--output {args.output} exists; give another name, or delete it first")
     names = args.class_names
-    imported = load(args.source, names and len(names))
+    imported = load(args.source)
     net, label_dim, resolution = imported.net, imported.net.label_dim, imported.net.config["img_resolution"]
     if names and not len(names) == len(set(names)) == label_dim:
         found = f"--class_names has {len(set(names))} different names"

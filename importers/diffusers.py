@@ -18,12 +18,11 @@ OF_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "u
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load_diffusers(folder, num_classes=None):
+def load_diffusers(folder):
     """The `Imported` network of a `folder` of a pipeline, or of diffusers' training script (`checkpoint-500`).
 
     The network is in `unet_ema/`, `unet/` or the folder itself; its scheduler in `scheduler/`, the folder or beside it.
-    num_classes: with this number, if the network has one class more, the last is the null class of guidance: it is kept
-    in the weights, but no label. Raises ValueError if the network is not supported, any exception for a damaged folder.
+    Raises ValueError if the network is not supported, any exception for a damaged folder.
     """
     folder = Path(folder).resolve()
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
@@ -37,15 +36,9 @@ def load_diffusers(folder, num_classes=None):
     places = (folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler = next((place for place in places if (place / "scheduler_config.json").exists()), folder)
     notes = [f"its weights are {weights}, its scheduler is in {scheduler}"]
-    arguments = architecture(read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json"))
-    label_dim = arguments["label_dim"]
-    if label_dim and num_classes == label_dim - 1:
-        arguments |= {"label_dim": num_classes, "unet": arguments["unet"] | {"num_class_embeds": label_dim}}
-        notes.append(f"the last of {label_dim} classes is the null class of guidance")
-    elif label_dim > 1:
-        notes.append(f"{label_dim} classes; if the last is guidance's null class, name the others with --class_names")
     with torch.device("meta"):
-        net = DiffusersUNet(**arguments)
+        config, schedule = read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json")
+        net = DiffusersUNet(**architecture(config, schedule))
     tensors = {}
     for name, tensor in read_safetensors(weights).items():
         tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor

@@ -42,7 +42,7 @@ class DiffusersUNet(Denoiser):
     img_resolution:  side of the square images
     img_channels:    1 or 3
     label_dim:       number of classes; 0: unconditional
-    unet:            UNet2DModel's other arguments; with `num_class_embeds` above `label_dim` if it has a null class
+    unet:            UNet2DModel's other arguments
     prediction_type: epsilon, v_prediction (arXiv 2202.00512), sample or flow
     schedule:        the arguments of `noise_levels`; with flow `num_train_timesteps` and `shift`, of `euler_sampler`
 
@@ -79,7 +79,7 @@ class DiffusersUNet(Denoiser):
         sides = resolutions(img_resolution, unet["block_out_channels"])
         self.feature_channels = dict(zip(sides, unet["block_out_channels"], strict=True))
         shape = dict(sample_size=img_resolution, in_channels=img_channels, out_channels=img_channels)
-        self.unet = UNet2DModel(**{"num_class_embeds": label_dim or None, **shape, **unet})
+        self.unet = UNet2DModel(num_class_embeds=label_dim or None, **shape, **unet)
 
     def timestep(self, sigma):
         """The t of noise level `sigma`, of any shape, in the network's training; fractional between two levels."""
@@ -99,7 +99,7 @@ class DiffusersUNet(Denoiser):
         unet = self.unet
         emb = unet.time_embedding(unet.time_proj(c_noise.flatten()))
         if class_labels is not None:
-            emb = emb + class_labels @ unet.class_embedding.weight[: self.label_dim]
+            emb = emb + class_labels @ unet.class_embedding.weight
         h = unet.conv_in(2 * x - 1 if unet.config.center_input_sample else x)
         skips = [h]
         for block in unet.down_blocks:

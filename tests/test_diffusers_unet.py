@@ -198,20 +198,6 @@ def test_averaged_weights_of_the_training_script(tmp_path):
     assert found.notes == [f"its weights are {weights}, its scheduler is in {folder / 'scheduler'}"]
 
 
-def test_null_class(tmp_path):
-    """Of K + 1 classes the last may be the null class of guidance: K names make the others the classes."""
-    folder, model = write_folder(tmp_path / "a", num_class_embeds=3)
-    assert "3 classes; if the last is guidance's null class, name the others" in load(folder).notes[1]
-    net = checkpoint.load_network(output := imported(folder, tmp_path, "--class_names", "cat", "dog"))
-    assert net.label_dim == 2 and checkpoint.load(output)["class_names"] == ["cat", "dog"]
-    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 0])
-    expected = x - net.sigma_max * model(x / (1 + net.sigma_max**2) ** 0.5, 999, class_labels=labels).sample
-    torch.testing.assert_close(net(x, net.sigma_max, labels), expected.detach(), rtol=0, atol=1e-3)
-    assert torch.equal(net.unet.class_embedding.weight[2], model.class_embedding.weight[2])
-    with pytest.raises(UserError, match="--class_names has 4 different names; the network has 3 classes"):
-        imported(folder, tmp_path / "other", "--class_names", *"abcd")
-
-
 def change(file, entries):
     """A function that changes entries of a JSON file in a folder; "gone" removes one."""
 
