@@ -15,9 +15,6 @@ from pathlib import Path
 import torch
 
 from model import SimpleUNet
-from sampling import euler_sampler, guided, heun_sampler, student_sampler
-from support.device import compile_networks
-from support.options import Option, choice, count, number, path
 from support.script import UserError, as_user_error
 
 # `model_config` names the class under `network`; SimpleUNet's has no such key. The module is imported when it is
@@ -33,13 +30,6 @@ WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"
 FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
 FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
 MAX_SIDE, MAX_SIZE, MAX_BLOCKS = 1024, 100_000, 100  # of a network; a hostile file may ask for anything
-SAMPLING = [
-    Option("sampler", "heun", choice("heun", "euler"), "of a teacher: EDM's, or Euler's in even flow-matching time"),
-    Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
-    Option("guide_checkpoint", None, path, "a weaker teacher to guide a teacher, such as an earlier checkpoint"),
-    Option("guidance_scale", 1.5, number(0), "of that guidance; 1: none"),
-    Option("batch_size", 250, count, "images generated at once"),
-]
 
 
 def save(path, state):
@@ -224,46 +214,6 @@ def check_same_images(source, config, other, whose):
     for name in ("img_resolution", "img_channels", "label_dim"):
         if config[name] != other[name]:
             raise UserError(f"{source}: its {name} is {config[name]}, {whose} {other[name]}")
-
-
-def load_guide(args, state, device):
-    """The network of `--guide_checkpoint`, or None. Raises UserError if it cannot guide the teacher in `state`."""
-    if not args.guide_checkpoint:
-        return None
-    source = f"--guide_checkpoint {args.guide_checkpoint}"
-    if kind(state) == "dmd2":
-        raise UserError(f"{source}: guides a teacher, and --checkpoint is a generator")
-    guide, config = load_teacher(args.guide_checkpoint, "guide_checkpoint"), state["model_config"]
-    classes = guide["model_config"]["label_dim"] and config["label_dim"]  # one without classes guides any
-    check_same_images(source, guide["model_config"], config | {"label_dim": classes}, "the teacher's")
-    net = network(guide, args.guide_checkpoint, device)
-    compile_networks(args, net)
-    return net
-
-
-def sampler(state, steps=18, method="heun", guide=None, scale=1.0):
-    """Returns (the sampler `f(net, noise, labels)` for a loaded checkpoint, its network evaluations per image).
-
-    A generator is called once at each noise level that it was trained at. A teacher is sampled with `steps` steps of
-    `method`: heun or euler; with the network `guide`, as `guided` does.
-    """
-    if kind(state) == "dmd2":
-        return partial(student_sampler, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
-    sample, evaluations = (euler_sampler, steps) if method == "euler" else (heun_sampler, 2 * steps - 1)
-    sample = partial(sample, num_steps=steps)
-    if guide is None:
-        return sample, evaluations
-    return lambda net, noise, labels: sample(guided(net, guide, scale), noise, labels), 2 * evaluations
-
-
-def load_sampler(path, device="cpu", steps=18):
-    """A function from standard normal noise `[B, C, H, W]` and labels `[B]` to images, from the checkpoint at `path`.
-
-    The images may slightly exceed [-1, 1]; `support.images.to_uint8` and `images.clamp(-1, 1)` clamp them.
-    Raises UserError as `load` does.
-    """
-    state = load(path)
-    return partial(sampler(state, steps)[0], network(state, path, device))
 
 
 def numbered(folder, kind):

@@ -13,6 +13,7 @@ from data import DATA, READERS, check_classes, load_dataset, subset
 from evaluation import features, metrics
 from evaluation.plots import plot_metrics, plot_quality, save_comparison, save_diversity, training_minutes
 from evaluation.results import write_results
+from generate import SAMPLING, choose_sampler
 from run import read_metrics
 from sampling import random_stream
 from support.device import MACHINE, autocast, choose_device, compile_networks
@@ -38,7 +39,7 @@ OPTIONS = {
         Option("features", "inception", FEATURES, "inception (for the FID too), classifier (of the data) or pixels"),
         Option("inception_weights", None, path, "file of torch-fidelity's Inception weights; default: download"),
     ],
-    "sampling": checkpoint.SAMPLING,
+    "sampling": SAMPLING,
     "machine": MACHINE,
 }
 MOST_REAL = 100_000  # most real images used: more would change little and take much memory
@@ -159,14 +160,14 @@ def load_states(args):
 
 def load_models(args, device):
     """A namespace for each of `load_states`. Raises UserError if they make images of different shapes or classes."""
-    models, teacher = [], args.teacher_checkpoint
-    for file, state, average in load_states(args):
+    models = []
+    for file, state, suffix in load_states(args):
         net = checkpoint.network(state, file, device)
-        guide = None if teacher and file is not teacher else checkpoint.load_guide(args, state, device)
         compile_networks(args, net)
-        sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)
+        sampler, evaluations = choose_sampler(args, state, net, device)
         facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
-        suffix = f"{average}, guided by {args.guidance_scale:g}" if guide else average
+        if args.guide_checkpoint and checkpoint.kind(state) == "teacher":
+            suffix += f", guided by {args.guidance_scale:g}"
         row = {"name": f"{checkpoint.kind(state)}, step {state['step']}{suffix}", "checkpoint": str(file)}
         row |= {"step": state["step"], "evaluations": evaluations}
         models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
@@ -224,7 +225,7 @@ def generate(args, models, image_shape, device):
         for model in models:  # in turn, so that a change in the machine's speed affects all of them
             begin = perf_counter()
             with autocast(args, device):
-                images = model.sampler(model.net, noise.to(device), labels[-1].to(device))
+                images = model.sampler(noise.to(device), labels[-1].to(device))
             model.images.append(to_uint8(images).cpu())
             model.seconds.append((perf_counter() - begin) / len(noise))
     for model in models:

@@ -7,6 +7,7 @@ FID. Only grids replace those of the same name.
 import re
 import time
 import unicodedata
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,19 @@ import torch
 from PIL import Image
 
 import checkpoint
-from sampling import class_noise
+from sampling import class_noise, euler_sampler, guided, heun_sampler, student_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import save_grid, to_uint8
-from support.options import Option, choice, count, did_you_mean, parse_args, path, text
+from support.options import Option, choice, count, did_you_mean, number, parse_args, path, text
 from support.script import UserError, make_folder, run_script, writing
 
+SAMPLING = [
+    Option("sampler", "heun", choice("heun", "euler"), "of a teacher: EDM's, or Euler's in even flow-matching time"),
+    Option("steps", 18, count, "steps for a teacher: 2 * steps - 1 network evaluations, with euler as many as steps"),
+    Option("guide_checkpoint", None, path, "a weaker teacher to guide a teacher, such as an earlier checkpoint"),
+    Option("guidance_scale", 1.5, number(0), "of that guidance; 1: none"),
+    Option("batch_size", 250, count, "images generated at once"),
+]
 FORMATS = "grid: one per class; png: a folder per class, as data; npz: arrays; flat: one folder, for FID tools"
 OPTIONS = {
     "images": [
@@ -29,7 +37,7 @@ OPTIONS = {
         Option("ema_decay", None, text, "of which of a generator's averages; default: the first"),
         Option("classes", None, text, "names of classes; default: all", "+"),
         Option("format", "grid", choice("grid", "png", "npz", "flat"), FORMATS),
-        *checkpoint.SAMPLING,
+        *SAMPLING,
     ],
     "machine": MACHINE,
 }
@@ -47,8 +55,7 @@ def main(argv=None):
             raise UserError(f"--ema_decay {args.ema_decay}: beside its first average, {args.checkpoint} has {known}")
         state = further[args.ema_decay]
     net = checkpoint.network(state, args.checkpoint, device)
-    guide = checkpoint.load_guide(args, state, device)
-    sampler, evaluations = checkpoint.sampler(state, args.steps, args.sampler, guide, args.guidance_scale)
+    sampler, evaluations = choose_sampler(args, state, net, device)
     compile_networks(args, net)
     names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]
@@ -62,12 +69,44 @@ def main(argv=None):
     images = []
     for z, y in zip(noise.split(args.batch_size), labels.split(args.batch_size), strict=True):
         with torch.inference_mode(), autocast(args, device):
-            images.append(sampler(net, z.to(device), y.to(device)).cpu())
+            images.append(sampler(z.to(device), y.to(device)).cpu())
     seconds = time.perf_counter() - start
     with writing(folder):
         write(folder, args.format, stems, torch.cat(images), labels, bool(names))
     number = f"{len(labels)} image{'s' * (len(labels) > 1)}"
     print(f"{number} in {seconds:.2f} s, network evaluations per image: {evaluations}; wrote {folder}")
+
+
+def choose_sampler(args, state, net, device):
+    """Returns (a function from noise and labels to images, its network evaluations per image) for a loaded checkpoint.
+
+    A generator is called once at each noise level that it was trained at. A teacher is sampled with `--steps` steps of
+    `--sampler`, guided by `--guide_checkpoint` if there is one. Raises UserError if that cannot guide.
+    """
+    source = f"--guide_checkpoint {args.guide_checkpoint}"
+    if checkpoint.kind(state) == "dmd2":
+        if args.guide_checkpoint and "teacher_checkpoint" not in args.given:
+            raise UserError(f"{source}: guides a teacher, and --checkpoint is a generator")
+        return partial(student_sampler, net, sigmas=state["student_sigmas"]), len(state["student_sigmas"])
+    solver, evaluations = (euler_sampler, args.steps) if args.sampler == "euler" else (heun_sampler, 2 * args.steps - 1)
+    if args.guide_checkpoint:
+        of_guide, config = checkpoint.load_teacher(args.guide_checkpoint, "guide_checkpoint"), net.config
+        classes = of_guide["model_config"]["label_dim"] and net.label_dim  # one without classes guides any
+        checkpoint.check_same_images(source, of_guide["model_config"], config | {"label_dim": classes}, "the teacher's")
+        guide = checkpoint.network(of_guide, args.guide_checkpoint, device)
+        compile_networks(args, guide)
+        net, evaluations = guided(net, guide, args.guidance_scale), 2 * evaluations
+    return partial(solver, net, num_steps=args.steps), evaluations
+
+
+def load_sampler(path, device="cpu", steps=18):
+    """A function from standard normal noise `[B, C, H, W]` and labels `[B]` to images, from the checkpoint at `path`.
+
+    The images may slightly exceed [-1, 1]; `support.images.to_uint8` and `images.clamp(-1, 1)` clamp them.
+    Raises UserError as `checkpoint.load` does.
+    """
+    args, state = parse_args({"sampling": SAMPLING}, None, ["--steps", str(steps)]), checkpoint.load(path)
+    return choose_sampler(args, state, checkpoint.network(state, path, device), device)[0]
 
 
 def check_folder(folder, format):

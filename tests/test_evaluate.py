@@ -242,6 +242,6 @@ def test_an_image_depends_on_its_number_alone(runs):
     assert torch.equal(drawn[0][0][:8], labels) and len(labels.unique()) > 3
     assert (drawn[0][1][:8].int() - model.images.int()).abs().max() <= 1
 
-    model.sampler = lambda net, noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape) / 10
+    model.sampler = lambda noise, labels: labels.reshape(-1, 1, 1, 1).expand(noise.shape) / 10
     assert torch.equal(evaluate.generate(args, [model], (1, 8, 8), cpu), labels)
     assert torch.equal(model.images[:, 0, 0, 0], (labels / 10 * 127.5 + 127.5).round().to(torch.uint8))

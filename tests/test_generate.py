@@ -7,6 +7,7 @@ from PIL import Image
 import checkpoint
 import generate
 from data import load_dataset
+from generate import load_sampler
 from sampling import class_noise, euler_sampler, guided, heun_sampler, one_step_sampler
 from support.images import to_uint8
 from support.script import UserError
@@ -129,7 +130,7 @@ def test_without_classes_there_is_one_set_of_images(unconditional, tmp_path, sta
         assert contents(tmp_path / format).keys() == set(names[format])
     noise, _ = class_noise([0], 5, (3, 8, 8), seed=0)
     with torch.no_grad():
-        expected = to_uint8(checkpoint.load_sampler(file, steps=2)(noise, None)).permute(0, 2, 3, 1).numpy()
+        expected = to_uint8(load_sampler(file, steps=2)(noise, None)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "npz" / "samples.npz")["images"], expected, atol=1)
 
 
@@ -164,7 +165,7 @@ def test_formats_share_a_folder_where_no_reader_mixes_them_up(student, tmp_path)
 
 
 def test_nothing_is_written_before_sampling_has_succeeded(student, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sampler", lambda *arguments: (lambda *batch: 1 / 0, 1))
+    monkeypatch.setattr(generate, "choose_sampler", lambda *arguments: (lambda *batch: 1 / 0, 1))
     with pytest.raises(ZeroDivisionError):
         generated(student, tmp_path)
     assert not contents(tmp_path)

@@ -31,6 +31,7 @@ from torchvision.datasets import CIFAR10
 import checkpoint
 import train_dmd2
 import train_teacher
+from generate import load_sampler
 from sampling import class_noise, one_step_sampler, student_sampler
 from support.images import to_uint8
 
@@ -426,12 +427,12 @@ def test_load_network_in_a_notebook(tmp_path):
     for name, sigmas in (("one", [3.0]), ("two", [80.0, 3.0])):
         checkpoint.save(tmp_path / f"{name}.pt", state | {"student_sigmas": sigmas})
     noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
-    images = checkpoint.load_sampler(tmp_path / "one.pt")(noise, labels)
+    images = load_sampler(tmp_path / "one.pt")(noise, labels)
     loaded = checkpoint.load_network(tmp_path / "one.pt")
     torch.testing.assert_close(images, one_step_sampler(loaded, noise, labels, 3.0))
     assert not torch.allclose(images, one_step_sampler(net, noise, labels, 80.0), atol=0.01)
     assert json.dumps(loaded.config)
-    two_steps = checkpoint.load_sampler(tmp_path / "two.pt")
+    two_steps = load_sampler(tmp_path / "two.pt")
     images = two_steps(noise, labels)
     torch.testing.assert_close(images, student_sampler(net, noise, labels, [80.0, 3.0]))
     torch.testing.assert_close(images, two_steps(noise, labels))  # independent of torch's own random numbers
