@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import train_dmd2
-from evaluation.points import animate, measure_divergences, measure_modes
+from evaluation.points import animate, kl_divergence, measure_modes
 from guidance import GuidanceModel
 from model import Denoiser, denoising_loss
 from sampling import heun_sampler, one_step_sampler
@@ -197,7 +197,7 @@ def main(argv=None):
         "target itself": teacher.sample(NUM_POINTS),
     }
     flat = [points.flatten(1) for points in columns.values()]
-    rows = [measure_modes(points, teacher) | measure_divergences(points, teacher) for points in flat]
+    rows = [measure_modes(points, teacher) | {"KL from the target": kl_divergence(points, teacher)} for points in flat]
     print(" " * 20 + "".join(f"{name:>16}" for name in columns))
     for what in rows[0]:
         print(f"{what:20}" + "".join(f"{row[what]:16.3g}" for row in rows))
