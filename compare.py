@@ -68,8 +68,9 @@ def main(argv=None):
     check_settings(args, folder, options)
 
     # ---- train and evaluate: seed by seed, so that a comparison that is stopped has results of each configuration ----
-    first = options[names[0]]
-    real, teacher = measure(args, first, args.teacher_checkpoint, folder / "teacher")
+    # All are measured against the real images of the first, as another may need none (--dataset none).
+    args.dataset, args.data_dir = options[names[0]].dataset, options[names[0]].data_dir
+    real, teacher = measure(args, args.teacher_checkpoint, folder / "teacher")
     results = {name: [] for name in names}
     for seed in args.seeds:
         for name in names:
@@ -121,7 +122,7 @@ def points_of(args, options, seed, steps, folder, real):
         of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto", "overwrite": False}
         of_run |= {"step_number": steps, "save_every": every, "keep_last": KEPT, "sample_every": steps}
         run(train_dmd2, public(options) | of_run)
-    own_real, *points = measure(args, options, folder, folder)
+    own_real, *points = measure(args, folder, folder)
     if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
         raise UserError(
             f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two "
@@ -130,13 +131,12 @@ def points_of(args, options, seed, steps, folder, real):
     return [point for point in points if point["step"] % every == 0 or point["step"] == steps]
 
 
-def measure(args, options, path, output_dir):
+def measure(args, path, output_dir):
     """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
     if not read_results(written):
-        of_call = {name: getattr(options, name) for name in ("dataset", "data_dir")} | machine(args)
-        of_call |= {name: getattr(args, name) for name in ("features", "num_samples")}
-        run(evaluate, of_call | {"checkpoint": str(path), "output_dir": str(output_dir)})
+        of_call = {name: getattr(args, name) for name in ("dataset", "data_dir", "features", "num_samples")}
+        run(evaluate, of_call | machine(args) | {"checkpoint": str(path), "output_dir": str(output_dir)})
     return read_results(written)["rows"]
 
 

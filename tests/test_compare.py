@@ -18,11 +18,11 @@ from support.options import parse_args
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    """Two configurations of a tiny network with two seeds each, for the arithmetic of 24 forward passes of a batch."""
+    """Two configurations of a tiny network, one without data, two seeds each: the work of 24 forward passes."""
     folder = tmp_path_factory.mktemp("compare")
-    for name, options in (("half", "dfake_gen_update_ratio: 2"), ("sid", "objective: sid\ndfake_gen_update_ratio: 1")):
-        data = f"dataset: mnist5k\ndata_dir: {folder}\nbatch_size: 16\nlog_every: 1\n"
-        (folder / f"{name}.yaml").write_text(data + options + "\n")
+    half = f"dataset: mnist5k\ndata_dir: {folder}\ndfake_gen_update_ratio: 2"
+    for name, options in (("half", half), ("sid", "dataset: none\nobjective: sid\ndfake_gen_update_ratio: 1")):
+        (folder / f"{name}.yaml").write_text(f"{options}\nbatch_size: 16\nlog_every: 1\n")
     arguments = ["--configs", folder / "half.yaml", folder / "sid.yaml"]
     arguments += ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--seeds", 0, 1]
     arguments += ["--output_dir", folder / "out", "--num_samples", 20, "--device", "cpu"]
