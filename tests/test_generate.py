@@ -85,15 +85,9 @@ def test_a_teacher_guided_by_an_earlier_checkpoint(runs, tmp_path, capsys):
     expected = (images * 127.5 + 127.5).clamp(0, 255).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "samples.npz")["images"], expected, atol=0.51)
 
-    other, state = tmp_path / "other.pt", checkpoint.load(early)
-    checkpoint.save(other, state | {"model_config": state["model_config"] | {"label_dim": 9}, "class_names": []})
-    for given, guide, told in (
-        (runs / "dmd2" / "dmd2_final.pt", early, "guides a teacher, and"),
-        (file, runs / "dmd2" / "dmd2_final.pt", "a generator; give a teacher"),
-        (file, other, f"{other}: its label_dim is 9, the teacher's 10"),
-    ):
-        options = dict(checkpoint=given, guide_checkpoint=guide, output_dir=tmp_path / "out", device="cpu")
-        refuses(told, "generate.py", **options)
+    student, options = runs / "dmd2" / "dmd2_final.pt", dict(output_dir=tmp_path / "out", device="cpu")
+    refuses("guides a teacher, and", "generate.py", checkpoint=student, guide_checkpoint=early, **options)
+    refuses("a generator; give a teacher", "generate.py", checkpoint=file, guide_checkpoint=student, **options)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
