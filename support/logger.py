@@ -52,7 +52,7 @@ class Logger:
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since the last were sent
-        self.wandb_run_id = wandb_run_id
+        self.wandb_run_id, self.own_variables = wandb_run_id, {}
         self.wandb_run = self.start_wandb() if args.wandb and processes.is_main() else None
         if self.wandb_run:
             self.wandb_run_id = self.wandb_run.id
@@ -71,8 +71,10 @@ class Logger:
 
             Path(args.wandb_dir).mkdir(parents=True, exist_ok=True)
             # By default W&B copies what it sends to the home folder.
-            os.environ.setdefault("WANDB_DATA_DIR", os.path.abspath(args.wandb_dir))
-            os.environ.setdefault("WANDB_CACHE_DIR", os.path.abspath(f"{args.wandb_dir}/cache"))
+            folder = os.path.abspath(args.wandb_dir)
+            folders = {"WANDB_DATA_DIR": folder, "WANDB_CACHE_DIR": f"{folder}/cache"}
+            self.own_variables = {name: path for name, path in folders.items() if name not in os.environ}
+            os.environ.update(self.own_variables)
             return wandb.init(
                 **chosen,
                 config=public(args),
@@ -177,3 +179,5 @@ class Logger:
     def close(self, exit_code=0):
         self.bar.close()
         self.send(lambda run: run.finish(exit_code=exit_code))
+        for name in self.own_variables:  # in a notebook the next run may have another folder
+            os.environ.pop(name, None)

@@ -506,4 +506,4 @@ def test_wandbs_environment_beats_our_defaults(tmp_path, monkeypatch, given):
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     train(tmp_path / "out", *given, wandb=True, wandb_dir=tmp_path / "w")
     assert "project" not in seen and seen.get("mode") == (given[1] if given else None)
-    assert seen["dir"] == str(tmp_path / "w")
+    assert seen["dir"] == str(tmp_path / "w") and "WANDB_DATA_DIR" not in os.environ  # which is for this run alone
