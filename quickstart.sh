@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a one-step generator of digits on Linux or macOS with Python 3.10+ and bash: installs into .venv, trains a teacher, distils it,
-# generates images, and compares the two. About 12 minutes on two CPU cores, without installation. Finished trainings
+# generates images, and compares the two. About 8 to 15 minutes on two CPU cores, without installation. Finished trainings
 # are skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
