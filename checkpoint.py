@@ -124,8 +124,8 @@ def check_state(state):
     few = type(blocks) is int and blocks <= MAX_BLOCKS
     require(few, f"its model_config has more than {MAX_BLOCKS} blocks per resolution")
     for average in (state, *averages(state).values()):
-        require(isinstance(weights(average), dict), "its weights are no tensors")
-        tensors = weights(average).values()
+        found = weights(average)
+        tensors = list(found.values()) if isinstance(found, dict) else []
         are_tensors = bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
         require(are_tensors, "its weights are no tensors")
         whole = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors)

@@ -57,8 +57,8 @@ def main(argv=None):
         raise UserError("--configs: two files have the same name; results are stored by name")
     options, steps = {}, {}
     for name, config in zip(names, args.configs, strict=True):  # a mistake in any is told before the first training
-        argv = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
-        options[name] = parse_args(train_dmd2.OPTIONS, None, argv)
+        words = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
+        options[name] = parse_args(train_dmd2.OPTIONS, None, words)
         vars(options[name]).update(machine(args))
         generator = train_dmd2.load_generator(options[name], state, "meta")
         model = train_dmd2.build_model(options[name], net, generator).to("meta")

@@ -135,8 +135,9 @@ class Run:
                 key = f"{name}_state_dict"
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[key])
-                elif part is not None:  # a new average starts from the weights
-                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if "ema" in name else state[key])
+                elif part is not None:
+                    average = name.startswith("ema")  # a new one starts from the weights
+                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if average else state[key])
             key = "random_state"
             torch.set_rng_state(state[key]["cpu"])
             if kind != "cpu" and state[key].get(kind) is not None:

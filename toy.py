@@ -197,7 +197,7 @@ def main(argv=None):
         "target itself": teacher.sample(NUM_POINTS),
     }
     flat = [points.flatten(1) for points in columns.values()]
-    rows = [measure_modes(points, teacher) | {"KL from the target": kl_divergence(points, teacher)} for points in flat]
+    rows = [measure_modes(points, teacher) | {"KL(points | target)": kl_divergence(points, teacher)} for points in flat]
     print(" " * 20 + "".join(f"{name:>16}" for name in columns))
     for what in rows[0]:
         print(f"{what:20}" + "".join(f"{row[what]:16.3g}" for row in rows))

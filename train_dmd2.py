@@ -22,8 +22,8 @@ from unified_model import UnifiedModel
 
 OPTIONS = {
     "data": [
-        Option("dataset", "cifar10", choice(*READERS, "none"), "the data set; none: only labels, which need no GAN"),
-        Option("data_dir", "./data", path, DATA[1].help + "; for none: a file with the number of images per class"),
+        DATA[0]._replace(parse=choice(*READERS, "none"), help="the data set; none: only labels, which need no GAN"),
+        DATA[1]._replace(help=DATA[1].help + "; for none: a file with the number of images per class"),
         Option("teacher_checkpoint", "./log/checkpoints/teacher/teacher_final.pt", path, "to distil"),
     ],
     "the two time scales": [
@@ -140,11 +140,12 @@ def main(argv=None):
     broadcast(model)
     guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
     side, channels = teacher.config["img_resolution"], teacher.config["img_channels"]
-    if not (has_images := args.dataset != "none"):
+    has_images = args.dataset != "none"
+    if has_images:
+        dataset = load_dataset(args.dataset, args.data_dir, side, channels, device)
+    else:
         class_names = checkpoint.class_names(teacher_state, teacher.label_dim)
         dataset = without_images(args.data_dir, class_names, (channels, side, side), args.batch_size, device)
-    else:
-        dataset = load_dataset(args.dataset, args.data_dir, side, channels, device)
     class_names = check_classes(f"--teacher_checkpoint {args.teacher_checkpoint}", dataset, teacher_state, args.dataset)
     if has_images and not run.step:  # before the teacher is compiled, as each batch size takes a compilation of its own
         tell_if_misread(args, teacher, dataset)

@@ -114,11 +114,8 @@ def test_the_students_loop_is_dmd2s(teacher, tmp_path, gan_lr, clip):
     model = GuidanceModel(net, gan_classifier=True, max_step_percent=0.7, sigma_data=net.sigma_data)
     fake_unet, heads, model = model.fake_unet, model.cls_pred_branch, UnifiedModel(model, conditioning_sigma=4.0).eval()
     generator = model.feedforward_model
-    start, first_heads, averages = (
-        weights(generator),
-        weights(heads),
-        {0.4: weights(generator), 0.1: weights(generator)},
-    )
+    start, first_heads = weights(generator), weights(heads)
+    averages = {decay: weights(generator) for decay in (0.4, 0.1)}
     generators = adamw(generator.parameters(), 1e-2)
     guidances = [adamw(fake_unet.parameters(), 5e-3), adamw(heads.parameters(), gan_lr or 5e-3, betas=(0.5, 0.99))]
     for number, factor in enumerate(FACTORS):
