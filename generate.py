@@ -84,6 +84,8 @@ def choose_sampler(args, state, net, device):
     `--sampler`, guided by `--guide_checkpoint` if there is one. Raises UserError if that cannot guide.
     """
     source = f"--guide_checkpoint {args.guide_checkpoint}"
+    if "guidance_scale" in args.given and not args.guide_checkpoint:
+        raise UserError("--guidance_scale needs --guide_checkpoint")
     if checkpoint.kind(state) == "dmd2":
         if args.guide_checkpoint and "teacher_checkpoint" not in args.given:
             raise UserError(f"{source}: guides a teacher, and --checkpoint is a generator")

@@ -64,6 +64,7 @@ class Run:
             by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
             raise UserError(f"--batch_size {args.batch_size} must be divisible by {by}")
         self.args, self.folder = args, Path(args.output_dir)
+        self.check_folder()  # told before data are read, and again once the folder is locked
 
     def take_options(self, args, tables):
         """Gives `args` the options of the run that is resumed, but for those that were given and `NOT_RESUMED`."""
@@ -148,6 +149,18 @@ class Run:
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
 
+    def check_folder(self):
+        """(whether the folder holds a run, whether it is the one that is resumed). Raises UserError for another."""
+        with writing(self.folder):
+            holds = [*checkpoint.by_step(self.folder, "dmd2"), *checkpoint.by_step(self.folder, "teacher")]
+        continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
+        if holds and not continues and not self.args.overwrite:
+            raise UserError(
+                f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); resume it with "
+                "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
+            )
+        return bool(holds), continues
+
     def take_folder(self):
         """Refuses another run's folder, cleans up after a kill, and renames checkpoints of later steps.
 
@@ -156,17 +169,10 @@ class Run:
         """
         args = self.args
         with writing(self.folder):
-            present = checkpoint.by_step(self.folder, self.kind)
-            holds = present or checkpoint.by_step(self.folder, "dmd2" if self.kind == "teacher" else "teacher")
-            continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
-            if holds and not continues and not args.overwrite:
-                raise UserError(
-                    f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); resume it with "
-                    "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
-                )
+            holds, continues = self.check_folder()
             for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
                 file.unlink()
-            for step, file in present:
+            for step, file in checkpoint.by_step(self.folder, self.kind):
                 if args.overwrite:
                     file.unlink()
                 elif step > self.step:  # from another continuation, which `latest` must not find

@@ -20,6 +20,7 @@ from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
+GAN = "GAN on real images (DMD2 section 4.3)"
 OPTIONS = {
     "data": [
         DATA[0]._replace(parse=choice(*READERS, "none"), help="the data set; none: only labels, which need no GAN"),
@@ -54,7 +55,7 @@ OPTIONS = {
         Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
         Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "what dmd minimises; all but rkl need --gan_classifier"),
     ],
-    "GAN on real images (DMD2 section 4.3)": [
+    GAN: [
         Option("gan_classifier", False, flag, "add the GAN loss"),
         Option("gan_features", "fake", choice("fake", "teacher"), "whose features the heads see"),
         Option("gan_resolutions", None, count, "resolutions of these, a head each; default: the coarsest alone", "+"),
@@ -117,6 +118,15 @@ def build_model(args, teacher, generator=None):
     return model.eval()  # turns dropout off, in all its networks alike
 
 
+def tell_without_effect(args):
+    """Prints a line if options were given that do nothing beside the others."""
+    idle = {"shift" if args.schedule == "karras" else "rho"}
+    idle |= {"sid_alpha"} if args.objective == "dmd" else set()
+    idle |= {option.name for option in OPTIONS[GAN][1:]} if not args.gan_classifier else set()
+    if idle := sorted(idle & args.given):
+        print(f"without effect beside the other options: --{', --'.join(idle)}")
+
+
 def tell_if_misread(args, teacher, dataset):
     """Prints a line if the teacher denoises real images worse than a trivial guess does."""
     some = subset(dataset, torch.linspace(0, len(dataset.labels) - 1, 16).long())
@@ -132,6 +142,7 @@ def main(argv=None):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "dmd2")
     args = run.args  # completed by the options of the run that is resumed, if any
+    tell_without_effect(args)
     device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)

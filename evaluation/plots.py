@@ -24,14 +24,14 @@ PANELS = [
 
 
 def training_minutes(rows, batch_size, step):
-    """Minutes of training up to the last of `rows`, the lines of a `metrics.jsonl`, that is not after `step`.
+    """Minutes of training up to `step`, at the speeds in `rows`, the lines of a `metrics.jsonl`.
 
     Lines without a speed above 0, as of a machine that was suspended, count at the speed of the line after.
     """
     minutes, before = 0.0, 0
     for row in rows:
-        if row["step"] <= step and (row.get("images_per_second") or 0) > 0:
-            minutes += (row["step"] - before) * batch_size / row["images_per_second"] / 60
+        if (row.get("images_per_second") or 0) > 0:
+            minutes += max(0, min(row["step"], step) - before) * batch_size / row["images_per_second"] / 60
             before = row["step"]
     return minutes
 

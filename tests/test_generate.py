@@ -87,6 +87,7 @@ def test_a_teacher_guided_by_an_earlier_checkpoint(runs, tmp_path, capsys):
 
     student, options = runs / "dmd2" / "dmd2_final.pt", dict(output_dir=tmp_path / "out", device="cpu")
     refuses("guides a teacher, and", "generate.py", checkpoint=student, guide_checkpoint=early, **options)
+    refuses("--guidance_scale needs", "generate.py", checkpoint=file, guidance_scale=2, **options)
     refuses("a generator; give a teacher", "generate.py", checkpoint=file, guide_checkpoint=student, **options)
 
 

@@ -1,5 +1,6 @@
 """Two processes on a CPU: one run, with averaged gradients; errors."""
 
+import fcntl
 import re
 import sys
 import time
@@ -166,11 +167,13 @@ processes.leave()
 
 def test_a_mistake_under_torchrun_is_one_line(both):
     """Of each process, also if rank 0 alone can see it, as with a folder that is in use."""
-    teacher = final(both / "one", "teacher")
-    done = torchrun("train_dmd2.py", *DMD2, teacher_checkpoint=teacher, output_dir=both / "two/dmd2")
+    teacher, folder = final(both / "one", "teacher"), both / "two/dmd2"
+    with (folder / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = torchrun("train_dmd2.py", *DMD2, "--overwrite", teacher_checkpoint=teacher, output_dir=folder)
     assert done.returncode and "exitcode  : 2" in done.stderr
-    told = "train_dmd2.py: error: --output_dir"
-    assert f"{told} {both / 'two/dmd2'} holds another run" in done.stderr and done.stderr.count(told) == 2
+    told = f"train_dmd2.py: error: --output_dir {folder}: "
+    assert f"{told}another process trains there" in done.stderr and done.stderr.count(told) == 2
     assert "Traceback" not in done.stderr.split("torch/")[0] and "Connection closed" not in done.stderr
 
 

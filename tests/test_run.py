@@ -301,6 +301,7 @@ def test_a_run_does_not_go_on_in_the_folder_of_another(tmp_path):
     resume = dict(resume_from_checkpoint=one / "teacher_final.pt", step_number=6)
     told = f"--output_dir {two} holds another run (teacher_final.pt)"
     refuses(told, *TEACHER, **resume, output_dir=two)
+    refuses(told, *TEACHER, output_dir=two, dataset="folder", data_dir="not read")
     assert {file: file.read_bytes() for file in two.iterdir() if file.is_file()} == before
     train(tmp_path / "three", **resume)
 
