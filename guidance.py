@@ -23,12 +23,10 @@ class GuidanceModel(nn.Module):
     min_step_percent, max_step_percent: the range of `sigmas`, as shares, for the distribution-matching loss
     objective:                 dmd or sid (`objectives.py`); sid_alpha: alpha of sid
     f_divergence:              key of `F_DIVERGENCES`: what dmd minimises; all but rkl need `gan_classifier`
-    gan_classifier:            adds heads that tell real images from generated ones by feature maps (DMD2 section 4.3);
-                               the network of `gan_features` must then be a `Denoiser`
+    gan_classifier:            adds heads that tell noised real images from noised generated ones by feature maps (DMD2
+                               section 4.3); the network of `gan_features` must then be a `Denoiser`
     gan_features:              of `fake_unet`'s encoder ("fake"), which then learns from both losses, or "teacher"
     gan_resolutions:           resolutions of the feature maps, one head per resolution; default: the coarsest alone
-    diffusion_gan:             the heads see noised images, as in the paper; else clean ones
-    diffusion_gan_max_timestep: the heads' noise is drawn from so many of the lowest `sigmas`
 
     Raises ValueError for arguments that do not fit together or to the networks.
     """
@@ -54,8 +52,6 @@ class GuidanceModel(nn.Module):
         gan_classifier=False,
         gan_features="fake",
         gan_resolutions=None,
-        diffusion_gan=True,
-        diffusion_gan_max_timestep=1000,
     ):
         super().__init__()
         if min_step_percent >= max_step_percent:
@@ -80,10 +76,8 @@ class GuidanceModel(nn.Module):
             raise ValueError(f"objective must be dmd or sid, not {objective!r}")
         self.objective, self.sid_alpha = objective, sid_alpha
 
-        self.gan_classifier, self.diffusion_gan = gan_classifier, diffusion_gan
-        self.gan_steps = min(diffusion_gan_max_timestep, num_train_timesteps)
+        self.gan_classifier, self.gan_features = gan_classifier, gan_features
         if gan_classifier:
-            self.gan_features = gan_features
             channels = getattr(self.gan_network, "feature_channels", None)
             if not channels:
                 raise ValueError(f"gan_features {gan_features}: this network has no feature maps")
@@ -95,12 +89,8 @@ class GuidanceModel(nn.Module):
         self.f_divergence = f_divergence
         if f_divergence not in F_DIVERGENCES:
             raise ValueError(f"f_divergence must be one of {', '.join(F_DIVERGENCES)}, not {f_divergence!r}")
-        known = gan_classifier and diffusion_gan and self.gan_steps > self.max_step
-        if f_divergence != "rkl" and not (objective == "dmd" and known):
-            raise ValueError(
-                f"f_divergence {f_divergence} needs objective dmd, gan_classifier, and heads that see noised images "
-                f"(diffusion_gan) at all {self.max_step + 1} noise levels of the loss (diffusion_gan_max_timestep)"
-            )
+        if f_divergence != "rkl" and not (objective == "dmd" and gan_classifier):
+            raise ValueError(f"f_divergence {f_divergence} needs objective dmd and gan_classifier")
 
     def train(self, mode=True):
         super().train(mode)
@@ -170,8 +160,7 @@ class GuidanceModel(nn.Module):
         """
         images = images.detach()
         noisy, sigma = self.add_noise(images, sigma, noise)
-        same_levels = self.diffusion_gan and self.gan_steps == self.num_train_timesteps
-        if self.gan_classifier and self.gan_features == "fake" and same_levels:
+        if self.gan_classifier and self.gan_features == "fake":
             pred_fake, features = self.fake_unet(noisy, sigma, labels, features=self.gan_resolutions)
             by_products = {"features": features}
         else:
@@ -180,12 +169,9 @@ class GuidanceModel(nn.Module):
         return {"loss_fake_mean": loss}, by_products
 
     def compute_cls_logits(self, images, labels):
-        """The heads' logits `[B, heads]`, positive for "real", of `images`, noised at random levels or clean."""
-        if self.diffusion_gan:
-            images, sigma = self.add_noise(images, last=self.gan_steps - 1)
-        else:
-            sigma = self.sigmas[:1].expand(len(images))
-        return self.cls_pred_branch(self.gan_network.encode(images, sigma, labels, self.gan_resolutions))
+        """The heads' logits `[B, heads]`, positive for "real", of `images` noised at random levels."""
+        noisy, sigma = self.add_noise(images)
+        return self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions))
 
     def compute_generator_clean_cls_loss(self, fake, labels):
         """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`), as a dict: `gen_cls_loss`.

@@ -62,8 +62,6 @@ OPTIONS = {
         Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
         Option("gen_cls_loss_weight", 3e-3, number(0), "weight of the GAN loss in the generator's loss"),
         Option("cls_loss_weight", 1e-2, number(0), "weight of the GAN loss in the guidance model's loss"),
-        Option("diffusion_gan", True, flag, "the heads see noised images, as in the paper"),
-        Option("diffusion_gan_max_timestep", 1000, count, "... noised at this many of the schedule's lowest levels"),
     ],
     "run": [Option("output_dir", "./log/checkpoints/dmd2", path, "where checkpoints, metrics and samples go"), *RUN],
     "machine": MACHINE,
@@ -111,8 +109,6 @@ def build_model(args, teacher, generator=None):
             gan_classifier=args.gan_classifier,
             gan_features=args.gan_features,
             gan_resolutions=args.gan_resolutions,
-            diffusion_gan=args.diffusion_gan,
-            diffusion_gan_max_timestep=args.diffusion_gan_max_timestep,
         )
         model = UnifiedModel(guidance, student_sigmas=sigmas, generator=generator)
     return model.eval()  # turns dropout off, in all its networks alike

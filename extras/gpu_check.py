@@ -127,18 +127,18 @@ def machine(device):
 def make_tasks(args, device):
     """The steps of training on one batch, by name: (the optimizer, a function that returns the loss).
 
-    Weights and batch are the same at every call, on every device. The losses draw nothing themselves: noise and noise
-    levels are handed in, and the GAN's heads see clean images.
+    Weights, batch, noise and noise levels are the same at every call, on every device.
     """
     torch.manual_seed(args.seed)
     shape = args.img_channels, args.img_resolution, args.img_resolution
     teacher, fake_unet = (train_teacher.build_network(args, shape[0], args.label_dim).eval() for _ in range(2))
     for parameter in (*teacher.parameters(), *fake_unet.parameters()):
         parameter.data += 0.02 * torch.randn(parameter.shape)  # also where they start as zeros
-    guidance = GuidanceModel(copy.deepcopy(teacher), fake_unet=fake_unet, gan_classifier=True, diffusion_gan=False)
+    guidance = GuidanceModel(copy.deepcopy(teacher), fake_unet=fake_unet, gan_classifier=True)
     model = UnifiedModel(guidance).eval()
     drawn = *torch.randn(2, args.batch_size, *shape), torch.randn(args.batch_size).exp()
     images, noise, sigma = (part.to(device) for part in drawn)
+    guidance.add_noise = lambda images, *_: (images + sigma[:, None, None, None] * noise, sigma)  # draws nothing
     labels = (torch.arange(args.batch_size) % max(1, args.label_dim)).to(device)
     for network in (teacher, model):
         network.to(device, memory_format=args.layout)
@@ -148,18 +148,14 @@ def make_tasks(args, device):
         raise RuntimeError("torch.compile is not available")
 
     def teacher_step():
-        denoised = teacher(images + sigma[:, None, None, None] * noise, sigma, labels)
+        denoised = teacher(*guidance.add_noise(images), labels)
         return denoising_loss(denoised, images, sigma, args.sigma_data, args.prediction)
 
     def generator_turn():
-        made = model.generate(noise, labels)
-        loss_dict, _ = guidance.compute_distribution_matching_loss(made, labels, sigma, noise)
-        return loss_dict["loss_dm"] + guidance.compute_generator_clean_cls_loss(made, labels)["gen_cls_loss"]
+        return sum(model.generator_turn(noise, labels)[0].values())
 
     def guidance_turn():
-        loss_dict, _ = guidance.compute_loss_fake(images, labels, sigma, noise)
-        cls_loss_dict, _ = guidance.compute_guidance_clean_cls_loss(images.flip(0), labels, images, labels)
-        return loss_dict["loss_fake_mean"] + cls_loss_dict["guidance_cls_loss"]
+        return sum(model.guidance_turn(images, labels, images.flip(0), labels)[0].values())
 
     tasks = {"teacher step": (teacher, teacher_step), "generator turn": (generator, generator_turn)}
     tasks["guidance turn"] = fake_unet, guidance_turn
@@ -195,7 +191,7 @@ def count_costs(args, bf16):
     """(FLOPs, bytes of activations and gradients) of each step, as `extras.estimate` counts them."""
     with torch.device("meta"):
         net = train_teacher.build_network(args, args.img_channels, args.label_dim).eval()
-        model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True, diffusion_gan=False)).eval()
+        model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True)).eval()
     whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
     return [(flops, memory + nbytes(net)) for flops, memory in whole]  # with its gradients
 

@@ -169,7 +169,7 @@ def test_the_generator_may_start_as_another_network(teacher, tmp_path):
         checkpoint.save(file, checkpoint.load(file) | changes)
         refuses(f"--generator_checkpoint {file}: {told}", "train_dmd2.py", **options, overwrite=True)
         checkpoint.save(file, checkpoint.load(file) | {"model_config": other.config})
-    options |= dict(generator_checkpoint=tmp_path / "no.pt")
+    options |= dict(generator_checkpoint=tmp_path / "no.pt", overwrite=True)
     refuses(f"--generator_checkpoint {tmp_path}/no.pt: there is no", "train_dmd2.py", **options)
 
 
@@ -186,8 +186,7 @@ def test_the_quickstart_trains_with_dmd2s_gradient_and_its_gan(teacher, tmp_path
 
 def test_options_reach_the_guidance_model(teacher, tmp_path, monkeypatch):
     options = dict(f_divergence="kl", gan_features="teacher", gan_resolutions=[8, 4], num_train_timesteps=500)
-    options |= dict(gan_classifier=True, diffusion_gan=False, diffusion_gan_max_timestep=300)
-    options |= dict(objective="sid", sid_alpha=1.2, schedule="flow", shift=3.0)
+    options |= dict(gan_classifier=True, objective="sid", sid_alpha=1.2, schedule="flow", shift=3.0)
     options |= dict(min_step_percent=0.1, max_step_percent=0.6, sigma_min=0.01, sigma_max=50.0, rho=5.0)
     seen = {}
     monkeypatch.setattr(train_dmd2, "GuidanceModel", lambda *_, **given: seen.update(given) or 1 / 0)

@@ -19,7 +19,7 @@ from unified_model import UnifiedModel
 RUN = flags(*TINY, step_number=20, log_every=1, lr_warmup_steps=0)
 TEACHER = flags(*RUN, *TINY_NET, dropout=0)
 DMD2 = flags(*RUN, generator_lr=1e-3, guidance_lr=1e-3, dfake_gen_update_ratio=2, gan_classifier=True, ema_decay=0.9)
-DMD2 += flags(grad_accum=2, diffusion_gan_max_timestep=500)
+DMD2 += flags(grad_accum=2)
 
 
 @pytest.fixture(scope="module")
