@@ -86,20 +86,6 @@ def describe(dataset):
 # ---- classes --------------------------------------------------------------------------------------------------------
 
 
-def check_label_dim(args, dataset):
-    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`.
-
-    Raises UserError if `--label_dim` is not the number of classes, or if there is only one.
-    """
-    ours = [] if args.label_dim == 0 else dataset.class_names
-    if args.label_dim not in (None, len(ours)):
-        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0: no labels)")
-    if len(ours) == 1:
-        needs = "needs at least two, one subfolder per class, or --label_dim 0"
-        raise UserError(f"{args.data_dir}: only one class ({ours[0]}); {needs}")
-    return ours
-
-
 def check_classes(source, dataset, state, name):
     """The names of the classes that a network knows. Raises UserError if the data set `name` has others.
 

@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from data import DATA, Batches, check_label_dim, describe, load_dataset
+from data import DATA, Batches, describe, load_dataset
 from model import SimpleUNet, denoising_loss
 from run import RUN, Run
 from sampling import grid_noise, heun_sampler
@@ -42,6 +42,20 @@ OPTIONS = {
     "log": LOGGING,
     "Weights & Biases": WANDB,
 }
+
+
+def check_label_dim(args, dataset):
+    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`.
+
+    Raises UserError if `--label_dim` is not the number of classes, or if there is only one.
+    """
+    ours = [] if args.label_dim == 0 else dataset.class_names
+    if args.label_dim not in (None, len(ours)):
+        raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0: no labels)")
+    if len(ours) == 1:
+        needs = "needs at least two, one subfolder per class, or --label_dim 0"
+        raise UserError(f"{args.data_dir}: only one class ({ours[0]}); {needs}")
+    return ours
 
 
 def build_network(args, img_channels, label_dim):

@@ -1,9 +1,11 @@
 """CIFAR-10, MNIST and Fashion-MNIST through torchvision, which downloads them."""
 
+from contextlib import contextmanager
+
 import torch
 from torchvision import datasets
 
-from support.processes import main_first
+from support.processes import barrier, local_rank
 from support.script import UserError
 
 CLASSES = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
@@ -25,3 +27,16 @@ def load(name, data_dir, shape):
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
     return images, torch.as_tensor(dataset.targets), class_names
+
+
+@contextmanager
+def main_first():
+    """The first process of each machine enters before the others, which then find what it downloaded.
+
+    Machines that share a folder would download at once; there the files should lie before the start.
+    """
+    if local_rank():
+        barrier()
+    yield  # a process that fails here exits, and torchrun ends the others
+    if not local_rank():
+        barrier()

@@ -5,7 +5,6 @@ With one process nothing here costs or changes anything.
 
 import os
 import sys
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -88,16 +87,3 @@ def broadcast(module):
 
 def barrier():
     all_max(0)
-
-
-@contextmanager
-def main_first():
-    """The first process of each machine enters before the others, which then find what it downloaded.
-
-    Machines that share a folder would download at once; there the files should lie before the start.
-    """
-    if local_rank():
-        barrier()
-    yield  # a process that fails here exits, and torchrun ends the others
-    if not local_rank():
-        barrier()

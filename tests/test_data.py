@@ -16,9 +16,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import train_teacher
-from data import Batches, Dataset, check_classes, check_label_dim, describe, load_dataset, without_images
+from data import Batches, Dataset, check_classes, describe, load_dataset, without_images
 from readers import image_files, torchvision_sets
-from support import processes
 from support.images import resize, to_float, to_uint8
 from support.script import UserError
 
@@ -95,8 +94,8 @@ def test_cifar10_through_torchvision(monkeypatch, local_rank, order):
     pixels, done = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8), []
     cifar10 = Namespace(data=pixels, targets=[3, 0] * 10, classes=["airplane", "automobile", "bird", "cat"])
     monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", lambda *_, **__: done.append("download") or cifar10)
-    monkeypatch.setattr(processes, "local_rank", lambda: local_rank)
-    monkeypatch.setattr(processes, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(torchvision_sets, "local_rank", lambda: local_rank)
+    monkeypatch.setattr(torchvision_sets, "barrier", lambda: done.append("barrier"))
     dataset = load_dataset("cifar10", "unused", 32)
     assert done == order
     assert dataset.class_names[3] == "cat" and dataset.labels.tolist() == [3, 0] * 10
@@ -380,13 +379,13 @@ def test_the_classes_are_described():
 
 
 def test_the_number_of_classes():
-    args = Namespace(label_dim=None, data_dir="set")
-    assert check_label_dim(args, named("cat", "dog")) == ["cat", "dog"] and check_label_dim(args, named()) == []
-    assert check_label_dim(Namespace(label_dim=0), named("cat", "dog")) == []
+    args, check = Namespace(label_dim=None, data_dir="set"), train_teacher.check_label_dim
+    assert check(args, named("cat", "dog")) == ["cat", "dog"] and check(args, named()) == []
+    assert check(Namespace(label_dim=0), named("cat", "dog")) == []
     with pytest.raises(UserError, match="--label_dim 3: the data set has no classes"):
-        check_label_dim(Namespace(label_dim=3), named())
+        check(Namespace(label_dim=3), named())
     with pytest.raises(UserError, match=r"set: only one class \(cat\).*--label_dim 0"):
-        check_label_dim(args, named("cat"))
+        check(args, named("cat"))
 
 
 DIGITS = [str(number) for number in range(12)]
