@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -41,11 +42,6 @@ def write_folder(folder, scheduler=None, card=None, **changes):
     return folder, model
 
 
-def schedulers_sigmas(scheduler):
-    bars = scheduler.alphas_cumprod
-    return ((1 - bars) / bars).sqrt()
-
-
 @pytest.mark.parametrize(
     "prediction_type, beta_schedule",
     [("epsilon", "linear"), ("v_prediction", "squaredcos_cap_v2"), ("sample", "scaled_linear")],
@@ -68,7 +64,7 @@ def test_denoises_as_the_model_predicts(tmp_path, monkeypatch, classes, predicti
             "v_prediction": bar.sqrt() * noisy - (1 - bar).sqrt() * predicted,
             "sample": predicted,
         }[prediction_type]
-        sigma = schedulers_sigmas(scheduler)[t]
+        sigma = ((1 - bar) / bar).sqrt()
         denoised = net(noisy / bar.sqrt(), sigma, labels)
         torch.testing.assert_close(denoised, expected, rtol=0, atol=1e-4 * max(1.0, sigma.item()))
     both, maps = net(noisy, 1.0, labels, features=[4, 8])
@@ -198,7 +194,7 @@ def test_averaged_weights_of_the_training_script(tmp_path):
     assert found.notes == [f"its weights are {weights}, its scheduler is in {folder / 'scheduler'}"]
 
 
-def change(file, entries):
+def change(file, **entries):
     """A function that changes entries of a JSON file in a folder; "gone" removes one."""
 
     def apply(folder):
@@ -208,31 +204,16 @@ def change(file, entries):
     return apply
 
 
-def unet(**entries):
-    return change("unet/config.json", entries)
-
-
-def scheduler(**entries):
-    return change("scheduler/scheduler_config.json", entries)
-
-
-def only_bin(folder):
-    (folder / WEIGHTS).rename((folder / WEIGHTS).with_suffix(".bin"))
-
-
-def cut_short(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-
-
+unet, scheduler = partial(change, "unet/config.json"), partial(change, "scheduler/scheduler_config.json")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 WRONG = {  # part of the one-line message -> change of the folder
-    "no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin in": only_bin,
-    "damaged, or not a network": cut_short,
+    "no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin in": lambda folder: (
+        folder / WEIGHTS
+    ).rename((folder / WEIGHTS).with_suffix(".bin")),
+    "damaged, or not a network": lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100]),
     "scheduler_config.json: No such file": lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),
     "config.json is damaged": lambda folder: (folder / "unet/config.json").write_text("[1"),
-    "a pipeline with vqvae; only UNet2DModel on pixels": change(
-        "model_index.json", {"vqvae": ["diffusers", "VQModel"]}
-    ),
+    "a pipeline with vqvae; only UNet2DModel on pixels": change("model_index.json", vqvae=["diffusers", "VQModel"]),
     "the network is a 'DiTTransformer2DModel'": unet(_class_name="DiTTransformer2DModel"),
     "unexpected keyword argument 'speed'": unet(speed=3),
     "has shape [32], not [64]": unet(block_out_channels=[16, 64]),
