@@ -116,6 +116,7 @@ def check_state(state):
 
     side = config.get("img_resolution")
     require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
+    require(type(config.get("img_channels")) is int, "its img_channels is no whole number")
     try:
         json.loads(json.dumps(config), parse_int=check_size)
     except (TypeError, RecursionError):
@@ -223,10 +224,15 @@ def numbered(folder, kind):
     return sorted((int(match[1]), file) for match, file in matches if match)
 
 
-def by_step(folder, kind):
-    """The same of all checkpoints of `kind`, with the final one; if that is damaged, it counts as the last."""
-    found = numbered(folder, kind)
+def present(folder, kind):
+    """The files of all checkpoints of `kind`, with the final one."""
     final = Path(folder) / f"{kind}_final.pt"
+    return [file for _, file in numbered(folder, kind)] + [final] * final.exists()
+
+
+def by_step(folder, kind):
+    """Pairs (step, file) of the same, in order. The final one is loaded; if it is damaged, it counts as the last."""
+    found, final = numbered(folder, kind), Path(folder) / f"{kind}_final.pt"
     if final.exists():
         try:
             found.append((load(final)["step"], final))

@@ -63,13 +63,14 @@ def main(argv=None):
         generator = train_dmd2.load_generator(options[name], state, "meta")
         model = train_dmd2.build_model(options[name], net, generator).to("meta")
         steps[name] = args.step_number or steps_of(args, options[name], model)
+    # All are measured against the same real images. With `--dataset none` a configuration has none.
+    with_images = next((vars(of_run) for of_run in options.values() if of_run.dataset != "none"), state["config"])
+    args.dataset, args.data_dir = with_images.get("dataset"), with_images.get("data_dir")
     del state  # mainly to free its optimizer's moments
     make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
     # ---- train and evaluate: seed by seed, so that a comparison that is stopped has results of each configuration ----
-    # All are measured against the real images of the first, as another may need none (--dataset none).
-    args.dataset, args.data_dir = options[names[0]].dataset, options[names[0]].data_dir
     real, teacher = measure(args, args.teacher_checkpoint, folder / "teacher")
     results = {name: [] for name in names}
     for seed in args.seeds:

@@ -116,16 +116,14 @@ class GuidanceModel(nn.Module):
         are None, `sigma` from `sigmas[min_step : max_step + 1]`. Returns two dicts: `loss_dm`,
         whose gradient reaches only the generator, and the noised and denoised images, detached.
         """
-        if self.objective == "sid":  # SiD eq. 23: the gradient also flows through both denoisers
-            with self.frozen():
-                noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
-                pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
+        sid = self.objective == "sid"  # its gradient also flows through both denoisers
+        with self.frozen() if sid else torch.no_grad():
+            noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
+            pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
+            scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
+        if sid:  # SiD eq. 23
             loss = sid_loss(images, pred_real, pred_fake, self.sid_alpha)
         else:  # DMD2 eq. 1
-            with torch.no_grad():
-                noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
-                pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
-                scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
             loss = dmd_loss(images, pred_real, pred_fake, scale)
         seen = {"dmtrain_noisy": noisy, "dmtrain_pred_real": pred_real, "dmtrain_pred_fake": pred_fake}
         return {"loss_dm": loss}, {name: value.detach() for name, value in seen.items()}
@@ -207,6 +205,7 @@ def relative_errors(net, images, labels, sigmas=(0.1, 0.3, 1.0), generator=None)
     errors = {}
     for sigma in sigmas:
         denoised = net(images + sigma * noise, images.new_full((len(images),), sigma), labels)
-        trivial = min((sigma * noise).square().mean().item(), images.var(0).mean().item())
+        variance = images.var(0).mean().item() or float("inf")  # equal images have no useful mean
+        trivial = min((sigma * noise).square().mean().item(), variance)
         errors[sigma] = (denoised - images).square().mean().item() / trivial
     return errors

@@ -49,7 +49,7 @@ class Run:
         processes.join()
         self.kind, self.step, self.resumed, self.lock = kind, 0, None, None
         if args.resume_from_checkpoint == "auto":
-            found = checkpoint.by_step(args.output_dir, kind)
+            found = checkpoint.present(args.output_dir, kind)
             print(f"--resume_from_checkpoint auto: {'the newest' if found else 'a new run'} in {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
@@ -151,12 +151,11 @@ class Run:
 
     def check_folder(self):
         """(whether the folder holds a run, whether it is the one that is resumed). Raises UserError for another."""
-        with writing(self.folder):
-            holds = [*checkpoint.by_step(self.folder, "dmd2"), *checkpoint.by_step(self.folder, "teacher")]
+        holds = [*checkpoint.present(self.folder, "dmd2"), *checkpoint.present(self.folder, "teacher")]
         continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
         if holds and not continues and not self.args.overwrite:
             raise UserError(
-                f"--output_dir {self.folder} holds another run ({holds[-1][1].name}); resume it with "
+                f"--output_dir {self.folder} holds another run ({holds[-1].name}); resume it with "
                 "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
             )
         return bool(holds), continues

@@ -116,11 +116,16 @@ def build_model(args, teacher, generator=None):
 
 def tell_without_effect(args):
     """Prints a line if options were given that do nothing beside the others."""
-    idle = {"shift" if args.schedule == "karras" else "rho"}
-    idle |= {"sid_alpha"} if args.objective == "dmd" else set()
-    idle |= {option.name for option in OPTIONS[GAN][1:]} if not args.gan_classifier else set()
-    if idle := sorted(idle & args.given):
-        print(f"without effect beside the other options: --{', --'.join(idle)}")
+    idle = {
+        "rho": args.schedule == "flow",
+        "shift": args.schedule == "karras",
+        "sid_alpha": args.objective == "dmd",
+        "conditioning_sigma": args.student_sigmas is not None,
+        **{option.name: not args.gan_classifier for option in OPTIONS[GAN][1:]},
+    }
+    changed = [o.name for options in OPTIONS.values() for o in options if getattr(args, o.name) != o.default]
+    if names := [f"--{name}" for name in changed if idle.get(name)]:
+        print(f"without effect beside the other options: {', '.join(names)}")
 
 
 def tell_if_misread(args, teacher, dataset):
@@ -203,7 +208,7 @@ def main(argv=None):
             update_generator = run.step % args.dfake_gen_update_ratio == 0
             generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
             student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
-            fake_images, norms, metrics = [], {}, {}
+            fake_images, metrics = [], {}
 
             # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), GAN loss.
             if update_generator:
@@ -215,7 +220,10 @@ def main(argv=None):
                     add_means(metrics, loss_dict, args.grad_accum)
                     fake_images.append(images)
                 lr = args.generator_lr * lr_scale
-                norms["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
+                metrics["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
+                for decay, average in averages.items():
+                    # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
+                    update_ema(average, generator, decay, generator_updates + 1, ramp=2)
                 metrics["fake_std"] = torch.cat(fake_images).std(0, correction=0).mean()
                 if has_images:  # beside it a collapse shows
                     metrics["real_std"] = real_images.std(0, correction=0).mean()
@@ -231,16 +239,12 @@ def main(argv=None):
                 (loss / args.grad_accum).backward()
                 add_means(metrics, loss_dict | logits, args.grad_accum)
             max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
-            norms["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
+            metrics["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
             if heads:
-                norms["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
+                metrics["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
-            for decay, average in averages.items() if update_generator else ():
-                # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
-                update_ema(average, generator, decay, generator_updates + 1, ramp=2)
             run.step += 1
-
-            logger.log(run.step, metrics | norms)
+            logger.log(run.step, metrics)
             if logger.wants_samples(run.step):
                 with torch.no_grad(), autocast(args, device):
                     if teacher_grid is None:

@@ -125,11 +125,11 @@ def main(argv=None):
                 (loss / args.grad_accum).backward()
                 add_means(metrics, {"loss": loss}, args.grad_accum)
 
-            norms = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm)}
+            metrics |= {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm), "lr": lr}
             run.step += 1
             update_ema(ema, net, args.ema_decay, run.step)
 
-            logger.log(run.step, metrics | norms | {"lr": lr})
+            logger.log(run.step, metrics)
             if logger.wants_samples(run.step):
                 logger.message(f"drawing {len(grid[0])} images, 35 network evaluations each")
                 with autocast(args, device):

@@ -71,7 +71,11 @@ def of_teacher(args):
 def of_dmd2(args):
     """The same for train_dmd2.py."""
     teacher = load_teacher(args.teacher_checkpoint)
-    generator = args.generator_checkpoint and load_teacher(args.generator_checkpoint, "generator_checkpoint")
+    generator = None
+    if file := args.generator_checkpoint:
+        generator = load_teacher(file, "generator_checkpoint")
+        source = f"--generator_checkpoint {file}"
+        checkpoint.check_same_images(source, generator.config, teacher.config, "the teacher's")
     model = train_dmd2.build_model(args, teacher, generator).to("meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]

@@ -48,6 +48,8 @@ def run_script(main):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in what:
             mend = "take a smaller --batch_size or --num_samples, or in training a larger --grad_accum"
             what = f"out of memory: {mend} ({what.splitlines()[0] if what else 'MemoryError':.200})"
+        elif isinstance(error, PermissionError):  # such as of a folder that may not be entered
+            what = f"{error.filename}: {error.strerror}"
         elif not isinstance(error, UserError):
             raise
         print(f"{os.path.basename(sys.argv[0])}: error: {what}", file=sys.stderr, flush=True)

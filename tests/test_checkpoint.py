@@ -90,6 +90,7 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
     (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
     (nested("model_config", "depth", 3), "unexpected keyword argument 'depth'"),
+    (lambda state: state["model_config"].pop("img_channels"), "its img_channels is no whole number"),
     (lambda state: state["model_config"].pop("prediction"), "of an early version"),
 ]
 STUDENTS = [

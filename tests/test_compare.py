@@ -23,7 +23,7 @@ def compared(runs, tmp_path_factory):
     half = f"dataset: mnist5k\ndata_dir: {folder}\ndfake_gen_update_ratio: 2"
     for name, options in (("half", half), ("sid", "dataset: none\nobjective: sid\ndfake_gen_update_ratio: 1")):
         (folder / f"{name}.yaml").write_text(f"{options}\nbatch_size: 16\nlog_every: 1\n")
-    arguments = ["--configs", folder / "half.yaml", folder / "sid.yaml"]
+    arguments = ["--configs", folder / "sid.yaml", folder / "half.yaml"]
     arguments += ["--teacher_checkpoint", runs / "teacher" / "teacher_final.pt", "--seeds", 0, 1]
     arguments += ["--output_dir", folder / "out", "--num_samples", 20, "--device", "cpu"]
     compare.main(flags(*arguments, forward_passes=24))
@@ -52,7 +52,7 @@ def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compar
     _, arguments = compared
     args, teacher = Namespace(forward_passes=1e6), checkpoint.load_network(arguments[4], "meta")
     for ratio in (1, 3):
-        options = parse_args(train_dmd2.OPTIONS, None, ["--config", str(arguments[1]), *map(str, arguments[3:5])])
+        options = parse_args(train_dmd2.OPTIONS, None, ["--config", str(arguments[2]), *map(str, arguments[3:5])])
         options.dfake_gen_update_ratio = ratio
         passes = []
         for options.student_sigmas in (None, [80.0, 5.0, 1.0]):
@@ -123,7 +123,7 @@ def test_a_stopped_comparison_saves_the_training_at_hand(compared, tmp_path, num
     _, arguments = compared
     options = dict(step_number=1_000_000, output_dir=tmp_path, precision="bf16")
     process = start("compare.py", *arguments, **options, preexec_fn=os.setsid)
-    run = tmp_path / "half" / "seed_0"
+    run = tmp_path / "sid" / "seed_0"
     wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text(), process)
     (os.killpg if to_group else os.kill)(process.pid, number)
     assert process.wait(60) == status, process.communicate()

@@ -435,12 +435,13 @@ ERRORS = [
     ("1 / 0", 1, ["Traceback", "ZeroDivisionError"]),
     ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", 2, NO_MEMORY),
     ("torch.empty(10**13)", 2, NO_MEMORY),
+    ("raise PermissionError(13, 'Permission denied', 'a/b')", 2, ["a/b: Permission denied"]),
 ]
 
 
 @pytest.mark.parametrize("error, status, told", ERRORS)
 def test_bugs_show_their_traceback_and_lack_of_memory_what_to_change(tmp_path, error, status, told):
-    """Only user mistakes, and a machine that is too small, get one line."""
+    """Only user mistakes, and a machine that is too small or forbids something, get one line."""
     code = f"import torch\nfrom support.script import run_script\n\ndef main():\n    {error}\n\nrun_script(main)\n"
     (tmp_path / "script.py").write_text(code)
     done = run_script(tmp_path / "script.py", env={"PYTHONPATH": str(ROOT)})
