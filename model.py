@@ -19,11 +19,6 @@ def get_sigmas_karras(n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return ((max_inv_rho + ramp * (min_inv_rho - max_inv_rho)) ** rho).float()
 
 
-def known_range(net, sigma_min, sigma_max):
-    """(least, most) noise level: `sigma_min` and `sigma_max`, limited to the bounds of `net` if it has any."""
-    return max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
-
-
 def get_sigmas_flow(n, sigma_min=0.002, sigma_max=80.0, shift=1.0):
     """`n` noise levels, float32 `[n]`, descending from `sigma_max` to `sigma_min`, even in the time of flow matching.
 
@@ -32,6 +27,11 @@ def get_sigmas_flow(n, sigma_min=0.002, sigma_max=80.0, shift=1.0):
     """
     t = torch.linspace(sigma_max / (shift + sigma_max), sigma_min / (shift + sigma_min), n, dtype=torch.float64)
     return (shift * t / (1 - t)).float()
+
+
+def known_range(net, sigma_min, sigma_max):
+    """(least, most) noise level: `sigma_min` and `sigma_max`, limited to the bounds of `net` if it has any."""
+    return max(sigma_min, getattr(net, "sigma_min", 0.0)), min(sigma_max, getattr(net, "sigma_max", math.inf))
 
 
 PREDICTIONS = ("edm", "flow", "epsilon", "v_prediction", "sample")

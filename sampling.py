@@ -96,9 +96,9 @@ def guided(net, guide, scale):
     return denoise
 
 
-def random_stream(seed, index, device="cpu"):
-    """Random generator number `index` of `seed`. torch's CPU generator takes 32 bits of seed."""
-    return torch.Generator(device).manual_seed((seed * 1000003 + index) % 2**32)
+def random_stream(seed, index):
+    """Random generator number `index` of `seed`, on the CPU. torch's takes 32 bits of seed."""
+    return torch.Generator().manual_seed((seed * 1000003 + index) % 2**32)
 
 
 def class_noise(classes, num_samples, shape, seed):
