@@ -203,10 +203,8 @@ def swapped_labels(images, labels, training):
 
 def one_class_missing(images, labels, training):
     """Its images are replaced by others of the other classes."""
-    index = torch.arange(len(labels))
-    present = (labels != 3).nonzero().flatten()
-    missing = (labels == 3).nonzero().flatten()
-    index[missing] = present[: len(missing)]
+    index, missing = torch.arange(len(labels)), labels == 3
+    index[missing] = index[~missing][: missing.sum()]
     return images[index], labels[index]
 
 

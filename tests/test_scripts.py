@@ -228,8 +228,8 @@ def test_objectives_train_and_go_on(runs, tmp_path, name):
 
 
 def test_options_without_effect_are_named(runs, tmp_path):
-    idle = dict(gan_lr=1e-3, sid_alpha=1.2, rho=5)
-    told = succeed("train_dmd2.py", *TINY, *options_of("dmd2", runs), **idle, output_dir=tmp_path / "a")
+    options = flags(*TINY, *options_of("dmd2", runs), gan_lr=1e-3, sid_alpha=1.2, rho=5)
+    told = succeed("train_dmd2.py", *options, output_dir=tmp_path / "a")
     assert "without effect beside the other options: --sid_alpha, --gan_lr\n" in told
     told = succeed("train_dmd2.py", config=runs / "dmd2" / "config.yaml", output_dir=tmp_path / "b")  # has all options
     assert "without effect" not in told
