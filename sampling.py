@@ -97,7 +97,7 @@ def guided(net, guide, scale):
 
 
 def random_stream(seed, index):
-    """Random generator number `index` of `seed`, on the CPU. torch's takes 32 bits of seed."""
+    """Random generator number `index` of `seed`. torch's CPU generator takes 32 bits of seed."""
     return torch.Generator().manual_seed((seed * 1000003 + index) % 2**32)
 
 
