@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import zipfile
 from contextlib import suppress
@@ -243,9 +244,6 @@ def by_step(folder, kind):
 
 def versions():
     """The versions of Python and torch, and the commit of this repository if git knows it."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
+    folder = shlex.quote(str(Path(__file__).parent))
+    commit = subprocess.getoutput(f"git -C {folder} rev-parse --verify HEAD 2>/dev/null")
     return {"python": platform.python_version(), "torch": str(torch.__version__), "commit": commit or "unknown"}

@@ -60,8 +60,7 @@ def main(argv=None):
         words = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
         options[name] = parse_args(train_dmd2.OPTIONS, None, words)
         vars(options[name]).update(machine(args))
-        generator = train_dmd2.load_generator(options[name], state, "meta")
-        model = train_dmd2.build_model(options[name], net, generator).to("meta")
+        model = train_dmd2.build_model(options[name], net, "meta")
         steps[name] = args.step_number or steps_of(args, options[name], model)
     # All are measured against the same real images. With `--dataset none` a configuration has none.
     with_images = next((vars(of_run) for of_run in options.values() if of_run.dataset != "none"), state["config"])

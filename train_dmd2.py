@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import chain
 
 import torch
 
@@ -20,7 +21,28 @@ from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
-GAN = "GAN on real images (DMD2 section 4.3)"
+GUIDANCE = {  # these have the names of GuidanceModel's arguments
+    "noise levels": [
+        Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
+        Option("schedule", "karras", choice("karras", "flow"), "EDM's, or even in flow matching's time"),
+        Option("sigma_min", 0.002, noise_level, "lowest noise level of the schedule"),
+        Option("sigma_max", 80.0, noise_level, "highest noise level of the schedule"),
+        Option("rho", 7.0, number(0.1), "shape of karras (EDM eq. 5)"),
+        Option("shift", 1.0, positive, "of flow; above 1 moves levels to more noise (SD3)"),
+        Option("min_step_percent", 0.02, share, "the distribution-matching loss draws from this share of the schedule"),
+        Option("max_step_percent", 0.98, share, "... up to this share"),
+    ],
+    "objective": [
+        Option("objective", "dmd", choice("dmd", "sid"), "of the generator: dmd, or score identity distillation (sid)"),
+        Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
+        Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "what dmd minimises; all but rkl need --gan_classifier"),
+    ],
+    "GAN on real images (DMD2 section 4.3)": [
+        Option("gan_classifier", False, flag, "add the GAN loss"),
+        Option("gan_features", "fake", choice("fake", "teacher"), "whose features the heads see"),
+        Option("gan_resolutions", None, count, "resolutions of these, a head each; default: the coarsest alone", "+"),
+    ],
+}
 OPTIONS = {
     "data": [
         DATA[0]._replace(parse=choice(*READERS, "none"), help="the data set; none: only labels, which need no GAN"),
@@ -40,25 +62,8 @@ OPTIONS = {
         Option("conditioning_sigma", 80.0, noise_level, "noise level at which the generator is called"),
         Option("student_sigmas", None, noise_level, "those of several steps, descending, in place of that one", "+"),
     ],
-    "noise levels": [
-        Option("num_train_timesteps", 1000, number(2, whole=True), "noise levels in the schedule"),
-        Option("schedule", "karras", choice("karras", "flow"), "EDM's, or even in flow matching's time"),
-        Option("sigma_min", 0.002, noise_level, "lowest noise level of the schedule"),
-        Option("sigma_max", 80.0, noise_level, "highest noise level of the schedule"),
-        Option("rho", 7.0, number(0.1), "shape of karras (EDM eq. 5)"),
-        Option("shift", 1.0, positive, "of flow; above 1 moves levels to more noise (SD3)"),
-        Option("min_step_percent", 0.02, share, "the distribution-matching loss draws from this share of the schedule"),
-        Option("max_step_percent", 0.98, share, "... up to this share"),
-    ],
-    "objective": [
-        Option("objective", "dmd", choice("dmd", "sid"), "of the generator: dmd, or score identity distillation (sid)"),
-        Option("sid_alpha", 1.0, number(), "alpha of --objective sid; its papers use 1.0 and 1.2"),
-        Option("f_divergence", "rkl", choice(*F_DIVERGENCES), "what dmd minimises; all but rkl need --gan_classifier"),
-    ],
-    GAN: [
-        Option("gan_classifier", False, flag, "add the GAN loss"),
-        Option("gan_features", "fake", choice("fake", "teacher"), "whose features the heads see"),
-        Option("gan_resolutions", None, count, "resolutions of these, a head each; default: the coarsest alone", "+"),
+    **GUIDANCE,
+    "training with the GAN": [
         Option("gan_lr", None, positive, "learning rate of the heads; default: guidance_lr"),
         Option("gen_cls_loss_weight", 3e-3, number(0), "weight of the GAN loss in the generator's loss"),
         Option("cls_loss_weight", 1e-2, number(0), "weight of the GAN loss in the guidance model's loss"),
@@ -70,48 +75,26 @@ OPTIONS = {
 }
 
 
-def load_generator(args, teacher_state, device):
-    """The network of `--generator_checkpoint`, or None. Raises UserError for another shape or number of classes."""
-    if not (file := args.generator_checkpoint):
-        return None
-    state = checkpoint.load_teacher(file, "generator_checkpoint")
-    teachers = teacher_state["model_config"]
-    checkpoint.check_same_images(f"--generator_checkpoint {file}", state["model_config"], teachers, "the teacher's")
-    return checkpoint.network(state, file, device)
-
-
-def build_model(args, teacher, generator=None):
+def build_model(args, teacher, device):
     """The generator and its guidance. Raises UserError for options `args` that do not fit the networks."""
     if args.dataset == "none" and args.gan_classifier:
         raise UserError("--dataset none: --gan_classifier needs real images")
+    generator = None
+    if file := args.generator_checkpoint:
+        state, source = checkpoint.load_teacher(file, "generator_checkpoint"), f"--generator_checkpoint {file}"
+        checkpoint.check_same_images(source, state["model_config"], teacher.config, "the teacher's")
+        generator = checkpoint.network(state, file, device)
     sigmas = args.student_sigmas or [args.conditioning_sigma]
     student = generator or teacher
     if outside := [sigma for sigma in sigmas if not student.sigma_min <= sigma <= student.sigma_max]:
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
         known = f"the network knows noise from {student.sigma_min:.2g} to {student.sigma_max:.4g}"
         raise UserError(f"--{option} {outside[0]}: {known}")
+    chosen = {option.name: getattr(args, option.name) for option in chain(*GUIDANCE.values())}
     with as_user_error("the options"):
-        guidance = GuidanceModel(
-            teacher,
-            num_train_timesteps=args.num_train_timesteps,
-            schedule=args.schedule,
-            sigma_min=args.sigma_min,
-            sigma_max=args.sigma_max,
-            rho=args.rho,
-            shift=args.shift,
-            sigma_data=teacher.sigma_data,
-            prediction=teacher.prediction,
-            min_step_percent=args.min_step_percent,
-            max_step_percent=args.max_step_percent,
-            objective=args.objective,
-            sid_alpha=args.sid_alpha,
-            f_divergence=args.f_divergence,
-            gan_classifier=args.gan_classifier,
-            gan_features=args.gan_features,
-            gan_resolutions=args.gan_resolutions,
-        )
+        guidance = GuidanceModel(teacher, sigma_data=teacher.sigma_data, prediction=teacher.prediction, **chosen)
         model = UnifiedModel(guidance, student_sigmas=sigmas, generator=generator)
-    return model.eval()  # turns dropout off, in all its networks alike
+    return model.to(device).eval()  # turns dropout off, in all its networks alike
 
 
 def tell_without_effect(args):
@@ -121,9 +104,10 @@ def tell_without_effect(args):
         "shift": args.schedule == "karras",
         "sid_alpha": args.objective == "dmd",
         "conditioning_sigma": args.student_sigmas is not None,
-        **{option.name: not args.gan_classifier for option in OPTIONS[GAN][1:]},
+        **dict.fromkeys(["gan_features", "gan_resolutions", "gan_lr"], not args.gan_classifier),
+        **dict.fromkeys(["gen_cls_loss_weight", "cls_loss_weight"], not args.gan_classifier),
     }
-    changed = [o.name for options in OPTIONS.values() for o in options if getattr(args, o.name) != o.default]
+    changed = [o.name for o in chain(*OPTIONS.values()) if getattr(args, o.name) != o.default]
     if names := [f"--{name}" for name in changed if idle.get(name)]:
         print(f"without effect beside the other options: {', '.join(names)}")
 
@@ -148,7 +132,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
-    model = build_model(args, teacher, load_generator(args, teacher_state, device)).to(device)
+    model = build_model(args, teacher, device)
     broadcast(model)
     guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
     side, channels = teacher.config["img_resolution"], teacher.config["img_channels"]
@@ -252,8 +236,8 @@ def main(argv=None):
                         teacher_grid = heun_sampler(teacher, *grid)
                     student_grid = student_sampler(ema or generator, *grid, sigmas)
                 logger.samples(run.step, teacher_grid, student_grid, columns=8)
-            if seen and logger.wandb_wants("images", run.step):
-                logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
+                if seen:
+                    logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
             run.save_if_due()
         return run.finish()
 

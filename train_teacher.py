@@ -135,7 +135,6 @@ def main(argv=None):
                 with autocast(args, device):
                     sample_grid = heun_sampler(ema, *grid)
                 logger.samples(run.step, sample_grid, columns=8)
-            if logger.wandb_wants("images", run.step):
                 logger.images(run.step, x0, x, denoised.detach())
             run.save_if_due()
         return run.finish()

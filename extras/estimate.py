@@ -71,12 +71,7 @@ def of_teacher(args):
 def of_dmd2(args):
     """The same for train_dmd2.py."""
     teacher = load_teacher(args.teacher_checkpoint)
-    generator = None
-    if file := args.generator_checkpoint:
-        generator = load_teacher(file, "generator_checkpoint")
-        source = f"--generator_checkpoint {file}"
-        checkpoint.check_same_images(source, generator.config, teacher.config, "the teacher's")
-    model = train_dmd2.build_model(args, teacher, generator).to("meta")
+    model = train_dmd2.build_model(args, teacher, "meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
     fixed = {
@@ -94,10 +89,10 @@ def of_dmd2(args):
     return fixed, activations, iteration_flops(args, model) * args.batch_size
 
 
-def load_teacher(path, option="teacher_checkpoint"):
+def load_teacher(path):
     """The teacher at `path`, or a new network with default arguments if `path` is the name of one, on `meta`."""
     if path not in checkpoint.NETWORKS or path == "DiffusersUNet":  # its arguments have no defaults
-        return checkpoint.network(checkpoint.load_teacher(path, option), path, "meta")
+        return checkpoint.network(checkpoint.load_teacher(path), path, "meta")
     with torch.device("meta"):
         return checkpoint.network_class(path)().to(memory_format=torch.channels_last)
 

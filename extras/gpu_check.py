@@ -22,12 +22,10 @@ import torch
 
 import checkpoint
 import train_teacher
-from evaluation.costs import forward_flops, teacher_costs, turn_costs
+from evaluation.costs import teacher_costs, turn_costs
 from extras.estimate import nbytes
 from guidance import GuidanceModel
 from model import denoising_loss
-from networks.diffusers_unet import DiffusersUNet
-from sampling import heun_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.optimizers import build_optimizer, optimizer_step
 from support.options import Option, count, parse_args, path, read_yaml
@@ -62,12 +60,6 @@ GiB: what a step takes at its peak beside weights and moments, measured on CUDA,
 | | loss, off by | norm of the gradient, off by | images/s | TFLOP/s | share of a large product's | GiB | counted |
 |---|---|---|---|---|---|---|---|"""
 
-NETWORKS = """
-## Networks, fp32
-
-| | GFLOP per pass | teacher steps, images/s | 18 Heun steps, images/s |
-|---|---|---|---|"""
-
 
 def main(argv=None):
     """Writes the page with the options in `argv`, by default those of the command line."""
@@ -97,10 +89,6 @@ def main(argv=None):
         expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
         for name, setting in SETTINGS.items():
             tell(name, steps, Namespace(**vars(args) | setting), name, expected)
-        choose_device(args)  # fp32 again
-        write(NETWORKS)
-        for name in ("SimpleUNet", "diffusers"):
-            tell(name, networks, args, device, name)
         write("\n## Scripts\n\n| | exit status (0: as it should be) | seconds |\n|---|---|---|")
         for name, command in commands(shlex.quote(folder), args.device, device.type).items():
             tell(name, run, name, command)
@@ -211,44 +199,6 @@ def timed(task, rounds, device):
         times.append(time.perf_counter() - start)
     used = f"{(torch.cuda.max_memory_allocated(device) - before) / 2**30:.3g}" if cuda else ""
     return median(times[1:]), used  # the first warms up
-
-
-def networks(args, device, name):
-    """A row for our network, or for diffusers' UNet2DModel of the same layout at the width with the nearest FLOPs."""
-
-    def flops(net):
-        return forward_flops(copy.deepcopy(net).to("meta"))
-
-    net = train_teacher.build_network(args, args.img_channels, args.label_dim)
-    if name == "diffusers":
-        config, mults = net.config, net.config["channel_mult"]
-        attends = ["Attn" * (config["img_resolution"] >> i in config["attn_resolutions"]) for i in range(len(mults))]
-        blocks = {"down_block_types": [f"{kind}DownBlock2D" for kind in attends]}
-        blocks |= {"up_block_types": [f"{kind}UpBlock2D" for kind in reversed(attends)]}
-        schedule = dict(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)  # DDPM's
-        shape = [config[key] for key in ("img_resolution", "img_channels", "label_dim")]
-
-        def of_width(width):
-            widths = {"block_out_channels": [width * mult for mult in mults], "norm_num_groups": width // 4}
-            unet = {"layers_per_block": config["num_blocks"], **blocks, **widths}
-            return DiffusersUNet(*shape, unet, "epsilon", schedule)
-
-        candidates, ours = map(of_width, range(8, config["model_channels"] + 8, 8)), flops(net)
-        net = min(candidates, key=lambda peer: abs(flops(peer) - ours))
-    net.to(device, memory_format=args.layout)
-    images = torch.randn(args.batch_size, *(net.config[key] for key in ("img_channels", *["img_resolution"] * 2)))
-    images, labels = images.to(device), torch.zeros(args.batch_size, dtype=torch.int64, device=device)
-
-    def loss_of():
-        return denoising_loss(net(2 * images, 1.0, labels), images, torch.ones_like(images[:, 0, 0, 0]))
-
-    def sample():
-        with torch.inference_mode():
-            heun_sampler(net, images, labels)
-
-    tasks = partial(step, args, device, build_optimizer("adamw", net, 1.0), loss_of), sample
-    speeds = [f"{args.batch_size / timed(task, args.rounds, device)[0]:.4g}" for task in tasks]
-    return f"| {name} | {flops(net) / 1e9:.3g} | {' | '.join(speeds)} |"
 
 
 def commands(folder, device, kind):

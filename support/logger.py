@@ -26,10 +26,10 @@ WANDB = [
     Option("wandb_mode", "online", choice("online", "offline", "disabled"), "mode"),
     Option("wandb_dir", "./log/wandb", path, "folder of W&B's local files, including copies of checkpoints"),
     Option("wandb_key", None, text, "API key; never stored (alternatives: `wandb login`, WANDB_API_KEY)"),
-    Option("wandb_log_every", 50, count, "steps between scalars; if below log_every, it replaces log_every"),
+    Option("wandb_log_every", 50, count, "steps between scalars; replaces log_every"),
     Option("wandb_log_images", False, flag, "send noised and denoised images from the losses"),
     Option("wandb_log_samples", False, flag, "send sample grids"),
-    Option("wandb_sample_every", 1000, count, "steps between images and sample grids"),
+    Option("wandb_sample_every", 1000, count, "steps between sample grids and images; replaces sample_every"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
 ]
 
@@ -49,9 +49,9 @@ class Logger:
         silent = None if processes.is_main() else True  # None: tqdm is silent without a terminal
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
         self.sums, self.counts, self.losses = {}, {}, {}
-        self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
+        self.log_every = args.wandb_log_every if args.wandb else args.log_every
+        self.sample_every = args.wandb_sample_every if args.wandb else args.sample_every
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.last_wandb_step, self.for_wandb = start_step, {}  # the latest of each metric since the last were sent
         self.wandb_run_id, self.own_variables = wandb_run_id, {}
         self.wandb_run = self.start_wandb() if args.wandb and processes.is_main() else None
         if self.wandb_run:
@@ -133,33 +133,24 @@ class Logger:
             left = (self.args.step_number - step) * self.args.batch_size / images_per_second
             parts = [f"step {step}/{self.args.step_number}", *(f"{name} {value}" for name, value in losses.items())]
             print(*parts, f"{images_per_second:.0f} img/s", f"{left:.0f} s left", sep="  ", flush=True)
-        self.for_wandb |= row
-        due = step - self.last_wandb_step >= self.args.wandb_log_every or step == self.args.step_number
-        if self.wandb_run and due:
-            self.send(lambda run: run.log(self.for_wandb, step=step))
-            self.last_wandb_step, self.for_wandb = step, {}
+        self.send(lambda run: run.log(row, step=step))
 
     def wants_samples(self, step):
-        due = step % self.args.sample_every == 0 or step == self.args.step_number
-        return (due or self.wandb_wants("samples", step)) and processes.is_main()
-
-    def wandb_wants(self, what, step):
-        """Whether W&B is to get `what`, samples or images, at this step."""
-        due = step % self.args.wandb_sample_every == 0 or step == self.args.step_number
-        return bool(self.wandb_run) and getattr(self.args, f"wandb_log_{what}") and due
+        return (step % self.sample_every == 0 or step == self.args.step_number) and processes.is_main()
 
     def samples(self, step, *blocks, columns):
-        """Writes a sample grid to `samples/`, and sends it to W&B when due."""
+        """Writes a sample grid to `samples/`, and sends it to W&B if that is enabled."""
         file = self.output_dir / "samples" / f"step_{step:07d}.png"
         save_grid(file, *blocks, columns=columns)
-        if self.wandb_wants("samples", step):
+        if self.wandb_run and self.args.wandb_log_samples:
             self.send_image(step, "samples", file)
 
     def images(self, step, *blocks):
-        """Sends the first images of each block to W&B, side by side."""
-        file = self.output_dir / "samples" / "images.png"
-        save_grid(file, *[block[:32] for block in blocks], columns=4)
-        self.send_image(step, "images", file)
+        """Sends the first images of each block to W&B, side by side, if that is enabled."""
+        if self.wandb_run and self.args.wandb_log_images:
+            file = self.output_dir / "samples" / "images.png"
+            save_grid(file, *[block[:32] for block in blocks], columns=4)
+            self.send_image(step, "images", file)
 
     def send_image(self, step, name, file):
         import wandb

@@ -56,7 +56,7 @@ def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compar
         options.dfake_gen_update_ratio = ratio
         passes = []
         for options.student_sigmas in (None, [80.0, 5.0, 1.0]):
-            model = train_dmd2.build_model(options, teacher).to("meta")
+            model = train_dmd2.build_model(options, teacher, "meta")
             passes.append(1e6 / compare.steps_of(args, options, model))
         assert passes[1] == pytest.approx(passes[0] + 1, rel=1e-4)
 

@@ -15,7 +15,7 @@ from unified_model import UnifiedModel
 def meta(net, *options):
     """(options of train_dmd2.py, its model on `meta`)."""
     args = parse_args(train_dmd2.OPTIONS, None, options)
-    return args, train_dmd2.build_model(args, net.to("meta")).to("meta")
+    return args, train_dmd2.build_model(args, net.to("meta"), "meta")
 
 
 def test_counted_arithmetic_and_memory_are_those_of_the_convolution():

@@ -87,7 +87,6 @@ MISTAKES = {
     "dmd2 --teacher_checkpoint DiffusersUNet": "there is no such file",  # no default arguments
     "dmd2 --teacher_checkpoint SimpleUNet --gan_classifier --gan_resolutions 5": "resolutions 5",
     "dmd2 --teacher_checkpoint SimpleUNet --generator_checkpoint no.pt": "--generator_checkpoint no.pt: there is",
-    "dmd2 --teacher_checkpoint SongUNet --generator_checkpoint DhariwalUNet": "its img_resolution is",
     "teacher --dataset folder --data_dir none": "none",
     "teacher --grad_accum 3": "--batch_size 128 must be divisible by --grad_accum 3",
 }

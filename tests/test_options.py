@@ -54,7 +54,7 @@ def test_shipped_configs_are_valid(path):
     if path.stem.endswith("0"):
         T.build_network(args, 1, 10)
     else:
-        D.build_model(args, SimpleUNet(64, channel_mult=[1] * 5, model_channels=8, num_blocks=1))
+        D.build_model(args, SimpleUNet(64, channel_mult=[1] * 5, model_channels=8, num_blocks=1), "cpu")
 
 
 def test_numbers_and_paths_as_people_and_yaml_write_them(tmp_path, monkeypatch):
