@@ -4,9 +4,10 @@ import copy
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from discriminator import Discriminator, discriminator_gan_loss, generator_gan_loss
+from discriminator import Discriminator, gan_head
 from model import denoising_loss, get_sigmas_flow, get_sigmas_karras, known_range
 from objectives import F_DIVERGENCES, NUM_BINS, dmd_loss, f_divergence_weight, sid_loss
 
@@ -59,7 +60,6 @@ class GuidanceModel(nn.Module):
         self.real_unet = real_unet.requires_grad_(False).eval()
         self.fake_unet = (copy.deepcopy(real_unet) if fake_unet is None else fake_unet).requires_grad_(True)
         self.sigma_data, self.prediction = sigma_data, prediction
-        self.num_train_timesteps = num_train_timesteps
         self.max_step = min(round(max_step_percent * num_train_timesteps), num_train_timesteps - 1)
         self.min_step = min(round(min_step_percent * num_train_timesteps), self.max_step)
         low, high = known_range(self.fake_unet, *known_range(real_unet, sigma_min, sigma_max))
@@ -71,7 +71,7 @@ class GuidanceModel(nn.Module):
             sigmas = get_sigmas_flow(num_train_timesteps, low, high, shift)
         else:
             sigmas = get_sigmas_karras(num_train_timesteps, low, high, rho)
-        self.register_buffer("sigmas", sigmas.flip(0).contiguous(), persistent=False)
+        self.register_buffer("sigmas", sigmas.flip(0), persistent=False)
         if objective not in ("dmd", "sid"):
             raise ValueError(f"objective must be dmd or sid, not {objective!r}")
         self.objective, self.sid_alpha = objective, sid_alpha
@@ -84,7 +84,7 @@ class GuidanceModel(nn.Module):
             self.gan_resolutions = gan_resolutions or [min(channels)]
             if missing := set(self.gan_resolutions) - channels.keys():
                 raise ValueError(f"gan_resolutions {min(missing)}: the encoder has {', '.join(map(str, channels))}")
-            self.cls_pred_branch = Discriminator(channels, self.gan_resolutions)
+            self.cls_pred_branch = Discriminator(gan_head(channels[side], side) for side in self.gan_resolutions)
 
         self.f_divergence = f_divergence
         if f_divergence not in F_DIVERGENCES:
@@ -97,14 +97,13 @@ class GuidanceModel(nn.Module):
         self.real_unet.eval()
         return self
 
-    def add_noise(self, images, sigma=None, noise=None, first=0, last=None):
+    def add_noise(self, images, sigma=None, noise=None, first=0, end=None):
         """Returns (`images` `[B, C, H, W]` plus `sigma` `[B]` times standard normal `noise`, `sigma`).
 
-        `sigma` and `noise` are drawn if they are None, `sigma` uniformly over `sigmas[first : last + 1]`.
+        `sigma` and `noise` are drawn if they are None, `sigma` uniformly over `sigmas[first:end]`.
         """
         if sigma is None:
-            end = self.num_train_timesteps if last is None else last + 1
-            sigma = self.sigmas[torch.randint(first, end, (len(images),), device=images.device)]
+            sigma = self.sigmas[torch.randint(first, end or len(self.sigmas), (len(images),), device=images.device)]
         if noise is None:
             noise = torch.randn_like(images)
         return images + sigma.reshape(-1, 1, 1, 1) * noise, sigma
@@ -118,7 +117,7 @@ class GuidanceModel(nn.Module):
         """
         sid = self.objective == "sid"  # its gradient also flows through both denoisers
         with self.frozen() if sid else torch.no_grad():
-            noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step)
+            noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step + 1)
             pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
             scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)
         if sid:  # SiD eq. 23
@@ -131,8 +130,8 @@ class GuidanceModel(nn.Module):
     def compute_f_divergence_weight(self, noisy, sigma, labels):
         """The weights `[B]` of noised images from the heads' mean logit, normalised in ten bins of the schedule."""
         logits = self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions)).mean(1)
-        index = torch.searchsorted(self.sigmas, sigma).clamp(max=self.num_train_timesteps - 1)
-        return f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // self.num_train_timesteps)
+        index = torch.searchsorted(self.sigmas, sigma).clamp(max=len(self.sigmas) - 1)
+        return f_divergence_weight(logits, self.f_divergence, index * NUM_BINS // len(self.sigmas))
 
     @property
     def gan_network(self):
@@ -172,15 +171,15 @@ class GuidanceModel(nn.Module):
         return self.cls_pred_branch(self.gan_network.encode(noisy, sigma, labels, self.gan_resolutions))
 
     def compute_generator_clean_cls_loss(self, fake, labels):
-        """The generator's GAN loss (DMD2 eq. 4; `discriminator.py`), as a dict: `gen_cls_loss`.
+        """The generator's GAN loss (DMD2 eq. 4, non-saturating), as a dict: `gen_cls_loss`.
 
         fake: generated `[B, C, H, W]`; labels: `[B]`. `fake` gets a gradient, the guidance model's parameters do not.
         """
         with self.frozen():
-            return {"gen_cls_loss": generator_gan_loss(self.compute_cls_logits(fake, labels))}
+            return {"gen_cls_loss": F.softplus(-self.compute_cls_logits(fake, labels)).mean()}
 
     def compute_guidance_clean_cls_loss(self, real, real_labels, fake, fake_labels, fake_features=None):
-        """The heads' GAN loss (DMD2 eq. 4; `discriminator.py`).
+        """The heads' GAN loss (DMD2 eq. 4).
 
         real, fake: `[B, C, H, W]`; labels: `[B]`; no gradient reaches the generator. `fake_features`: the feature maps
         of noised fake images from `compute_loss_fake`, if any. Returns two dicts: `guidance_cls_loss`; mean logits.
@@ -190,7 +189,7 @@ class GuidanceModel(nn.Module):
             fake_logits = self.compute_cls_logits(fake.detach(), fake_labels)
         else:
             fake_logits = self.cls_pred_branch(fake_features)
-        loss = discriminator_gan_loss(real_logits, fake_logits)
+        loss = F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
         return {"guidance_cls_loss": loss}, {"real_logit": real_logits.mean(), "fake_logit": fake_logits.mean()}
 
 

@@ -11,12 +11,10 @@ from support.options import Option, parse_args, path, text
 from support.script import UserError, run_script
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-OUTPUT = "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt"
-SOURCES = "NVIDIA's pickle, a state_dict (.pth, .ckpt, .safetensors), or diffusers' folder"
 OPTIONS = {
     "teacher": [
-        Option("source", "./edm-cifar10-32x32-cond-vp.pkl", path, SOURCES),
-        Option("output", OUTPUT, path, "teacher checkpoint to write; must not exist"),
+        Option("source", "./edm-cifar10-32x32-cond-vp.pkl", path, "NVIDIA's pickle, a state_dict or diffusers' folder"),
+        Option("output", "./log/checkpoints/teacher/edm_cifar10_cond_vp.pt", path, "file to write; must not exist"),
         Option("class_names", None, text, "names of its classes; default: CIFAR-10's, or numbers", "+"),
     ]
 }
@@ -26,7 +24,7 @@ def load(source):
     """The network at `source` as `importers.state_dict.Imported`. Raises UserError for any file that holds none."""
     try:
         return load_diffusers(source) if os.path.isdir(source) else load_edm(source)
-    except ValueError as error:
+    except UserError as error:
         reason = error
     except OSError as error:
         reason = f"{os.path.basename(error.filename or source)}: {error.strerror or error}"

@@ -6,6 +6,7 @@ Noise is EDM's (Karras et al. 2022, arXiv 2206.00364) whatever a network predict
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +72,7 @@ def denoising_loss(denoised, images, sigma, sigma_data=0.5, prediction="edm"):
 
 
 def resolutions(img_resolution, channel_mult):
-    """The side of the images at each of the `len(channel_mult)` levels of a UNet, each half of the one before.
-
-    Raises ValueError if `img_resolution` cannot be halved that often.
-    """
+    """The side of the images at each level of a UNet, half of the one before. Raises ValueError if one is odd."""
     halvings = len(channel_mult) - 1
     if img_resolution % 2**halvings:
         raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult requires")
@@ -85,7 +83,7 @@ class Denoiser(nn.Module):
     """D(x; sigma, class): predicts the clean image (EDM eq. 7). The base class of every network.
 
     It applies the preconditioning and accepts noise levels and labels in all their forms. A network passes its
-    constructor's arguments to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder
+    constructor's `locals()` to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder
     to the number of channels there), and defines
 
     run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`;
@@ -100,12 +98,13 @@ class Denoiser(nn.Module):
 
     sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which it may be called
 
-    def __init__(self, **config):
+    def __init__(self, config):
         super().__init__()
+        config = {name: value for name, value in config.items() if name not in ("self", "__class__")}
         self.config = {name: list(it) if isinstance(it, (list, tuple)) else it for name, it in config.items()}
         self.label_dim, self.sigma_data = config["label_dim"], config.get("sigma_data")
         self.prediction = config.get("prediction", "edm")
-        preconditioning(torch.ones(1), prediction=self.prediction)  # raises ValueError for an unknown one
+        preconditioning(torch.ones(1), self.sigma_data, self.prediction)  # raises an error for an unknown one
         self.feature_channels = {}
 
     def forward(self, x, sigma, class_labels=None, features=None):
@@ -205,7 +204,7 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """Residual block; noise level and class enter as a scale and a shift of the second norm (FiLM)."""
 
-    def __init__(self, in_channels, out_channels, emb_channels, dropout, attention):
+    def __init__(self, in_channels, out_channels, attention, emb_channels, dropout):
         super().__init__()
         self.norm0 = group_norm(in_channels)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -254,11 +253,11 @@ class SimpleUNet(Denoiser):
         sigma_data=0.5,
         prediction="edm",
     ):
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        sides = resolutions(img_resolution, channel_mult)
+        super().__init__(locals())
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = list(zip(resolutions(img_resolution, channel_mult), widths, strict=True))
         if model_channels % 8:
             raise ValueError(f"model_channels must be a multiple of 8, not {model_channels}")
-        super().__init__(**arguments)
 
         emb_channels = 4 * model_channels
         # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians
@@ -268,31 +267,26 @@ class SimpleUNet(Denoiser):
         self.embed_class = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None
         self.embed_out = nn.Linear(emb_channels, emb_channels)
 
-        def block(in_channels, out_channels, resolution):
-            attention = resolution in attn_resolutions
-            return ResBlock(in_channels, out_channels, emb_channels, dropout, attention)
-
-        width = model_channels * channel_mult[0]
+        block = partial(ResBlock, emb_channels=emb_channels, dropout=dropout)
+        width = widths[0]
         self.conv_in = nn.Conv2d(img_channels, width, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         skip_widths = []
-        for resolution, mult in zip(sides, channel_mult, strict=True):
-            blocks = nn.ModuleList()
+        for resolution, out_width in levels:
+            self.encoder.append(nn.ModuleList())
             for _ in range(num_blocks):
-                blocks.append(block(width, model_channels * mult, resolution))
-                width = model_channels * mult
+                self.encoder[-1].append(block(width, out_width, resolution in attn_resolutions))
+                width = out_width
                 skip_widths.append(width)
-            self.encoder.append(blocks)
             self.feature_channels[resolution] = width
 
-        self.middle = nn.ModuleList([block(width, width, resolution), block(width, width, None)])
+        self.middle = nn.ModuleList([block(width, width, resolution in attn_resolutions), block(width, width, False)])
 
-        for resolution, mult in zip(reversed(sides), reversed(channel_mult), strict=True):
-            blocks = nn.ModuleList()
+        for resolution, out_width in levels[::-1]:
+            self.decoder.append(nn.ModuleList())
             for _ in range(num_blocks):
-                blocks.append(block(width + skip_widths.pop(), model_channels * mult, resolution))
-                width = model_channels * mult
-            self.decoder.append(blocks)
+                self.decoder[-1].append(block(width + skip_widths.pop(), out_width, resolution in attn_resolutions))
+                width = out_width
 
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))

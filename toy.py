@@ -99,7 +99,7 @@ class PointDenoiser(Denoiser):
     """A perceptron of four hidden layers. Its feature map, of resolution 1, serves the GAN's heads."""
 
     def __init__(self, sigma_data, prediction="edm", width=128):
-        super().__init__(sigma_data=sigma_data, prediction=prediction, width=width, label_dim=0)
+        super().__init__(locals() | {"label_dim": 0})
         self.feature_channels = {1: width}
         self.register_buffer("freqs", torch.logspace(-1, 3, 8, base=2))
         self.encoder = nn.Sequential(nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())

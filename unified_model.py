@@ -75,12 +75,11 @@ class UnifiedModel(nn.Module):
         Both are `[B, C, H, W]`, labels `[B]`. Returns two dicts: losses, and the heads' mean logits. The generator gets
         no gradient.
         """
-        self.guidance_model.fake_unet = self.fake_unets[student_step]
-        loss_dict, by_products = self.guidance_model.compute_loss_fake(images, labels)
-        logits = {}
-        if self.guidance_model.gan_classifier:
-            cls_loss_dict, logits = self.guidance_model.compute_guidance_clean_cls_loss(
-                real_images, real_labels, images, labels, by_products.get("features")
-            )
-            loss_dict |= cls_loss_dict
-        return loss_dict, logits
+        guidance = self.guidance_model
+        guidance.fake_unet = self.fake_unets[student_step]
+        loss_dict, by_products = guidance.compute_loss_fake(images, labels)
+        if not guidance.gan_classifier:
+            return loss_dict, {}
+        features = by_products.get("features")
+        gan_loss, logits = guidance.compute_guidance_clean_cls_loss(real_images, real_labels, images, labels, features)
+        return loss_dict | gan_loss, logits

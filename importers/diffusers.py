@@ -8,10 +8,10 @@ import torch
 
 from importers.state_dict import Imported, listed, match, read_safetensors
 from networks.diffusers_unet import DiffusersUNet
-from support.script import as_user_error
+from support.script import UserError, as_user_error
 
-SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-FLOW, FLOW_DEFAULTS = "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 1.0}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 # What diffusers' EMAModel adds to config.json.
 OF_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
 # Names of the attention layers until diffusers 0.15, which files of that time still use.
@@ -22,23 +22,22 @@ def load_diffusers(folder):
     """The `Imported` network of a `folder` of a pipeline, or of diffusers' training script (`checkpoint-500`).
 
     The network is in `unet_ema/`, `unet/` or the folder itself; its scheduler in `scheduler/`, the folder or beside it.
-    Raises ValueError if the network is not supported, any exception for a damaged folder.
+    Raises UserError if the network is not supported, any exception for a damaged folder.
     """
     folder = Path(folder).resolve()
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
     if others := [name for name in index if name not in ("unet", "scheduler") and not name.startswith("_")]:
-        raise ValueError(f"a pipeline with {listed(others)}; only UNet2DModel on pixels, with a scheduler, is read")
+        raise UserError(f"a pipeline with {listed(others)}; only UNet2DModel on pixels, with a scheduler, is read")
     unet = next((folder / name for name in ("unet_ema", "unet") if (folder / name).is_dir()), folder)
     weights = unet / "diffusion_pytorch_model.safetensors"
     if not weights.exists():
         has = listed(sorted(file.name for file in unet.iterdir()))
-        raise ValueError(f"no {weights.name}, but {has} in {unet}; a .bin can hold code and is not read")
+        raise UserError(f"no {weights.name}, but {has} in {unet}; a .bin can hold code and is not read")
     places = (folder / "scheduler", folder, folder.parent / "scheduler")
     scheduler = next((place for place in places if (place / "scheduler_config.json").exists()), folder)
     notes = [f"its weights are {weights}, its scheduler is in {scheduler}"]
     with torch.device("meta"):
-        config, schedule = read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json")
-        net = DiffusersUNet(**architecture(config, schedule))
+        net = build_network(read_json(unet / "config.json"), read_json(scheduler / "scheduler_config.json"))
     tensors = {}
     for name, tensor in read_safetensors(weights).items():
         tensors[".".join(FORMER_NAMES.get(part, part) for part in name.split("."))] = tensor
@@ -51,42 +50,25 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def architecture(config, scheduler):
-    """DiffusersUNet's arguments, from the contents of `config.json` and `scheduler_config.json`.
-
-    Raises ValueError or KeyError if the network or its scheduler is not supported.
-    """
+def build_network(config, scheduler):
+    """The network of these contents of `config.json` and `scheduler_config.json`; an error if one is not supported."""
     if config.get("_class_name") != "UNet2DModel":
-        raise ValueError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
-    name = scheduler.get("_class_name")
-    prediction = scheduler.get("prediction_type", "flow" if name == FLOW else "epsilon")
+        raise UserError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
+    name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
     if name == FLOW:
-        if prediction not in ("flow", "flow_prediction", "v_prediction"):
-            raise ValueError(f"{FLOW} with prediction_type {prediction!r:.60}: not a velocity")
         if scheduler.get("use_dynamic_shifting") or scheduler.get("invert_sigmas"):
-            raise ValueError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")
-        prediction, schedule = "flow", {key: scheduler.get(key, value) for key, value in FLOW_DEFAULTS.items()}
-    elif "beta_schedule" not in scheduler:
-        raise ValueError(f"its scheduler, {name!r:.60}, has no beta_schedule: neither a DDPM-type model nor {FLOW}")
-    elif scheduler.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr is not supported: its last level is pure noise, with infinite sigma")
-    elif prediction == "flow":
-        raise ValueError(f"prediction_type 'flow' needs {FLOW}, not {name!r:.60}")
+            raise UserError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")
+        prediction, schedule = "flow", {key: scheduler[key] for key in ("num_train_timesteps", "shift")}
+    elif "beta_schedule" in scheduler:
+        schedule = {key: scheduler[key] for key in SCHEDULE if key in scheduler}
     else:
-        schedule = {key: scheduler[key] for key in SCHEDULE} | {"trained_betas": scheduler.get("trained_betas")}
+        raise UserError(f"its scheduler, {name!r:.60}, has no beta_schedule: neither a DDPM-type model nor {FLOW}")
     unet = {name: value for name, value in config.items() if not name.startswith("_") and name not in OF_AVERAGE}
     size, in_channels, out_channels = (unet.pop(name) for name in ("sample_size", "in_channels", "out_channels"))
     if not isinstance(size, int) or in_channels not in (1, 3) or out_channels != in_channels:
         shape = f"sample_size {size}, in_channels {in_channels}, out_channels {out_channels}"
-        raise ValueError(f"{shape}: images must be square, with 1 or 3 channels, and no variances predicted")
-    return {
-        "img_resolution": size,
-        "img_channels": in_channels,
-        "label_dim": unet.pop("num_class_embeds", None) or 0,
-        "unet": unet,
-        "prediction_type": prediction,
-        "schedule": schedule,
-    }
+        raise UserError(f"{shape}: images must be square, with 1 or 3 channels, and no variances predicted")
+    return DiffusersUNet(size, in_channels, unet.pop("num_class_embeds", None) or 0, unet, prediction, schedule)
 
 
 def licence(folder):

@@ -1,15 +1,15 @@
 """Imports networks of EDM (Karras et al. 2022): NVIDIA's pickles, and files with the weights of such a network."""
 
 import io
-import math
 import os
 import re
+from functools import cache
 
 import torch
 
-from importers.safe_pickle import Record
 from importers.state_dict import ADVICE, Imported, find_network, load_torch, match, read_file, read_safetensors
 from networks.edm_unet import DhariwalUNet, SongUNet
+from support.script import UserError
 
 ADM = "out_conv.weight"  # a tensor that only DhariwalUNet has
 MOST_BLOCKS = 64  # at each resolution; the published networks have 3 or 4
@@ -21,14 +21,14 @@ def load_edm(path):
     """The `Imported` network of a file: NVIDIA's pickle, or what torch.save or safetensors wrote.
 
     The weights may be part of a dict, under a prefix. Without NVIDIA's objects EDM's preconditioning is assumed.
-    Raises ValueError for a file that holds no such network, and any exception for a damaged one.
+    Raises UserError for a file that holds no such network, and any exception for a damaged one.
     """
     known, notes, licence, data = {}, [], None, None
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read_file(path)
     if not isinstance(content, dict):
-        content = {content.made_by if isinstance(content, Record) else type(content).__name__: content}
+        content = {getattr(content, "made_by", type(content).__name__): content}
     if "model_config" in content:
-        raise ValueError("already a checkpoint of this project: give it to --teacher_checkpoint as it is")
+        raise UserError("already a checkpoint of this project: give it to --teacher_checkpoint as it is")
     if getattr(content.get("ema"), "made_by", None) == PERSISTENT:
         tensors, known, licence = read_network(content["ema"])
         data = content.get("dataset_kwargs", {}).get("path")
@@ -36,7 +36,7 @@ def load_edm(path):
         tensors, notes = find_network(content, "map_layer0.weight")
     total, size = sum(tensor.nbytes for tensor in tensors.values()), os.path.getsize(path)
     if total > size:
-        raise ValueError(f"its tensors take {total} bytes, but the file has {size}: they are expanded. {ADVICE}")
+        raise UserError(f"its tensors take {total} bytes, but the file has {size}: they are expanded. {ADVICE}")
     with torch.device("meta"):
         net = (DhariwalUNet if ADM in tensors else SongUNet)(**architecture(tensors), **known)
     left_out = remove_constants(tensors)
@@ -48,50 +48,42 @@ def load_edm(path):
 
 def read_network(record):
     """(tensors by name, dict of `dropout` and `sigma_data`, licence or None) of a recorded EDMPrecond."""
-    name, precond = persistent(record)
-    if name != "EDMPrecond":
-        raise ValueError(f"preconditioned by {name!r:.60}; only EDM's own (EDMPrecond) is supported")
-    name, unet = persistent(precond["_modules"]["model"])
-    if name not in ("SongUNet", "DhariwalUNet"):
-        raise ValueError(f"the network is a {name!r:.60}; only SongUNet (DDPM++) and DhariwalUNet (ADM) are supported")
-    known = {"sigma_data": float(precond["sigma_data"]), "dropout": float(unet["_init_kwargs"].get("dropout", 0.1))}
-    if not (0 < known["sigma_data"] < math.inf and 0 <= known["dropout"] < 1):
-        raise ValueError(f"sigma_data must be above 0, and dropout in [0, 1), not {known}")
-    source = record.args[0].get("module_src")
+    precond = record.args[0]  # class name, attributes, and source code, which is not used
+    if precond["class_name"] != "EDMPrecond":
+        raise UserError(f"preconditioned by {precond['class_name']!r:.60}; only EDM's own (EDMPrecond) is supported")
+    unet = precond["state"]["_modules"]["model"].args[0]
+    if unet["class_name"] not in ("SongUNet", "DhariwalUNet"):
+        raise UserError(f"the network is a {unet['class_name']!r:.60}; only SongUNet and DhariwalUNet are supported")
+    sigma_data, dropout = precond["state"]["sigma_data"], unet["state"]["_init_kwargs"].get("dropout", 0.1)
+    source = precond.get("module_src")
     licence = "CC BY-NC-SA 4.0" if isinstance(source, str) and LICENCE in source else None
-    return make_tensors(named_records(unet, "", seen=set())), known, licence
-
-
-def persistent(record):
-    """(class name, attributes) of an object of `torch_utils.persistence`. The source code with it is not used."""
-    return record.args[0]["class_name"], record.args[0]["state"]
+    known = {"sigma_data": float(sigma_data), "dropout": float(dropout)}
+    return make_tensors(named_records(unet["state"], "", seen=set())), known, licence
 
 
 def named_records(module, prefix, seen):
     """Pairs (name, record), named as in `state_dict`, of the tensors of a recorded torch module and its submodules."""
-    if id(module) in seen:
-        raise ValueError(f"the module {prefix!r:.60} occurs twice")
-    seen.add(id(module))
+    ids = {id(module[part]) for part in ("_parameters", "_buffers", "_modules")}
+    if ids & seen:  # a hostile file may name one part in many modules
+        raise UserError(f"the module {prefix!r:.60} occurs twice")
+    seen |= ids
     for name, record in (module["_parameters"] | module["_buffers"]).items():
         if record is not None:
             yield prefix + name, record
     for name, child in module["_modules"].items():
         if child is not None:
             # torch's own containers have a state; NVIDIA's an argument
-            yield from named_records(child.state or persistent(child)[1], f"{prefix}{name}.", seen)
+            yield from named_records(child.state or child.args[0]["state"], f"{prefix}{name!s:.40}.", seen)
 
 
 def make_tensors(records):
     """The tensors of the pairs `records`, by name. The pickle holds each storage as a file of torch.save."""
-    tensors, opened = {}, {}
+    tensors, load = {}, cache(lambda data: load_torch(io.BytesIO(data)))  # many tensors may name one storage
     for name, record in records:
         if record.made_by == "torch._utils._rebuild_parameter":
             record = record.args[0]
         storage, offset, shape, stride = record.args[:4]
-        data = storage.args[0]
-        if id(data) not in opened:
-            opened[id(data)] = load_torch(io.BytesIO(data))
-        tensors[name] = torch._utils._rebuild_tensor(opened[id(data)], offset, shape, stride)
+        tensors[name] = torch._utils._rebuild_tensor(load(storage.args[0]), offset, shape, stride)
     return tensors
 
 
@@ -101,16 +93,16 @@ def make_tensors(records):
 def architecture(tensors):
     """The network's arguments, except `dropout` and `sigma_data`, from the names and shapes of EDM's tensors.
 
-    Raises KeyError or IndexError if a tensor that every EDM network has is missing, ValueError for NCSN++.
+    Raises KeyError or IndexError if a tensor that every EDM network has is missing, UserError for NCSN++.
     """
     if "map_noise.freqs" in tensors:
-        raise ValueError('an NCSN++ (EDM\'s "ve" files), which is not supported; take DDPM++ ("vp") or ADM')
+        raise UserError('an NCSN++ (EDM\'s "ve" files), which is not supported; take DDPM++ ("vp") or ADM')
     found = [re.match(r"enc\.(\d{1,4})x\1_block0\.", name) for name in tensors]
     sides = sorted({int(match[1]) for match in found if match}, reverse=True)
     first = f"enc.{sides[0]}x{sides[0]}"
     num_blocks = sum(bool(re.fullmatch(rf"{first}_block\d+\.conv0\.weight", name)) for name in tensors)
     if num_blocks > MOST_BLOCKS:
-        raise ValueError(f"{num_blocks} blocks at a resolution; at most {MOST_BLOCKS} are supported")
+        raise UserError(f"{num_blocks} blocks at a resolution; at most {MOST_BLOCKS} are supported")
     model_channels = tensors["map_layer0.weight"].shape[1]
     return {
         "img_resolution": sides[0],
@@ -143,7 +135,7 @@ def remove_constants(tensors):
     """Removes from the dict `tensors` what our networks do without, and returns what it was.
 
     That is the layer for augmentation labels, which has no bias and gets zeros, and the filters of down- and
-    upsampling, which are means of 2x2 pixels. Raises ValueError for another filter.
+    upsampling, which are means of 2x2 pixels. Raises UserError for another filter.
     """
     left_out = []
     if tensors.pop("map_augment.weight", None) is not None:
@@ -151,5 +143,5 @@ def remove_constants(tensors):
     filters = [name for name in tensors if name.endswith(".resample_filter")]
     for name in filters:
         if not torch.equal(tensors.pop(name).float(), torch.full((1, 1, 2, 2), 0.25)):
-            raise ValueError(f"tensor {name} is not the mean of 2x2 pixels")
+            raise UserError(f"tensor {name} is not the mean of 2x2 pixels")
     return left_out + [f"{len(filters)} low-pass filters (constants)"] * bool(filters)

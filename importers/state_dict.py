@@ -8,6 +8,7 @@ from collections import namedtuple
 import torch
 
 from importers.safe_pickle import Reader
+from support.script import UserError
 
 # net: the network, without weights; state: its float32 `state_dict`; left_out: what in the file was not used;
 # notes: what was chosen, for the user to check; licence, data: as the file names them, or None
@@ -22,7 +23,7 @@ def read_safetensors(path):
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ValueError("it needs a package that is not installed: pip install safetensors") from None
+        raise UserError("it needs a package that is not installed: pip install safetensors") from None
     return load_file(path)
 
 
@@ -43,40 +44,41 @@ def load_torch(file):
     if file.read(2) == b"PK":  # a ZIP, the present format
         stored, size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()), file.seek(0, 2)
         if stored > size:
-            raise ValueError(f"its contents are compressed ({stored} bytes in {size}), as torch.save never writes them")
+            raise UserError(f"its contents are compressed ({stored} bytes in {size}), as torch.save never writes them")
     file.seek(0)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # options beside the weights
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its message advises to run the file
-        raise ValueError(f"damaged, or of more than tensors and plain data; nothing in it was run. {ADVICE}") from None
+        raise UserError(f"damaged, or of more than tensors and plain data; nothing in it was run. {ADVICE}") from None
 
 
 def find_network(content, sign):
     """(the tensors by name of the network in the dict `content`, notes). `sign` is the name of one of them.
 
     They may lie in dicts within it, under prefixes such as `module.`, `_orig_mod.` or `ema_model.`. Averaged weights
-    are preferred. Raises ValueError if `content` has no network, or several and does not say which.
+    are preferred. Raises UserError if `content` has no network, or several and does not say which.
     """
-    parts = {"": content}
-    for _ in range(3):  # deep enough for {"ema": {"state_dict": ...}}; a hostile dict may hold itself
-        inner = [(f"{where}{name!s:.40}.", part) for where, whole in parts.items() for name, part in whole.items()]
-        parts |= {where: part for where, part in inner if isinstance(part, dict)}
-    found = {}
-    for where, part in parts.items():
-        for name, value in part.items():
-            if isinstance(value, torch.Tensor) and f".{name}".endswith(f".{sign}"):
-                prefix = name.removesuffix(sign)
-                found[where + prefix] = prefix, part
-    chosen = [where for where in found if "ema" in where] if len(found) > 1 else list(found)
+    tensors = dict(named_tensors(content, "", seen=set()))
+    found = [name.removesuffix(sign) for name in tensors if f".{name}".endswith(f".{sign}")]
+    chosen = [prefix for prefix in found if "ema" in prefix] if len(found) > 1 else found
     if not found:
-        raise ValueError(f"no tensor {sign} in it, but {listed(content)}. {ADVICE}; of diffusers give the folder")
+        raise UserError(f"no tensor {sign} in it, but {listed(content)}. {ADVICE}; of diffusers give the folder")
     if len(chosen) != 1:
-        raise ValueError(f"{len(found)} networks, under {listed(found)}. {ADVICE}")
-    prefix, part = found.pop(chosen[0])
-    notes = [f"the network under `{chosen[0]:.80}` was taken, not {listed(found)}"] * bool(found)
-    inside = {str(name): value for name, value in part.items() if isinstance(value, torch.Tensor)}
-    return {name.removeprefix(prefix): value for name, value in inside.items() if name.startswith(prefix)}, notes
+        raise UserError(f"{len(found)} networks, under {listed(found)}. {ADVICE}")
+    prefix, others = chosen[0], [prefix for prefix in found if prefix not in chosen]
+    notes = [f"the network under `{prefix:.80}` was taken, not {listed(others)}"] * bool(others)
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, notes
+
+
+def named_tensors(part, where, seen):
+    """Pairs (name, tensor) of a dict and of the dicts in it, each once: a hostile dict may hold itself."""
+    seen.add(id(part))
+    for name, value in part.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{where}{name}", value
+        elif isinstance(value, dict) and id(value) not in seen and len(where) < 200:
+            yield from named_tensors(value, f"{where}{name!s:.40}.", seen)
 
 
 def listed(names, most=6):
@@ -88,19 +90,19 @@ def match(tensors, net, their_name):
     """The float32 `state_dict` of `net`, from the dict `tensors` by name, each used once.
 
     their_name: a function from the name of a tensor in `net` to its name in `tensors`.
-    Raises ValueError if one is missing or left over, has another shape, or does not hold finite numbers.
+    Raises UserError if one is missing or left over, has another shape, or does not hold finite numbers.
     """
     names, state = {name: their_name(name) for name in net.state_dict()}, {}
     if left_over := tensors.keys() - set(names.values()):
         found = f"tensor {min(left_over)!r:.60} does not belong to"
-        raise ValueError(f"{found} {net.config['network']} ({len(left_over)} such, of {len(tensors)})")
+        raise UserError(f"{found} {net.config['network']} ({len(left_over)} such, of {len(tensors)})")
     for name, expected in net.state_dict().items():
         if names[name] not in tensors:
-            raise ValueError(f"no tensor {names[name]}")
+            raise UserError(f"no tensor {names[name]}")
         tensor = tensors[names[name]]
         if tensor.shape != expected.shape:
-            raise ValueError(f"tensor {names[name]} has shape {list(tensor.shape)}, not {list(expected.shape)}")
+            raise UserError(f"tensor {names[name]} has shape {list(tensor.shape)}, not {list(expected.shape)}")
         state[name] = tensor.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         if not tensor.is_floating_point() or not state[name].isfinite().all():
-            raise ValueError(f"tensor {names[name]} ({tensor.dtype}) does not hold finite floating-point numbers")
+            raise UserError(f"tensor {names[name]} ({tensor.dtype}) does not hold finite floating-point numbers")
     return state

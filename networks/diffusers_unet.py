@@ -7,7 +7,7 @@ Images and `sigma`: see `model.py`.
 
 import torch
 
-from model import PREDICTIONS, Denoiser, keep_precision, resolutions
+from model import Denoiser, keep_precision, resolutions
 from support.script import UserError
 
 BLOCKS = [f"{kind}Block2D" for kind in ("Down", "AttnDown", "ResnetDownsample", "Up", "AttnUp", "ResnetUpsample")]
@@ -17,19 +17,19 @@ MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at
 def noise_levels(num_train_timesteps, **schedule):
     """sigma of every level t, float64 `[num_train_timesteps]`, ascending; the arguments are those of DDPMScheduler.
 
-    Raises ValueError for too many levels, and if they do not rise from above 0 to finite; NotImplementedError for an
+    Raises UserError for too many levels, and if they do not rise from above 0 to finite; NotImplementedError for an
     unknown schedule.
     """
     from diffusers import DDPMScheduler
 
     if not 2 <= num_train_timesteps <= MOST_LEVELS:
-        raise ValueError(f"num_train_timesteps {num_train_timesteps}: 2 to {MOST_LEVELS} are supported")
+        raise UserError(f"num_train_timesteps {num_train_timesteps}: 2 to {MOST_LEVELS} are supported")
     with torch.device("cpu"):  # also while a network is built on `meta`
         a_squared = (1 - DDPMScheduler(num_train_timesteps, **schedule).betas.double()).cumprod(0)
     sigmas = ((1 - a_squared) / a_squared).sqrt()
     rise = (sigmas.diff(prepend=sigmas.new_zeros(1)) > 0).all() and sigmas.isfinite().all()
     if sigmas.shape != (num_train_timesteps,) or not rise:
-        raise ValueError("the scheduler's noise levels do not rise step by step from above 0 to below infinity")
+        raise UserError("the scheduler's noise levels do not rise step by step from above 0 to below infinity")
     return sigmas
 
 
@@ -43,33 +43,29 @@ class DiffusersUNet(Denoiser):
     img_channels:    1 or 3
     label_dim:       number of classes; 0: unconditional
     unet:            UNet2DModel's other arguments
-    prediction_type: epsilon, v_prediction (arXiv 2202.00512), sample or flow
+    prediction:      epsilon, v_prediction (arXiv 2202.00512), sample or flow
     schedule:        the arguments of `noise_levels`; with flow `num_train_timesteps` and `shift`, of `euler_sampler`
 
     The key `network` in `net.config` names this class in a checkpoint; it is not an argument.
-    Raises UserError if diffusers is not installed; ValueError for a UNet2DModel or a schedule of an unsupported kind.
+    Raises UserError if diffusers is not installed, or for a UNet2DModel or a schedule of an unsupported kind.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim, unet, prediction_type, schedule):
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__(network="DiffusersUNet", **arguments)
+    def __init__(self, img_resolution, img_channels, label_dim, unet, prediction, schedule):
+        super().__init__(locals() | {"network": "DiffusersUNet"})
         try:
             from diffusers import UNet2DModel
         except ImportError:
             raise UserError("this network needs a package that is not installed: pip install diffusers") from None
-        if prediction_type not in PREDICTIONS[1:]:
-            raise ValueError(f"prediction_type {prediction_type!r:.60}; {', '.join(PREDICTIONS[1:])} are supported")
         if unet.get("class_embed_type") or unet.get("time_embedding_type", "positional") != "positional":
-            raise ValueError("its time embedding is not positional, or it has a class_embed_type: not supported")
+            raise UserError("its time embedding is not positional, or it has a class_embed_type: not supported")
         for name in [*unet["down_block_types"], *unet["up_block_types"]]:
             if name.removeprefix("UNetRes") not in BLOCKS:
-                raise ValueError(f"blocks of type {name!r:.60}; supported are {', '.join(BLOCKS)}")
+                raise UserError(f"blocks of type {name!r:.60}; supported are {', '.join(BLOCKS)}")
         if not 1 <= img_resolution <= MOST_PIXELS or not 1 <= unet.get("layers_per_block", 2) <= MOST_BLOCKS:
             limits = f"sides of at most {MOST_PIXELS} pixels and 1 to {MOST_BLOCKS} blocks are supported"
-            raise ValueError(f"{img_resolution} pixels, layers_per_block {unet.get('layers_per_block', 2)}: {limits}")
+            raise UserError(f"{img_resolution} pixels, layers_per_block {unet.get('layers_per_block', 2)}: {limits}")
 
-        self.prediction = prediction_type
-        if prediction_type == "flow":
+        if prediction == "flow":
             self.num_train_timesteps, self.shift = schedule["num_train_timesteps"], schedule["shift"]
             self.sigma_min = 1 / (self.num_train_timesteps - 1)  # t = 1 / num_train_timesteps
         else:

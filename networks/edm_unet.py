@@ -29,6 +29,7 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels, out_channels, emb_channels, dropout, adm, attention=False, resample=None):
         super().__init__()
         self.adm, self.resample = adm, resample
+        self.scale = 1.0 if adm else math.sqrt(0.5)  # in DDPM++ the sum of two branches keeps the variance of one
         self.num_heads = attention * (out_channels // 64 if adm else 1)
         self.norm0 = group_norm(in_channels, adm)
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -53,12 +54,8 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm1(h), 1 + scale)
         else:
             h = self.norm1(h + emb)
-        x = self.rescale(self.skip(x) + self.conv1(self.dropout(F.silu(h))))
-        return self.rescale(x + self.attend(x)) if self.num_heads else x
-
-    def rescale(self, x):
-        """In DDPM++ the sum of two branches keeps the variance of one."""
-        return x if self.adm else math.sqrt(0.5) * x
+        x = self.scale * (self.skip(x) + self.conv1(self.dropout(F.silu(h))))
+        return self.scale * (x + self.attend(x)) if self.num_heads else x
 
     def attend(self, x):
         B, C, H, W = x.shape
@@ -95,8 +92,7 @@ class UNet(Denoiser):
         dropout=0.13,
         sigma_data=0.5,
     ):
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        super().__init__(network=type(self).__name__, **arguments)
+        super().__init__(locals() | {"network": type(self).__name__})
         adm, half, emb_channels = self.adm, model_channels // 2, 4 * model_channels
         # from 1 to 1/10000 radian per unit of ln(sigma)/4; in ADM to nearly that
         ramp = torch.arange(half) / (half if adm else half - 1)

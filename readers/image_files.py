@@ -9,7 +9,6 @@ import unicodedata
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from support.images import resize
 from support.processes import is_main
-from support.script import UserError
+from support.script import UserError, as_user_error
 
 MOST = 20e9  # bytes of pixels; above, a data set is refused
 LARGEST_FILE = 200_000_000  # bytes; a small ZIP may hold a file of many gigabytes
@@ -70,22 +69,10 @@ def load(name, data_dir, shape):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def readable(what, kind):
-    """Turns any error of reading `what`, a `kind` of file of which every byte may be wrong, into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error).split(" <_io")[0] or type(error).__name__
-        raise UserError(f"{what}: not a readable {kind} ({reason})") from None
-
-
 def list_folder(path, inside="", above=()):
     """A dict from the name of each file in `path` to a function that opens it. Names of folders end in "/"."""
     files, above = {}, (*above, os.path.realpath(path))
-    with readable(path, "folder"):
+    with as_user_error(f"{path}: not a readable folder", Exception):
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             name = inside + entry.name
             if not entry.is_dir():
@@ -97,7 +84,7 @@ def list_folder(path, inside="", above=()):
 
 def list_zip(path):
     """The same of a ZIP, in its own order."""
-    with readable(path, "folder or ZIP archive"):
+    with as_user_error(f"{path}: not a readable folder or ZIP archive", Exception):
         archive = zipfile.ZipFile(path)
     members = {tidy(member.filename): member for member in archive.infolist()}
     for name, member in members.items():
@@ -120,7 +107,7 @@ def suffix(name):
 
 def read(path, opened):
     """The content of the file `path`, which `opened()` opens."""
-    with readable(path, "file"), opened() as stream:
+    with as_user_error(f"{path}: not a readable file", Exception), opened() as stream:
         content = stream.read(LARGEST_FILE + 1)
     if len(content) > LARGEST_FILE:
         raise UserError(f"{path}: larger than {LARGEST_FILE / 1e6:.0f} MB, the most that a file may have")
@@ -145,7 +132,7 @@ def read_images(path, files, shape):
 def read_image(path, opened, channels):
     """The pixels of an image file, uint8 `[channels, H, W]`, on white where it is transparent, turned as EXIF says."""
     content = read(path, opened)
-    with readable(path, "image"), warnings.catch_warnings():
+    with as_user_error(f"{path}: not a readable image", Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, such as of damaged EXIF data
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.mode.startswith(("I", "F")):
@@ -176,7 +163,7 @@ def json_labels(path, files, images):
             raise UserError(f"{path}{lower[0]} is not read; dataset.json must lie at the top")
         return None
     where = f"{path}dataset.json"
-    with readable(where, "object with labels, pairs of file name and class index"):
+    with as_user_error(f"{where}: no object with labels, pairs of file name and class index", Exception):
         pairs = json.loads(read(where, files["dataset.json"])).get("labels")
         listed = {tidy(name): label for name, label in pairs or []}
     if pairs is None:

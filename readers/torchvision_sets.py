@@ -1,7 +1,5 @@
 """CIFAR-10, MNIST and Fashion-MNIST through torchvision, which downloads them."""
 
-from contextlib import contextmanager
-
 import torch
 from torchvision import datasets
 
@@ -16,27 +14,19 @@ def load(name, data_dir, shape):
 
     They are downloaded if they are missing. `shape` is not used. Raises UserError if they are damaged, or cannot be.
     """
-    with main_first():
-        try:
-            dataset = CLASSES[name](data_dir, train=True, download=True)
-        except Exception as error:  # no network, or a damaged file
-            problem = f"data set {name} is missing from {data_dir} or damaged there, and not downloaded ({error})"
-            advice = "copy torchvision's files there, or take --dataset mnist5k, or folder for images of your own"
-            raise UserError(f"{problem}; {advice}") from None
+    # The first process of each machine downloads; the others then find the files. Machines that share a folder would
+    # download at once: there the files should lie before the start.
+    if local_rank():
+        barrier()
+    try:
+        dataset = CLASSES[name](data_dir, train=True, download=True)
+    except Exception as error:  # no network, or a damaged file
+        problem = f"data set {name} is missing from {data_dir} or damaged there, and not downloaded ({error})"
+        advice = "copy torchvision's files there, or take --dataset mnist5k, or folder for images of your own"
+        raise UserError(f"{problem}; {advice}") from None  # then this process exits, and torchrun ends the others
+    if not local_rank():
+        barrier()
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
     return images, torch.as_tensor(dataset.targets), class_names
-
-
-@contextmanager
-def main_first():
-    """The first process of each machine enters before the others, which then find what it downloaded.
-
-    Machines that share a folder would download at once; there the files should lie before the start.
-    """
-    if local_rank():
-        barrier()
-    yield  # a process that fails here exits, and torchrun ends the others
-    if not local_rank():
-        barrier()

@@ -21,8 +21,11 @@ def as_user_error(where, kind=ValueError):
     """Turns errors of `kind`, by default of the method, which knows no users, into a UserError that names `where`."""
     try:
         yield
+    except UserError:
+        raise
     except kind as error:
-        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or str(error).split(" <_io")[0] or type(error).__name__
+        raise UserError(f"{where}: {reason}") from None
 
 
 def writing(path):

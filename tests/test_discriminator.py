@@ -1,17 +1,7 @@
 import pytest
 import torch
 
-from discriminator import discriminator_gan_loss, gan_head, generator_gan_loss
-
-
-def test_losses_follow_dmd2_equation_4():
-    real, fake = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([0.3, -4.0])
-    torch.testing.assert_close(generator_gan_loss(fake), (-fake).exp().log1p().mean())
-    expected = fake.exp().log1p().mean() + (-real).exp().log1p().mean()
-    torch.testing.assert_close(discriminator_gan_loss(real, fake), expected)
-    fake.requires_grad_()
-    generator_gan_loss(fake).backward()
-    torch.testing.assert_close(fake.grad, -torch.sigmoid(-fake.detach()) / 2)  # largest where it is caught
+from discriminator import gan_head
 
 
 @pytest.mark.parametrize("resolution, convolutions", [(1, 1), (2, 1), (4, 1), (7, 2), (8, 2), (16, 3)])

@@ -43,9 +43,18 @@ def called(command):
     return pickle.dumps((command,))[2:-1]
 
 
-DAMAGED, REFUSED = "damaged, or not a pickle", "system'; nothing in it was run"
+DAMAGED, REFUSED = "damaged, or not a network that is known here", "system'; nothing in it was run"
 NOT_RUN = "of more than tensors and plain data; nothing in it was run. Save the network's tensors alone"
 DOUBLING = [b"}(X\1\0\0\0ah%cX\1\0\0\0bh%cuq%c" % (n, n, n + 1) for n in range(100)]  # a dict that holds the last twice
+
+
+def wide(shared, levels=4):
+    """A pickle of some kilobytes with 500 ways from each dict to the next: 500^4 paths in all."""
+    for _ in range(levels):
+        shared = dict.fromkeys(range(500), shared)
+    return shared
+
+
 HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line message
     "call": (lambda command: Call(os.system, command), REFUSED),
     "eval": (lambda command: Call(eval, f"__import__('os').system({command!r})"), "it asks for 'builtins.eval'"),
@@ -63,6 +72,7 @@ HOSTILE = {  # command -> pickle, or object to pickle; part of the one-line mess
     "call of bytearray": (lambda command: Call(bytearray, 1 << 33), "it asks for 'builtins.bytearray'"),
     "a dict in itself": (lambda command: opcodes(b"}\x94\x8c\3emah\x00s"), "no tensor map_layer0.weight in it, but e"),
     "a tree of dicts": (lambda command: opcodes(b"}q\0", *DOUBLING), "no tensor map_layer0.weight in it, but a, b"),
+    "shared dicts": (lambda command: wide({}), "no tensor map_layer0.weight in it, but 0, 1"),
     "deep key": (lambda command: opcodes(b"})" + b"\x85" * 100_000 + b"Ns"), "keys are neither text nor numbers"),
     "endless name": (lambda command: opcodes(b"]\x94h\x00h\x00\x86\x94h\x01h\x01\x93"), DAMAGED),
     "registry": (lambda command: opcodes(b"\x82\x01"), DAMAGED),
@@ -102,7 +112,7 @@ def test_reader_gives_plain_data_and_records():
     Unknown.__module__, Unknown.__qualname__ = "elsewhere", "Unknown"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "elsewhere", types.SimpleNamespace(Unknown=Unknown))
-        data = {protocol: pickle.dumps({"one": unknown, "two": unknown}, protocol) for protocol in (3, 4, 5)}
+        data = {protocol: pickle.dumps({"one": unknown, "two": unknown}, protocol) for protocol in (4, 5)}
     for protocol in data:
         content = Reader(io.BytesIO(data[protocol])).load()
         assert content["one"] is content["two"] and content["one"].made_by == "elsewhere.Unknown"
