@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import zipfile
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +17,7 @@ import torch
 from model import SimpleUNet
 from support.script import UserError, as_user_error
 
-# `model_config` names the class under `network`; SimpleUNet's has no such key. The module is imported when it is
-# needed.
+# `model_config` names the class under `network`; SimpleUNet's has no such key. Modules are imported when needed.
 NETWORKS = {
     "SimpleUNet": "model",
     "SongUNet": "networks.edm_unet",
@@ -30,12 +28,13 @@ NETWORKS = {
 WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}
 FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
 FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
-MAX_SIDE, MAX_SIZE, MAX_BLOCKS = 1024, 100_000, 100  # of a network; a hostile file may ask for anything
+MAX_SIZE = 100_000  # of any number in `model_config`, as a hostile file may ask for anything; narrower limits of some:
+LIMITS = {"label_dim": (0, MAX_SIZE), "img_resolution": (1, 1024), "img_channels": (1, 1024), "num_blocks": (1, 100)}
 
 
 def save(path, state):
     """Writes `state` (tensors and plain containers) to `path` as torch.save does. Raises UserError as `write` does."""
-    write(path, partial(torch.save, state))
+    write(path, lambda file: torch.save(state, file))
 
 
 def write(path, writer):
@@ -106,8 +105,11 @@ def check_state(state):
     require(current, "of an early version, whose layout is no longer read")
 
     require(min(state["step"], state.get("images_seen", 0)) >= 0, "its step or images_seen is below 0")
-    names, label_dim = state.get("class_names", []), config.get("label_dim")
-    require(type(label_dim) is int and label_dim >= 0, "its label_dim is no number of classes")
+    sizes = {"num_blocks": 1} | config  # a DiffusersUNet checks its own
+    for name, (least, most) in LIMITS.items():
+        fits = type(sizes.get(name)) is int and least <= sizes[name] <= most
+        require(fits, f"its {name} is no whole number from {least} to {most}")
+    names, label_dim = state.get("class_names", []), config["label_dim"]
     require(len(names) in (0, label_dim), f"it has {len(names)} class_names for {label_dim} classes")
     require(all(isinstance(name, str) for name in names), "its class_names are no texts")
     sigmas = state.get("student_sigmas", [1.0])
@@ -115,16 +117,10 @@ def check_state(state):
     descend = finite and sigmas == sorted(set(sigmas), reverse=True) != []
     require(descend, "its student_sigmas are not finite noise levels that descend")
 
-    side = config.get("img_resolution")
-    require(type(side) is int and 0 < side <= MAX_SIDE, f"its img_resolution is not from 1 to {MAX_SIDE}")
-    require(type(config.get("img_channels")) is int, "its img_channels is no whole number")
     try:
         json.loads(json.dumps(config), parse_int=check_size)
     except (TypeError, RecursionError):
         raise ValueError("its model_config is no plain data") from None
-    blocks = config.get("num_blocks", 1)  # a DiffusersUNet checks its own
-    few = type(blocks) is int and blocks <= MAX_BLOCKS
-    require(few, f"its model_config has more than {MAX_BLOCKS} blocks per resolution")
     for average in (state, *averages(state).values()):
         found = weights(average)
         tensors = list(found.values()) if isinstance(found, dict) else []
@@ -186,18 +182,14 @@ def network(state, path, device="cpu"):
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({reason:.200})") from None
-    # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds its output more
-    # coarsely.
+    # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds more coarsely.
     tensor_cores = torch.device(device).type == "cuda"
     layout = torch.channels_last if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format
     return net.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
 def load_network(path, device="cpu"):
-    """The network of a teacher's or generator's checkpoint (averaged weights if there are any), in eval mode.
-
-    Raises UserError as `load` does.
-    """
+    """The frozen network of a checkpoint, averaged weights if there are any. Raises UserError as `load` does."""
     return network(load(path), path, device)
 
 
@@ -225,14 +217,8 @@ def numbered(folder, kind):
     return sorted((int(match[1]), file) for match, file in matches if match)
 
 
-def present(folder, kind):
-    """The files of all checkpoints of `kind`, with the final one."""
-    final = Path(folder) / f"{kind}_final.pt"
-    return [file for _, file in numbered(folder, kind)] + [final] * final.exists()
-
-
 def by_step(folder, kind):
-    """Pairs (step, file) of the same, in order. The final one is loaded; if it is damaged, it counts as the last."""
+    """The same with the final one, which is loaded; if it is damaged, it counts as the last."""
     found, final = numbered(folder, kind), Path(folder) / f"{kind}_final.pt"
     if final.exists():
         try:

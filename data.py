@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from sampling import random_stream
+from support import processes
 from support.device import moved
 from support.images import resize, to_float
 from support.options import Option, choice, path
-from support.processes import own_rows
 from support.script import UserError, as_user_error
 
 # images: uint8 [N, C, H, W]; labels: int64 [N]; class_names: one string per class. Without classes: labels 0, no names
@@ -126,24 +126,21 @@ class Batches:
             raise UserError(f"--batch_size {batch_size} is more than the {len(dataset.labels)} images of the data set")
         self.dataset, self.batch_size, self.seed, self.hflip = dataset, batch_size, seed, hflip
         self.images_seen = 0
-        self.epochs = {}  # permutations and flips of the epochs in use
+        self.number = None  # of the epoch whose rows are drawn
 
     def epoch(self, number):
-        if number not in self.epochs:
-            stream, size = random_stream(self.seed, number), len(self.dataset.labels)
-            drawn = torch.stack([torch.randperm(size, generator=stream), torch.rand(size, generator=stream) < 0.5])
-            self.epochs[number] = drawn.to(self.dataset.images.device)
-            self.epochs.pop(number - 2, None)
-        return self.epochs[number]
+        stream, size = random_stream(self.seed, number), len(self.dataset.labels)
+        return torch.stack([torch.randperm(size, generator=stream), torch.rand(size, generator=stream) < 0.5], dim=1)
 
     def __next__(self):
         number, start = divmod(self.images_seen, len(self.dataset.labels))
-        drawn = self.epoch(number)[:, start : start + self.batch_size]
-        if rest := self.batch_size - drawn.shape[1]:
-            drawn = torch.cat([drawn, self.epoch(number + 1)[:, :rest]], dim=1)
+        if number != self.number:  # with the next one, into which the last batch may reach
+            drawn = torch.cat([self.epoch(number), self.epoch(number + 1)])  # `[2 N, 2]`: permutations, flips
+            self.number, self.drawn = number, drawn.to(self.dataset.images.device)
         self.images_seen += self.batch_size
 
-        rows, device = own_rows(drawn.T), self.dataset.labels.device
+        batch, device = self.drawn[start : start + self.batch_size], self.dataset.labels.device
+        rows = batch.tensor_split(processes.world_size())[processes.rank()]  # of this process
         index, flipped = moved(rows, device).T
         images = to_float(moved(self.dataset.images[rows[:, 0]], device))
         if self.hflip:

@@ -92,8 +92,7 @@ class Denoiser(nn.Module):
         the decoder needs
     run_decoder(*hidden) -> F_x, `[B, C, H, W]`
 
-    `net.config` holds the constructor's arguments, and a checkpoint carries it: `SimpleUNet(**net.config)` is the same
-    network.
+    `net.config` holds the constructor's arguments, for a checkpoint: `SimpleUNet(**net.config)` is the same network.
     """
 
     sigma_min, sigma_max = 0.0, math.inf  # bounds of the noise levels at which it may be called
@@ -260,8 +259,7 @@ class SimpleUNet(Denoiser):
             raise ValueError(f"model_channels must be a multiple of 8, not {model_channels}")
 
         emb_channels = 4 * model_channels
-        # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, which varies slowly over that range, to 16 radians
-        # per unit.
+        # ln(sigma)/4 spans [-1.6, 1.1]: the frequencies go from 0.5, slow over that range, to 16 radians per unit.
         self.register_buffer("freqs", torch.logspace(-1, 4, model_channels // 2, base=2), persistent=False)
         self.embed_noise = nn.Linear(model_channels, emb_channels)
         self.embed_class = nn.Linear(label_dim, emb_channels, bias=False) if label_dim else None

@@ -1,8 +1,7 @@
 """The objectives that train a generator with guidance: pure functions of tensors. A new objective is a new function.
 
 images: generated, x, `[B, C, H, W]`. pred_real, pred_fake: predictions of the teacher and of `fake_unet` for the same
-noised images, D_r(x + sigma n) and D_f(x + sigma n), `[B, C, H, W]`. Losses are scalars; their gradient reaches
-`images`.
+noised images, D_r(x + sigma n) and D_f(x + sigma n), `[B, C, H, W]`. Losses are scalars, differentiable in `images`.
 """
 
 import torch

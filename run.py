@@ -3,8 +3,8 @@
 import json
 import os
 import signal
-import threading
 import time
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -47,9 +47,9 @@ class Run:
 
     def __init__(self, args, tables, kind):
         processes.join()
-        self.kind, self.step, self.resumed, self.lock = kind, 0, None, None
+        self.kind, self.step, self.resumed, self.wandb_run_id, self.lock = kind, 0, None, None, None
         if args.resume_from_checkpoint == "auto":
-            found = checkpoint.present(args.output_dir, kind)
+            found = any(Path(args.output_dir).glob(f"{kind}_*.pt"))
             print(f"--resume_from_checkpoint auto: {'the newest' if found else 'a new run'} in {args.output_dir}")
             args.resume_from_checkpoint = "latest" if found else None
         if args.resume_from_checkpoint:
@@ -58,7 +58,7 @@ class Run:
             self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind or "random_state" not in self.resumed:
                 raise UserError(f"checkpoint {self.resumed_from}: not of a training by train_{kind}.py")
-            self.step = self.resumed["step"]
+            self.step, self.wandb_run_id = self.resumed["step"], self.resumed.get("wandb_run_id")
             self.take_options(args, tables)
         if args.batch_size % (args.grad_accum * (size := processes.world_size())):
             by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
@@ -74,8 +74,7 @@ class Run:
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
                 source = f"checkpoint {self.resumed_from}: {option.name}"
                 setattr(args, option.name, convert(option, stored[option.name], source))
-        read = args.data_dir != data_dir and args.dataset not in ("mnist5k", "none")
-        if read and not os.path.exists(args.data_dir):
+        if args.data_dir != data_dir and not os.path.exists(args.data_dir):
             where = f"trained on data in {args.data_dir}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
 
@@ -84,8 +83,7 @@ class Run:
 
         facts: further entries of its checkpoints: the network's `model_config`, `class_names`, ...
         parts: networks and optimizers; a checkpoint holds each under its name here followed by `_state_dict`. None for
-        one that this run does not use. Raises UserError if the folder holds another run or the checkpoint another
-        network.
+        one that this run does not use. Raises UserError for another run's folder or another network's checkpoint.
         """
         self.device, self.batches, self.parts = device, batches, parts
         self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
@@ -99,26 +97,20 @@ class Run:
         # A finished run stays as it is, whatever options it is called with again.
         final = self.folder / f"{self.kind}_final.pt"
         self.finished = self.done and bool(self.resumed) and Path(self.resumed_from).resolve() == final.resolve()
-        continues, mistake = True, None
-        if processes.is_main():
+        mistake = None
+        if processes.is_main() and not self.finished:
             try:
-                make_folder("--output_dir", self.folder / "samples")
-                self.lock_folder()
-                continues = self.finished or self.take_folder()
+                self.take_folder()
             except UserError as error:
                 mistake = error
         if processes.all_max(int(mistake is not None)):
             if self.lock:  # in a notebook the next call may use the folder
                 self.lock.close()
             raise mistake or UserError(f"--output_dir {self.folder}: refused, as the first process tells")
-        # W&B drops what is sent for steps that it already has, so a run that branches off gets a W&B run of its own.
-        wandb_run_id = self.resumed.get("wandb_run_id") if self.resumed and continues else None
-        self.logger = Logger(self.args, self.step, wandb_run_id)
-        if self.resumed and not self.done:
-            self.logger.message(f"going on from {self.resumed_from} at step {self.step}")
-        if self.done:
-            where = f"{self.resumed_from} is at step {self.step}"
-            self.logger.message(f"nothing left to train: {where}; to continue, give a larger --step_number")
+        self.logger = Logger(self.args, self.step, self.wandb_run_id)
+        if self.resumed:
+            more = "; nothing left to train: to continue, give a larger --step_number" if self.done else ""
+            self.logger.message(f"going on from {self.resumed_from} at step {self.step}{more}")
         if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
             more = f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps"
             self.logger.message(f"{more}: the learning rate never reaches its full value")
@@ -150,45 +142,23 @@ class Run:
             raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
 
     def check_folder(self):
-        """(whether the folder holds a run, whether it is the one that is resumed). Raises UserError for another."""
-        holds = [*checkpoint.present(self.folder, "dmd2"), *checkpoint.present(self.folder, "teacher")]
+        """Whether the folder is that of the run that is resumed. Raises UserError if it holds another run."""
+        holds = sorted([*self.folder.glob("dmd2_*.pt"), *self.folder.glob("teacher_*.pt")])
         continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
         if holds and not continues and not self.args.overwrite:
             raise UserError(
                 f"--output_dir {self.folder} holds another run ({holds[-1].name}); resume it with "
                 "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
             )
-        return bool(holds), continues
-
-    def take_folder(self):
-        """Refuses another run's folder, cleans up after a kill, and renames checkpoints of later steps.
-
-        Returns whether this continues the resumed run and does not branch off: in its folder, without later
-        checkpoints.
-        """
-        args = self.args
-        with writing(self.folder):
-            holds, continues = self.check_folder()
-            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
-                file.unlink()
-            for step, file in checkpoint.by_step(self.folder, self.kind):
-                if args.overwrite:
-                    file.unlink()
-                elif step > self.step:  # from another continuation, which `latest` must not find
-                    set_aside(file)
-                    continues = False
-            self.cut_metrics()
-            # config.yaml is to repeat the run from its start
-            afresh = public(args) | {"resume_from_checkpoint": None, "overwrite": False}
-            content = yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True)
-            config = self.folder / "config.yaml"
-            if config.exists() and not holds and config.read_text(encoding="utf-8", errors="replace") != content:
-                set_aside(config)  # the user's own
-            config.write_text(content, encoding="utf-8")
         return continues
 
-    def lock_folder(self):
-        """Locks the folder until `__exit__` or the process's end. Raises UserError if another process holds it."""
+    def take_folder(self):
+        """Locks the folder, cleans up after a kill, and renames checkpoints of later steps.
+
+        The lock holds until `__exit__` or the process's end. Raises UserError if another process has it, or if the
+        folder holds another run.
+        """
+        make_folder("--output_dir", self.folder / "samples")
         with writing(self.folder):
             (self.folder / ".lock").touch()
             self.lock = (self.folder / ".lock").open()  # to read: a file open for writing keeps a disk busy
@@ -200,23 +170,33 @@ class Run:
         except OSError as error:  # some network file systems
             print(f"--output_dir {self.folder}: cannot be locked ({error.strerror}); no other run may use it")
 
-    def cut_metrics(self):
-        """Drops the lines of `metrics.jsonl` after `step`, and those that are damaged."""
-        file = self.folder / "metrics.jsonl"
-        rows = read_metrics(file) if self.step else []
-        temporary = file.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= self.step))
-        temporary.replace(file)
+        branches_off = not self.check_folder()
+        config, metrics = self.folder / "config.yaml", self.folder / "metrics.jsonl"
+        with writing(self.folder):
+            for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
+                file.unlink()
+            for step, file in checkpoint.by_step(self.folder, self.kind):
+                if self.args.overwrite:
+                    file.unlink()
+                elif step > self.step:  # from another continuation, which `latest` must not find
+                    set_aside(file)
+                    branches_off = True
+            if config.exists() and not metrics.exists():  # the user's own
+                set_aside(config)
+            rows = [json.dumps(row) + "\n" for row in read_metrics(metrics) if row["step"] <= self.step]
+            checkpoint.write(metrics, lambda file: file.write("".join(rows).encode()))
+            # config.yaml is to repeat the run from its start
+            afresh = public(self.args) | {"resume_from_checkpoint": None, "overwrite": False}
+            config.write_text(yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        if branches_off:  # W&B drops what is sent for steps that it already has
+            self.wandb_run_id = None
 
     @property
     def done(self):
         return self.step >= self.args.step_number
 
     def goes_on(self):
-        """Whether there is a step left to train and no request to stop.
-
-        Raises UserError if an optimizer has skipped `--max_bad_steps` steps in a row, or more.
-        """
+        """Whether to train another step. Raises UserError after `--max_bad_steps` skipped ones in a row."""
         if self.step % self.args.log_every == 0 or self.done:  # not at every step: it waits for the device
             worst = max(int(getattr(part, "bad_steps", (0, 0))[1]) for part in self.parts.values())
             if worst >= self.args.max_bad_steps:
@@ -264,17 +244,14 @@ class Run:
         """Lets the next run in this process, as in a notebook, use the folder and the signals."""
         self.logger.close(exit_code=int(error is not None))
         self.stop.end()
-        if processes.is_main():
+        if self.lock:
             self.lock.close()
         if error is None:
             processes.leave()
 
 
 def find_checkpoint(name, folder, kind):
-    """(file, state) of the checkpoint `name`. `latest` is the newest of `kind` in `folder` that is not damaged.
-
-    Raises UserError if there is none.
-    """
+    """(file, state) of the checkpoint `name`. `latest` is the newest of `kind` in `folder` that is not damaged."""
     if name != "latest":
         return name, checkpoint.load(name)
     for _, file in reversed(checkpoint.by_step(folder, kind)):
@@ -289,12 +266,10 @@ def read_metrics(file):
     """The lines of a run's `metrics.jsonl` as dicts; those that a kill or a power cut has damaged are left out."""
     rows = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
-        try:
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -315,10 +290,10 @@ class Stop:
     def __init__(self):
         self.signal = self.exit_status = 0
         self.previous = {}  # handlers
-        main_thread = threading.current_thread() is threading.main_thread()  # only this may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP) if main_thread else ():
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self.previous[number] = signal.signal(number, self.receive)
+        with suppress(ValueError):  # in a thread, which may not handle signals
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self.receive)
 
     def end(self):
         """Gives the signals back to whoever handled them before, such as a notebook."""

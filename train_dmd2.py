@@ -17,7 +17,6 @@ from support.images import to_float
 from support.logger import LOGGING, WANDB
 from support.optimizers import OPTIMIZATION, adamw, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, noise_level, number, parse_args, path, positive, share
-from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
 
@@ -133,7 +132,6 @@ def main(argv=None):
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
     teacher = checkpoint.network(teacher_state, args.teacher_checkpoint, device)
     model = build_model(args, teacher, device)
-    broadcast(model)
     guidance, generator, sigmas = model.guidance_model, model.feedforward_model, model.student_sigmas
     side, channels = teacher.config["img_resolution"], teacher.config["img_channels"]
     has_images = args.dataset != "none"
@@ -235,9 +233,9 @@ def main(argv=None):
                         logger.message(f"drawing {len(grid[0])} images of the teacher, 35 network evaluations each")
                         teacher_grid = heun_sampler(teacher, *grid)
                     student_grid = student_sampler(ema or generator, *grid, sigmas)
-                logger.samples(run.step, teacher_grid, student_grid, columns=8)
+                logger.grid(run.step, "samples", teacher_grid, student_grid)
                 if seen:
-                    logger.images(run.step, seen["dmtrain_noisy"], seen["dmtrain_pred_real"], seen["dmtrain_pred_fake"])
+                    logger.grid(run.step, "images", *seen.values())  # noisy, pred_real, pred_fake
             run.save_if_due()
         return run.finish()
 

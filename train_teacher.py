@@ -12,7 +12,6 @@ from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.logger import LOGGING, WANDB
 from support.optimizers import OPTIMIZATION, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, number, parse_args, path, positive, share
-from support.processes import broadcast
 from support.script import UserError, as_user_error, run_script
 
 NETWORK = [
@@ -45,10 +44,7 @@ OPTIONS = {
 
 
 def check_label_dim(args, dataset):
-    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`.
-
-    Raises UserError if `--label_dim` is not the number of classes, or if there is only one.
-    """
+    """The names of the classes that a teacher learns: those of the data set, or none with `--label_dim 0`."""
     ours = [] if args.label_dim == 0 else dataset.class_names
     if args.label_dim not in (None, len(ours)):
         raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0: no labels)")
@@ -91,7 +87,6 @@ def main(argv=None):
     batches = Batches(dataset, args.batch_size, args.seed, args.hflip)
 
     net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=torch.channels_last)
-    broadcast(net)
     args.attn_resolutions = net.config["attn_resolutions"]  # those that occur, for config.yaml to repeat the run
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = build_optimizer(args.optimizer, net, args.lr)
@@ -115,10 +110,9 @@ def main(argv=None):
             sigmas = (args.P_mean + args.P_std * torch.randn(len(images), device=device)).exp()
             noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
             parts = [batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)]
-            micro_batches = zip(*parts, strict=True)
             lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
             metrics = {}
-            for x, x0, sigma, y in micro_batches:
+            for x, x0, sigma, y in zip(*parts, strict=True):
                 with autocast(args, device):
                     denoised = net(x, sigma, y)
                 loss = denoising_loss(denoised, x0, sigma, args.sigma_data, args.prediction)
@@ -134,8 +128,8 @@ def main(argv=None):
                 logger.message(f"drawing {len(grid[0])} images, 35 network evaluations each")
                 with autocast(args, device):
                     sample_grid = heun_sampler(ema, *grid)
-                logger.samples(run.step, sample_grid, columns=8)
-                logger.images(run.step, x0, x, denoised.detach())
+                logger.grid(run.step, "samples", sample_grid)
+                logger.grid(run.step, "images", x0, x, denoised.detach())
             run.save_if_due()
         return run.finish()
 

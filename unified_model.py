@@ -72,8 +72,7 @@ class UnifiedModel(nn.Module):
     def guidance_turn(self, images, labels, real_images=None, real_labels=None, student_step=0):
         """The guidance model's losses on `images` of one step of the generator, with GAN heads also on `real_images`.
 
-        Both are `[B, C, H, W]`, labels `[B]`. Returns two dicts: losses, and the heads' mean logits. The generator gets
-        no gradient.
+        Both are `[B, C, H, W]`, labels `[B]`. Returns two dicts: losses (none reaches the generator), mean logits.
         """
         guidance = self.guidance_model
         guidance.fake_unet = self.fake_unets[student_step]

@@ -17,8 +17,7 @@ MOST_LEVELS, MOST_BLOCKS, MOST_PIXELS = 100_000, 64, 1024  # of the schedule; at
 def noise_levels(num_train_timesteps, **schedule):
     """sigma of every level t, float64 `[num_train_timesteps]`, ascending; the arguments are those of DDPMScheduler.
 
-    Raises UserError for too many levels, and if they do not rise from above 0 to finite; NotImplementedError for an
-    unknown schedule.
+    Raises UserError for too many levels, or if these do not rise; NotImplementedError for an unknown schedule.
     """
     from diffusers import DDPMScheduler
 

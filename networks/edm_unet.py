@@ -74,8 +74,7 @@ class UNet(Denoiser):
 
     A network sets `adm` and defines embed(c_noise, class_labels) -> `[B, emb_channels]`. The key `network` in
     `net.config` names its class. Initial weights are torch's, not EDM's. EDM's label dropout, for classifier-free
-    guidance, is left out. Raises ValueError if `img_resolution` cannot be halved often enough, or a width does not fit
-    its norm or its heads.
+    guidance, is left out. Raises ValueError if `img_resolution` cannot be halved, or a width fits no norm or heads.
     """
 
     adm = False

@@ -52,11 +52,7 @@ def choose_device(args):
 
 
 def keep_freed_memory():
-    """Makes glibc keep the memory of freed tensors for new ones until the process ends. Does nothing without glibc.
-
-    By default glibc returns large blocks to the kernel, which must clear each page when it hands it out again: at every
-    step.
-    """
+    """Makes glibc keep freed tensors' memory for new ones: the kernel would clear each page anew, at every step."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # as in malloc.h
         mallopt(trim_threshold, 2**31 - 1)

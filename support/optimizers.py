@@ -108,12 +108,8 @@ def optimizer_step(optimizer, lr, max_norm):
     in_a_row, at_most = getattr(optimizer, "bad_steps", (0, torch.zeros_like(norm)))
     in_a_row = (in_a_row + 1) * bad
     optimizer.bad_steps = in_a_row, torch.maximum(at_most, in_a_row)
-    if group["fused"]:
-        # As GradScaler does, this makes fused AdamW skip the step without a synchronisation.
-        optimizer.found_inf = bad.float()
-        optimizer.step()
-    elif not bad:
-        optimizer.step()
+    optimizer.found_inf = bad.float()  # as GradScaler does: a fused optimizer skips the step, without a synchronisation
+    optimizer.step()
     optimizer.zero_grad()
     return norm
 
@@ -128,8 +124,7 @@ def add_means(means, values, num_parts):
 def update_ema(ema, net, decay, updates, ramp=10):
     """ema <- decay * ema + (1 - decay) * net, after the network's update number `updates` (from 1).
 
-    The decay is at most updates / (updates + ramp): early on, the average covers about the last 1 / ramp of the
-    updates.
+    The decay is at most updates / (updates + ramp): early on, the average covers about the last 1 / ramp of them.
     """
     decay = min(decay, updates / (updates + ramp))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)

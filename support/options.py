@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import yaml
 
-from support.script import UserError
+from support.script import UserError, as_user_error
 
 # parse: text -> value, raising UserError; `nargs` as in argparse for options that take several values.
 Option = namedtuple("Option", "name default parse help nargs", defaults=[None])
@@ -79,19 +79,14 @@ def did_you_mean(word, known):
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def parse_args(tables, description, argv=None):
     """The options of `tables`, a dict from a heading of `--help` to a list of `Option`s, as a namespace.
 
     The namespace also has `given`, the names of the options in the command line or the YAML file. Raises UserError for
     the first wrong value, key or flag.
     """
-    parser = Parser(
-        usage="%(prog)s [options]", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description, allow_abbrev=False, exit_on_error=False
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags override it")
     options = {}
@@ -106,8 +101,9 @@ def parse_args(tables, description, argv=None):
                 kind = option.parse.__name__.upper() if option.parse in (text, path) else "X"
                 metavar = getattr(option.parse, "metavar", kind)
                 group.add_argument(f"--{option.name}", nargs=option.nargs, metavar=metavar, help=help)
-    given, unknown = parser.parse_known_args(argv)
-    given = vars(given)
+    with as_user_error("the options", argparse.ArgumentError):
+        given, unknown = parser.parse_known_args(argv)
+    given = {name: value for name, value in vars(given).items() if value is not None}
     if unknown:
         word = unknown[0].split("=")[0]
         hint = f" (did you mean --config {word}?)" if word.endswith((".yaml", ".yml")) else ""
@@ -119,14 +115,10 @@ def parse_args(tables, description, argv=None):
         if key not in options:
             raise UserError(f"{file}: unknown key {key}{did_you_mean(key, options)}")
 
-    values = argparse.Namespace(given={*given, *from_file})
-    for name, option in options.items():
-        value = option.default
-        if name in given:
-            value = convert(option, given[name], f"--{name}")
-        elif name in from_file:
-            value = convert(option, from_file[name], f"{file}: {name}")
-        setattr(values, name, value)
+    raw = from_file | given
+    values = argparse.Namespace(given={*raw}, **{name: option.default for name, option in options.items()})
+    for name, value in raw.items():
+        setattr(values, name, convert(options[name], value, f"--{name}" if name in given else f"{file}: {name}"))
     return values
 
 
@@ -170,12 +162,10 @@ def read_yaml(file):
     if not isinstance(content, dict):
         raise UserError(f"{file}: needs lines of the form `key: value`")
     if isinstance(block := content.get("wandb"), dict):
-        del content["wandb"]
-        for key, value in block.items():
-            name = "wandb" if key == "enabled" else f"wandb_{key}"
-            if name in content:
-                raise UserError(f"{file}: {name} is given twice")
-            content[name] = value
+        flat = {"wandb" if key == "enabled" else f"wandb_{key}": value for key, value in block.items()}
+        if twice := content.keys() & flat.keys() - {"wandb"}:
+            raise UserError(f"{file}: {min(twice)} is given twice")
+        content |= {"wandb": False} | flat
     return content
 
 

@@ -1,6 +1,6 @@
 """One process, or several under torchrun: each takes its rows of every batch, and their gradients are averaged.
 
-With one process nothing here costs or changes anything.
+They start with the same weights, as they draw them from the same seed. One process costs and changes nothing.
 """
 
 import os
@@ -50,17 +50,11 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own_rows(batch):
-    """This process's rows of a batch `[B, ...]` of all: `[B / world_size, ...]`, or one more or less."""
-    return batch.tensor_split(world_size())[rank()]
-
-
 def all_mean(tensors):
     """Replaces each tensor by its mean over the processes, in place. A message per tensor would take ten times as long.
 
     DistributedDataParallel would overlap this with the backward pass. But it requires that each network is called
-    through its wrapper and once per backward pass, while DMD2 calls `fake_unet` up to three times, with and without
-    gradients.
+    through its wrapper, once per backward pass; DMD2 calls `fake_unet` up to three times, with and without gradients.
     """
     if world_size() > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -76,13 +70,6 @@ def all_max(value):
     largest = torch.tensor(value)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
-
-
-def broadcast(module):
-    """Gives every process rank 0's weights of `module`."""
-    if world_size() > 1:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, 0)
 
 
 def barrier():

@@ -1,10 +1,9 @@
 """How a script ends: a user's mistake is one line and exit status 2, a bug shows its traceback."""
 
-import errno
 import io
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -60,15 +59,12 @@ def run_script(main):
 
 
 class Output(io.FileIO):
-    """A file descriptor to write to that drops output when its reader, a pipe or a terminal, is gone."""
+    """A file descriptor to write to that drops what cannot be written: its pipe or terminal is gone, its disk full."""
 
     def write(self, data):
-        try:
+        with suppress(OSError):
             return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            return memoryview(data).nbytes
+        return memoryview(data).nbytes
 
 
 def outlive_readers():

@@ -55,7 +55,7 @@ print(before, new_pages())
 
 def test_gradients_are_clipped_to_a_total_norm():
     a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizer = torch.optim.SGD([a, b])
+    optimizer = torch.optim.SGD([a, b], fused=True)
     for grads, step in (((3.0, 4.0), (0.6, 0.8)), ((0.03, 0.04), (0.03, 0.04))):
         a.data.zero_(), b.data.zero_()
         a.grad, b.grad = (torch.tensor([value]) for value in grads)
@@ -190,11 +190,10 @@ def test_compiled_graphs_have_fixed_sizes(monkeypatch):
         assert all(torch.is_tensor(tensor) and all(type(size) is int for size in tensor.shape) for tensor in inputs)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_step_that_is_not_finite_moves_nothing_and_is_counted(fused):
-    """Fused AdamW skips it itself; where it cannot, the norm decides."""
+def test_a_step_that_is_not_finite_moves_nothing_and_is_counted():
+    """Fused AdamW skips it itself."""
     layer = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+    optimizer = adamw(layer.parameters(), 1e-3)
     for bad, *counted in ((False, 0, 0), (True, 1, 1), (True, 2, 2), (False, 0, 2), (True, 1, 2)):
         before = layer.weight.detach().clone()
         layer(torch.full((1, 2), float("nan") if bad else 1.0)).sum().backward()

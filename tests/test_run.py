@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios
 import time
-import types
 from contextlib import suppress
 
 import pytest
@@ -497,15 +496,10 @@ def test_a_folder_that_cannot_be_flushed_does_not_end_a_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("given", [[], ["--wandb_mode", "offline"]])
-def test_wandbs_environment_beats_our_defaults(tmp_path, monkeypatch, given):
+def test_wandbs_environment_beats_our_defaults(tmp_path, given):
     """And a flag beats it: WANDB_MODE=disabled keeps everything on this machine, unless a mode was asked for."""
-    seen = {}
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **options: seen.update(options) or types.SimpleNamespace(id="a", log=print, finish=print)
-    wandb.Settings = dict
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("WANDB_PROJECT", "theirs")
-    train(tmp_path / "out", *given, wandb=True, wandb_dir=tmp_path / "w")
-    assert "project" not in seen and seen.get("mode") == (given[1] if given else None)
-    assert seen["dir"] == str(tmp_path / "w") and "WANDB_DATA_DIR" not in os.environ  # which is for this run alone
+    init = "Settings = dict\n\ndef init(project, mode, dir, **_):\n    raise OSError(f'{project} {mode} {dir}')\n"
+    (tmp_path / "wandb.py").write_text(init)
+    env = {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled", "WANDB_PROJECT": "theirs"}
+    told = succeed(*TEACHER, *given, output_dir=tmp_path / "out", wandb=True, wandb_dir=tmp_path / "w", env=env)
+    assert f"training continues: theirs {given[1] if given else 'disabled'} {tmp_path}/w\n" in told
