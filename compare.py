@@ -16,10 +16,9 @@ import train_dmd2
 from evaluation.costs import forward_flops, iteration_flops
 from evaluation.metrics import BETTER
 from evaluation.plots import plot_quality
-from evaluation.results import read_results, write_results
-from support.device import MACHINE, choose_device
+from support.device import MACHINE
 from support.options import Option, count, number, parse_args, path, positive, public
-from support.script import UserError, make_folder, run_script, writing
+from support.script import UserError, run_script, writing
 
 OPTIONS = {
     "what to compare": [
@@ -37,9 +36,8 @@ OPTIONS = {
     "machine": MACHINE[1:],  # all but the seed
 }
 POINTS = 4  # evaluated checkpoints per run
-KEPT = POINTS + 10  # with those of stops
-FREE_HEADINGS = ("run", "machine", "log", "Weights & Biases")  # of options in which the runs of a configuration may
-FREE = {option.name for heading in FREE_HEADINGS for option in train_dmd2.OPTIONS[heading]}  # differ
+# Options in which the runs of a configuration may differ.
+FREE = {o.name for heading in ("run", "machine", "log", "Weights & Biases") for o in train_dmd2.OPTIONS[heading]}
 FREE -= {"batch_size", "grad_accum", "precision"}
 
 
@@ -48,32 +46,30 @@ def main(argv=None):
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
-    choose_device(args)  # a wrong one is told at once
     folder = Path(args.output_dir)
     state = checkpoint.load_teacher(args.teacher_checkpoint)
     net = checkpoint.network(state, args.teacher_checkpoint, "meta")
-    names = [Path(config).stem for config in args.configs]
-    if len(set(names)) < len(names):
-        raise UserError("--configs: two files have the same name; results are stored by name")
     options, steps = {}, {}
-    for name, config in zip(names, args.configs, strict=True):  # a mistake in any is told before the first training
+    for config in args.configs:  # a mistake in any is told before the first training
+        if (name := Path(config).stem) in options:
+            raise UserError("--configs: two files have the same name; results are stored by name")
         words = ["--config", config, "--teacher_checkpoint", args.teacher_checkpoint]
         options[name] = parse_args(train_dmd2.OPTIONS, None, words)
         vars(options[name]).update(machine(args))
         model = train_dmd2.build_model(options[name], net, "meta")
-        steps[name] = args.step_number or steps_of(args, options[name], model)
+        work = (args.forward_passes or 0) * forward_flops(net)  # per image, as is that of an iteration
+        steps[name] = args.step_number or max(1, round(work / iteration_flops(options[name], model)))
     # All are measured against the same real images. With `--dataset none` a configuration has none.
     with_images = next((vars(of_run) for of_run in options.values() if of_run.dataset != "none"), state["config"])
     args.dataset, args.data_dir = with_images.get("dataset"), with_images.get("data_dir")
     del state  # mainly to free its optimizer's moments
-    make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
     # ---- train and evaluate: seed by seed, so that a comparison that is stopped has results of each configuration ----
     real, teacher = measure(args, args.teacher_checkpoint, folder / "teacher")
-    results = {name: [] for name in names}
+    results = {name: [] for name in options}
     for seed in args.seeds:
-        for name in names:
+        for name in options:
             points = points_of(args, options[name], seed, steps[name], folder / name / f"seed_{seed}", real)
             results[name].append({"seed": seed, "points": points})
         write_report(args, folder, real, teacher, results)
@@ -92,13 +88,13 @@ def check_settings(args, folder, options):
     for name, of_runs in options.items():
         settings[name] = {option: value for option, value in public(of_runs).items() if option not in FREE}
         settings[name]["generator_checkpoint"] = identity(of_runs.generator_checkpoint)
-    stored = read_results(folder / "settings.json") or {}
+    stored = evaluate.read_results(folder / "settings.json") or {}
     for name in settings.keys() & stored.keys():
         for option, value in settings[name].items():
             if (folder / name).exists() and (before := stored[name].get(option, value)) != value:
                 made = f"{folder / name} holds results for {option} {before}, not {value}"
                 raise UserError(f"{made}: delete it, or choose another --output_dir")
-    write_results(folder / "settings.json", stored | settings)
+    evaluate.write_results(folder / "settings.json", stored | settings)
 
 
 def identity(file):
@@ -106,21 +102,12 @@ def identity(file):
     return file and f"{file} (SHA-256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]})"
 
 
-def steps_of(args, options, model):
-    """The number of iterations of `model`, on `meta`, for the work of `--forward_passes` of a batch by its teacher."""
-    passes = args.forward_passes * forward_flops(model.guidance_model.real_unet)
-    return max(1, round(passes / iteration_flops(options, model)))
-
-
 def points_of(args, options, seed, steps, folder, real):
-    """The rows of a run's evaluated checkpoints, without those of a stop. The run is trained unless it is finished.
-
-    Raises UserError if real images come out unlike in `real`, the row of the teacher's evaluation.
-    """
+    """The rows of a run's evaluated checkpoints, without those of a stop. The run is trained unless it is finished."""
     every = -(-steps // POINTS)
     if not (folder / "dmd2_final.pt").exists():
         of_run = {"seed": seed, "output_dir": str(folder), "resume_from_checkpoint": "auto", "overwrite": False}
-        of_run |= {"step_number": steps, "save_every": every, "keep_last": KEPT, "sample_every": steps}
+        of_run |= {"step_number": steps, "save_every": every, "keep_last": POINTS + 10, "sample_every": steps}
         run(train_dmd2, public(options) | of_run)
     own_real, *points = measure(args, folder, folder)
     if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
@@ -134,10 +121,10 @@ def points_of(args, options, seed, steps, folder, real):
 def measure(args, path, output_dir):
     """The rows of evaluate.py: for real images, and for the checkpoint at `path` or each one in that folder."""
     written = Path(output_dir, "evaluation.json")
-    if not read_results(written):
+    if not evaluate.read_results(written):
         of_call = {name: getattr(args, name) for name in ("dataset", "data_dir", "features", "num_samples")}
         run(evaluate, of_call | machine(args) | {"checkpoint": str(path), "output_dir": str(output_dir)})
-    return read_results(written)["rows"]
+    return evaluate.read_results(written)["rows"]
 
 
 def run(script, options):
@@ -170,7 +157,7 @@ def write_report(args, folder, real, teacher, results):
     with writing(folder / "compare.md"):
         (folder / "compare.md").write_text(report)
     found = {"budget": budget, "real": real, "teacher": teacher, "configurations": results}
-    write_results(folder / "compare.json", found)
+    evaluate.write_results(folder / "compare.json", found)
     curves = {name: [one["points"] for one in runs] for name, runs in results.items()}
     plot_quality(folder / "compare.png", curves, teacher)
 

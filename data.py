@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from sampling import random_stream
 from support import processes
-from support.device import moved
 from support.images import resize, to_float
 from support.options import Option, choice, path
 from support.script import UserError, as_user_error
@@ -141,8 +140,8 @@ class Batches:
 
         batch, device = self.drawn[start : start + self.batch_size], self.dataset.labels.device
         rows = batch.tensor_split(processes.world_size())[processes.rank()]  # of this process
-        index, flipped = moved(rows, device).T
-        images = to_float(moved(self.dataset.images[rows[:, 0]], device))
+        index, flipped = rows.to(device).T
+        images = to_float(self.dataset.images[rows[:, 0]].to(device))
         if self.hflip:
             images = torch.where(flipped.bool()[:, None, None, None], images.flip(3), images)
         return images, self.dataset.labels[index]

@@ -1,5 +1,6 @@
 """Compare a generator with its teacher and real images in quality, diversity and speed; or plot a run's curves."""
 
+import json
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -12,14 +13,13 @@ import checkpoint
 from data import DATA, READERS, check_classes, load_dataset, subset
 from evaluation import features, metrics
 from evaluation.plots import plot_metrics, plot_quality, save_comparison, save_diversity, training_minutes
-from evaluation.results import write_results
 from generate import SAMPLING, choose_sampler
 from run import read_metrics
 from sampling import random_stream
-from support.device import MACHINE, autocast, choose_device, compile_networks
+from support.device import MACHINE, autocast, choose_device
 from support.images import to_uint8
 from support.options import Option, choice, flag, number, parse_args, path
-from support.script import UserError, make_folder, run_script
+from support.script import UserError, as_user_error, make_folder, run_script
 
 FEATURES = choice("inception", "classifier", "pixels")
 OPTIONS = {
@@ -69,7 +69,9 @@ def main(argv=None):
     inception = features.inception(args.inception_weights, device) if args.features == "inception" else None
     classifier = accuracy = None
     if conditional or args.features == "classifier":
-        cache = features.cache_path(args.dataset, args.data_dir, models[0].net.config)
+        config = models[0].net.config
+        place = Path(args.data_dir).resolve() if args.dataset == "folder" else Path(args.data_dir, args.dataset)
+        cache = place.with_name(f"{place.stem}_classifier_{config['img_resolution']}x{config['img_channels']}.pt")
         classifier, accuracy = features.classifier(dataset, cache, device)
         print(f"a classifier, trained on four fifths of the real images: accuracy {accuracy:.4f} on the held-out fifth")
 
@@ -142,36 +144,26 @@ def main(argv=None):
     print(f"wrote {output_dir / 'evaluation.json'} and pictures beside it")
 
 
-def load_states(args):
-    """(file, state, suffix of its name) of a teacher that is given, then of a folder's files or one file's averages."""
-    place, teacher = Path(args.checkpoint), args.teacher_checkpoint
-    if teacher:
-        yield teacher, checkpoint.load_teacher(teacher), ""
+def load_models(args, device):
+    """A namespace per network. Raises UserError if they make images of different shapes or classes."""
+    place, teacher, models = Path(args.checkpoint), args.teacher_checkpoint, []
     found = checkpoint.by_step(place, "dmd2") or checkpoint.by_step(place, "teacher")
     files = list(dict(found).values()) if place.is_dir() else [place]
     if not files:
         raise UserError(f"--checkpoint {place}: no checkpoints in this folder")
-    for file in files:
-        state = checkpoint.load(file)
-        yield file, state, ""
-        for decay, average in checkpoint.averages(state).items() if file is place else ():
-            yield file, average, f", average {decay}"
-
-
-def load_models(args, device):
-    """A namespace for each of `load_states`. Raises UserError if they make images of different shapes or classes."""
-    models = []
-    for file, state, suffix in load_states(args):
-        net = checkpoint.network(state, file, device)
-        compile_networks(args, net)
-        sampler, evaluations = choose_sampler(args, state, net, device)
-        facts = {name: state.get(name) for name in ("config", "model_config", "class_names")}
+    for file in [teacher, *files] if teacher else files:
+        state = checkpoint.load_teacher(file) if file is teacher else checkpoint.load(file)
+        name = f"{checkpoint.kind(state)}, step {state['step']}"
         if args.guide_checkpoint and checkpoint.kind(state) == "teacher":
-            suffix += f", guided by {args.guidance_scale:g}"
-        row = {"name": f"{checkpoint.kind(state)}, step {state['step']}{suffix}", "checkpoint": str(file)}
-        row |= {"step": state["step"], "evaluations": evaluations}
-        models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
-        checkpoint.check_same_images(file, net.config, models[0].net.config, f"that of {models[0].file}")
+            name += f", guided by {args.guidance_scale:g}"
+        facts = {fact: state.get(fact) for fact in ("config", "model_config", "class_names")}
+        further = checkpoint.averages(state) if file is place else {}
+        for suffix, one in {"": state, **{f", average {decay}": one for decay, one in further.items()}}.items():
+            net = checkpoint.network(one, file, device)
+            sampler, evaluations = choose_sampler(args, one, net, device)
+            row = {"name": name + suffix, "checkpoint": str(file), "step": state["step"], "evaluations": evaluations}
+            models.append(SimpleNamespace(file=file, net=net, sampler=sampler, facts=facts, row=row))
+            checkpoint.check_same_images(file, net.config, models[0].net.config, f"that of {models[0].file}")
     return models
 
 
@@ -198,14 +190,12 @@ def load_real_images(args, models, device):
 
 def read_fid_reference(path):
     """The published statistics of real images, (mu `[2048]`, sigma `[2048, 2048]`). Raises UserError if it has none."""
-    try:
+    needed = "needs an .npz file with mu [2048] and sigma [2048, 2048]"
+    with as_user_error(f"--fid_reference {path}: {needed}", Exception):  # any file may be given
         with np.load(path, allow_pickle=False) as arrays:
             mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
         if mean.shape != (2048,) or covariance.shape != (2048, 2048):
             raise ValueError(f"these are {list(mean.shape)} and {list(covariance.shape)}")
-    except Exception as error:  # any file may be given
-        needed = "needs an .npz file with mu [2048] and sigma [2048, 2048]"
-        raise UserError(f"--fid_reference {path}: {needed} ({error!s:.100})") from None
     return mean, covariance
 
 
@@ -231,6 +221,20 @@ def generate(args, models, image_shape, device):
     for model in models:
         model.images, model.seconds = torch.cat(model.images), median(model.seconds)
     return torch.cat(labels)
+
+
+def write_results(path, results):
+    """Writes the dict `results` as JSON. Raises UserError as `checkpoint.write` does."""
+    content = json.dumps(results, indent=2) + "\n"
+    checkpoint.write(path, lambda file: file.write(content.encode()))
+
+
+def read_results(path):
+    """The dict that `write_results` wrote, or None if the file is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def print_table(rows):

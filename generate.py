@@ -56,7 +56,6 @@ def main(argv=None):
         state = further[args.ema_decay]
     net = checkpoint.network(state, args.checkpoint, device)
     sampler, evaluations = choose_sampler(args, state, net, device)
-    compile_networks(args, net)
     names = checkpoint.class_names(state, net.label_dim)
     classes, stems = choose_classes(args.classes, names), file_names(names) or ["samples"]
     stems = [stems[label] for label in classes]
@@ -81,11 +80,13 @@ def choose_sampler(args, state, net, device):
     """Returns (a function from noise and labels to images, its network evaluations per image) for a loaded checkpoint.
 
     A generator is called once at each noise level that it was trained at. A teacher is sampled with `--steps` steps of
-    `--sampler`, guided by `--guide_checkpoint` if there is one. Raises UserError if that cannot guide.
+    `--sampler`, guided by `--guide_checkpoint` if there is one. `--compile` compiles the networks. Raises UserError if
+    the guide does not fit.
     """
     source = f"--guide_checkpoint {args.guide_checkpoint}"
     if "guidance_scale" in args.given and not args.guide_checkpoint:
         raise UserError("--guidance_scale needs --guide_checkpoint")
+    compile_networks(args, net)
     if checkpoint.kind(state) == "dmd2":
         if args.guide_checkpoint and "teacher_checkpoint" not in args.given:
             raise UserError(f"{source}: guides a teacher, and --checkpoint is a generator")
@@ -107,7 +108,7 @@ def load_sampler(path, device="cpu", steps=18):
     The images may slightly exceed [-1, 1]; `support.images.to_uint8` and `images.clamp(-1, 1)` clamp them.
     Raises UserError as `checkpoint.load` does.
     """
-    args, state = parse_args({"sampling": SAMPLING}, None, ["--steps", str(steps)]), checkpoint.load(path)
+    args, state = parse_args({"": [*SAMPLING, *MACHINE]}, None, ["--steps", str(steps)]), checkpoint.load(path)
     return choose_sampler(args, state, checkpoint.network(state, path, device), device)[0]
 
 
@@ -142,10 +143,7 @@ def write(folder, format, stems, images, labels, has_classes):
 
 
 def choose_classes(wanted, names):
-    """The indices in `names` of the classes in `--classes`, in that order; all if it is not given; without classes [0].
-
-    Raises UserError for an unknown name.
-    """
+    """The indices in `names` of the classes in `--classes`, in that order; by default all, or without classes [0]."""
     if not wanted:
         return list(range(len(names))) or [0]
     wanted, names = ([unicodedata.normalize("NFC", name) for name in part] for part in (wanted, names))

@@ -21,31 +21,22 @@ from guidance import GuidanceModel
 from model import Denoiser, denoising_loss
 from sampling import heun_sampler, one_step_sampler
 from support.optimizers import adamw, lr_factor, optimizer_step, update_ema
-from support.options import Option, choice, parse_args
+from support.options import Option, choice, parse_args, path, share
 from support.script import as_user_error, make_folder, run_script
 from unified_model import UnifiedModel
 
 SHARED = {option.name: option for table in train_dmd2.OPTIONS.values() for option in table}
-
-
-def shared(**defaults):
-    """Options of train_dmd2.py, with other defaults."""
-    return [SHARED[name]._replace(default=default) for name, default in defaults.items()]
-
-
+DEFAULTS = dict(step_number=5000, batch_size=512, dfake_gen_update_ratio=5, generator_lr=4e-3, guidance_lr=8e-3)
+DEFAULTS |= dict(conditioning_sigma=2.5, objective="dmd", f_divergence="rkl", gan_classifier=False, seed=0)
 OPTIONS = {
     "points": [
         Option("target", "ring", choice("ring", "unequal", "grid"), "8 modes; 8 of weights 1 to 8; 5 x 5 modes"),
         Option("start", "target", choice("target", "collapsed"), "collapsed: the networks first learn one mode alone"),
-    ],
-    "training": [
         Option("prediction", "edm", choice("edm", "flow"), "what generator and fake_unet predict"),
-        *shared(step_number=5000, batch_size=512, dfake_gen_update_ratio=5, generator_lr=4e-3, guidance_lr=8e-3),
-        *shared(conditioning_sigma=2.5),
-        SHARED["ema_decay"]._replace(default=0.99, nargs=None, help="decay of the average of the generator"),
+        Option("ema_decay", 0.99, share, "decay of the average of the generator"),
+        Option("output_dir", "./log/toy", path, "where the pictures go"),
     ],
-    "objective": [SHARED[name] for name in ("objective", "f_divergence", "gan_classifier")],
-    "run": [SHARED["seed"], SHARED["output_dir"]._replace(default="./log/toy", help="where the pictures go")],
+    "of train_dmd2.py": [SHARED[name]._replace(default=default) for name, default in DEFAULTS.items()],
 }
 GEN_CLS_LOSS_WEIGHT = 0.1
 CLIP_GRAD_NORM = 10.0
@@ -147,16 +138,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     teacher = ExactTeacher(*mixture(args.target))
     generator = PointDenoiser(teacher.sample(100_000).std().item(), args.prediction)
+    chosen = {name: getattr(args, name) for name in ("prediction", "objective", "f_divergence", "gan_classifier")}
     with as_user_error("the options"):
-        guidance = GuidanceModel(
-            teacher,
-            fake_unet=copy.deepcopy(generator),
-            sigma_data=generator.sigma_data,
-            prediction=args.prediction,
-            objective=args.objective,
-            f_divergence=args.f_divergence,
-            gan_classifier=args.gan_classifier,
-        )
+        guidance = GuidanceModel(teacher, fake_unet=copy.deepcopy(generator), sigma_data=generator.sigma_data, **chosen)
     model = UnifiedModel(guidance, args.conditioning_sigma, generator=generator)
     one_mode = ExactTeacher(teacher.means[:1], torch.ones(1), teacher.std)
     learn_to_denoise(generator, one_mode if args.start == "collapsed" else teacher, args.batch_size)

@@ -16,22 +16,18 @@ from support.optimizers import build_optimizer
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within it and not yet freed: `now`, and the most so far, `peak`."""
 
-    def __init__(self):
-        super().__init__()
-        self.live, self.now, self.peak = weakref.WeakSet(), 0, 0
+    now = peak = 0
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for storage in storages(result) - storages((args, kwargs)):  # a result may be a view of what was given
-            if storage not in self.live:
-                self.live.add(storage)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
         return result
-
-    def free(self, nbytes):
-        self.now -= nbytes
 
 
 def storages(tree):
@@ -77,7 +73,6 @@ def blank_batch(net, batch_size):
     return torch.empty(batch_size, *shape, device="meta"), torch.empty(batch_size, dtype=torch.int64, device="meta")
 
 
-@torch.no_grad()
 def forward_flops(net):
     """FLOPs of one evaluation of `net`, a `Denoiser` on `meta`, per image."""
     images, labels = blank_batch(net, 1)
@@ -93,24 +88,15 @@ def teacher_costs(net, batch_size, bf16=False):
 
 
 def turn_costs(model, batch_size, student_step=0, bf16=False):
-    """`count` for a `UnifiedModel` on `meta` of making images, of a generator turn and of a guidance turn.
-
-    The turns have their backward passes. Their gradients are there before.
-    """
+    """`count` of making images and of both turns of a `UnifiedModel` on `meta`. Their gradients are there before."""
     fill_gradients(model)
     images, labels = blank_batch(model.feedforward_model, batch_size)
-
-    @torch.no_grad()
-    def generate():
-        model.generate_at(images, labels, student_step)
-
-    def generator_turn():
-        sum(model.generator_turn(images, labels, student_step)[0].values()).backward()
-
-    def guidance_turn():
-        sum(model.guidance_turn(images, labels, images, labels, student_step)[0].values()).backward()
-
-    return [count(turn, bf16) for turn in (generate, generator_turn, guidance_turn)]
+    turns = [
+        lambda: model.generate_at(images, labels, student_step),
+        lambda: sum(model.generator_turn(images, labels, student_step)[0].values()).backward(),
+        lambda: sum(model.guidance_turn(images, labels, images, labels, student_step)[0].values()).backward(),
+    ]
+    return [count(turn, bf16) for turn in turns]
 
 
 def optimizer_costs(name, net):
@@ -122,10 +108,7 @@ def optimizer_costs(name, net):
 
 
 def iteration_flops(args, model):
-    """Mean FLOPs per image of an iteration of train_dmd2.py with the options `args`, for its `UnifiedModel` on `meta`.
-
-    The mean is over the generator's steps, and over iterations with and without a generator update.
-    """
+    """Mean FLOPs per image of an iteration of train_dmd2.py with options `args`, for its `UnifiedModel` on `meta`."""
     ratio, levels, flops = args.dfake_gen_update_ratio, len(model.student_sigmas), 0
     for student_step in range(levels):
         generate, generator_turn, guidance_turn = (turn[0] for turn in turn_costs(model, 1, student_step))

@@ -10,7 +10,6 @@ import tempfile
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +20,13 @@ from tqdm import tqdm
 import checkpoint
 from data import Batches, subset
 from sampling import random_stream
-from support.device import moved
 from support.images import to_float
 from support.optimizers import lr_factor
 from support.script import UserError
 
 BATCH_SIZE = 250
 EPOCHS, MOST_PIXELS = 24, 640_000 * 32 * 32  # length of the classifier's training: the lesser of the two
-VERSION = 2  # of the classifier: a change of its network, its data or its training needs another number
+VERSION = 3  # of the classifier: a change of its network, its data or its training needs another number
 
 
 def averaged_pixels(images):
@@ -50,10 +48,7 @@ def in_batches(network, device, images):
 
 
 def inception(weights, device):
-    """The Inception network of FID, from torch-fidelity; `weights` is a file, or None to download them.
-
-    Raises UserError if they cannot be loaded.
-    """
+    """The Inception network of FID, from torch-fidelity; `weights`: its file, None to download. Raises UserError."""
     try:
         with tempfile.NamedTemporaryFile() as copy:
             if weights:  # torch-fidelity's own loader would run code from a hostile file, and needs the file's device
@@ -73,30 +68,24 @@ def convolution(width_in, width, *pool):
     return nn.Sequential(*layers)
 
 
-class Residual(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.layers = convolution(width, width)
-
-    def forward(self, x):
-        return x + self.layers(x)
-
-
 class Classifier(nn.Module):
     """A small residual network with features `[N, 128]`."""
 
     def __init__(self, img_channels, num_classes):
         super().__init__()
         widths = [16, 32, 64, 128]
-        layers = [convolution(img_channels, widths[0])]
-        for width_in, width in pairwise(widths):
-            layers += [convolution(width_in, width, nn.MaxPool2d(2)), Residual(width)]
-        self.layers = nn.Sequential(*layers)
+        self.first = convolution(img_channels, widths[0])
+        halving = [[convolution(a, b, nn.MaxPool2d(2)), convolution(b, b)] for a, b in pairwise(widths)]
+        self.stages = nn.ModuleList(map(nn.ModuleList, halving))
         self.out = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images):
         """Images in [-1, 1] to (penultimate features, logits)."""
-        features = self.layers(images).mean(dim=(2, 3))
+        x = self.first(images)
+        for halve, residual in self.stages:
+            x = halve(x)
+            x = x + residual(x)
+        features = x.mean(dim=(2, 3))
         return features, self.out(features)
 
 
@@ -123,7 +112,7 @@ def augment(images, stream, coloured):
     else:
         turn, zoom, mirror = 0.17 * turn, 1 + 0.1 * zoom, torch.ones_like(mirror)
     rows = [mirror * zoom * turn.cos(), -zoom * turn.sin(), right, mirror * zoom * turn.sin(), zoom * turn.cos(), down]
-    matrices = moved(torch.stack(rows, dim=1).reshape(-1, 2, 3), images.device)
+    matrices = torch.stack(rows, dim=1).reshape(-1, 2, 3).to(images.device)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
@@ -181,9 +170,3 @@ def train_classifier(network, dataset):
         optimizer.param_groups[0]["lr"] = 1e-2 * lr_factor(step, steps // 4, 0.75, steps)
         optimizer.step()
         optimizer.zero_grad()
-
-
-def cache_path(dataset_name, data_dir, config):
-    """The file where the classifier of a data set is cached: beside the data."""
-    path = Path(data_dir).resolve() if dataset_name == "folder" else Path(data_dir) / dataset_name
-    return path.with_name(f"{path.stem}_classifier_{config['img_resolution']}x{config['img_channels']}.pt")

@@ -67,7 +67,7 @@ def radii(points, *ks):
     return torch.cat([block.topk(max(ks) + 1, largest=False).values[:, ks].T for block in distances(points, points)], 1)
 
 
-def neighbour_metrics(real, fake, real_radii, ks=(3, 5)):
+def neighbour_metrics(real, fake, ks=(3, 5)):
     """A dict of four metrics. The ball of an image reaches to its k-th nearest other of its kind, real or fake.
 
     precision: share of the fake images that are in some real ball (Kynkaanniemi et al. 2019, arXiv 1904.06991);
@@ -75,9 +75,9 @@ def neighbour_metrics(real, fake, real_radii, ks=(3, 5)):
     density: mean number of real balls that a fake image is in, divided by k (Naeem et al. 2020, arXiv 2002.09797): 1
     for the real distribution, more if fake images crowd;
     coverage: share of the real balls that contain a fake image; both with the second of `ks`.
-    real_radii: `radii(real, *ks)`. A ball contains its surface (Naeem's code leaves it out).
+    A ball contains its surface (Naeem's code leaves it out).
     """
-    precise, dense = [], []
+    precise, dense, real_radii = [], [], radii(real, *ks)
     recalled, closest = torch.zeros_like(real_radii[0], dtype=bool), torch.full_like(real_radii[0], torch.inf)
     for block, fake_radii in zip(distances(fake, real), radii(fake, ks[0])[0].split(BLOCK), strict=True):
         precise.append((block <= real_radii[0]).any(1))
@@ -105,7 +105,6 @@ def reference(training, held_out):
         "features": with_root(*statistics(training["features"])),
         "small": with_root(*statistics(training["small"])),
         "neighbours": training["neighbours"][:NEIGHBOURS],  # of which as many as generated images are used
-        "radii": {},  # of these, by their number
         "training": training["small"],  # all that a generator could have copied
         # One in a hundred held-out real images is closer than this to the nearest training image.
         "copied_below": nearest(held_out["small"], training["small"]).quantile(0.01),
@@ -120,12 +119,10 @@ def measure(seen, labels, reference):
     `logits` (the classifier's) and `images` (uint8); all `[N, ...]`. reference: from the function of that name.
     """
     real, fake = reference["neighbours"][: len(labels)], seen["neighbours"][:NEIGHBOURS]
-    if len(real) not in reference["radii"]:
-        reference["radii"][len(real)] = radii(real, 3, 5)
     values = {
         "frechet_distance": frechet_distance(seen["features"], reference["features"]),
         "pixel_frechet_distance": frechet_distance(seen["small"], reference["small"]),
-        **neighbour_metrics(real, fake, reference["radii"][len(real)]),
+        **neighbour_metrics(real, fake),
     }
     if "logits" in seen:
         values["own_label"] = (seen["logits"].argmax(1) == labels).double().mean().item()
@@ -162,24 +159,17 @@ def verdict(student, teacher, real):
     """
     result = {"better": [], "worse": [], "as good": []}
     for name in student["noise"]:
-        better = BETTER[name]
-        values = [row[name] if better else abs(row[name] - real[name]) for row in (student, teacher)]
+        values = [row[name] if BETTER[name] else abs(row[name] - real[name]) for row in (student, teacher)]
         noise = (student["noise"][name] ** 2 + teacher["noise"][name] ** 2) ** 0.5
-        if abs(values[0] - values[1]) <= 3 * noise:
-            result["as good"].append(name)
-        else:
-            result["better" if (better or min)(values) == values[0] else "worse"].append(name)
+        how = "better" if (BETTER[name] or min)(values) == values[0] else "worse"
+        result["as good" if abs(values[0] - values[1]) <= 3 * noise else how].append(name)
     return result
 
 
 def best(rows):
-    """The index of the best row: that of the least mean rank in the metrics `RANKED`.
-
-    Two of the four mainly detect lost diversity. Of equal rows, the one with the lesser Frechet distance is best.
-    """
+    """The index of the row of the least mean rank in the metrics `RANKED`; of equal ones, of Frechet distance."""
 
     def rank(row):
-        signs = {name: -1 if BETTER[name] is max else 1 for name in RANKED}
-        return sum(sign * other[name] < sign * row[name] for other in rows for name, sign in signs.items())
+        return sum(BETTER[name](other[name], row[name]) != row[name] for other in rows for name in RANKED)
 
     return min(range(len(rows)), key=lambda index: (rank(rows[index]), rows[index]["frechet_distance"]))

@@ -46,11 +46,6 @@ def new_figure(rows, columns, width, height):
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def save(figure, path):
-    with writing(path):
-        figure.savefig(path, dpi=100)
-
-
 def plot_metrics(metrics_path, path):
     """Plots `metrics.jsonl`, one panel per kind of metric. Raises UserError if it holds none."""
     rows = read_metrics(metrics_path)
@@ -68,7 +63,8 @@ def plot_metrics(metrics_path, path):
         axis.set(title=title, xlabel="step", yscale=scale)
         if len(names) > 1:
             axis.legend()
-    save(figure, path)
+    with writing(path):
+        figure.savefig(path, dpi=100)
 
 
 def plot_quality(path, results, teacher=None):
@@ -92,7 +88,8 @@ def plot_quality(path, results, teacher=None):
             axis.errorbar(*points, [row["noise"][metric] for row in rows], fmt=".", color=line.get_color(), capsize=2)
         axis.set(title=metric, xlabel=label)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    save(figure, path)
+    with writing(path):
+        figure.savefig(path, dpi=100)
 
 
 def save_comparison(path, teacher_images, student_images, labels):

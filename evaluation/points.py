@@ -7,7 +7,6 @@ import math
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from evaluation.plots import new_figure
 from support.script import writing
@@ -78,9 +77,8 @@ def animate(frames, target, folder):
     curves = {"modes found": BLUE, "share inside": RED, "total variation": ORANGE}
 
     images = []
-    for index in tqdm(range(len(frames)), "drawing", unit="frame", delay=5):
-        frame, so_far = frames[index], frames[: index + 1]
-        points, push = frame["points"], frame["push"]
+    for index, frame in enumerate(frames):
+        points, push, so_far = frame["points"], frame["push"], frames[: index + 1]
         some = points[: len(push)]
         moving = [panel.scatter(*part.T, 3, RED, linewidths=0) for panel, part in ((left, points), (middle, some))]
         moving.append(middle.quiver(*some.T, *push.T, color=INK, scale=1, scale_units="xy", width=0.005, minlength=0.5))
@@ -97,10 +95,8 @@ def animate(frames, target, folder):
         images.append(Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB"))
         for artist in moving:
             artist.remove()
-    flat = [image.point(lambda value: value // 15 * 15) for image in images]  # few colours, white among them
-    palette = Image.new("P", (1, 1))
-    palette.putpalette([part for _, color in sorted(flat[-1].getcolors(2**20))[-64:] for part in color])
-    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in flat]
+    palette = images[-1].quantize(64, Image.Quantize.MAXCOVERAGE)  # few colours, white among them
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     milliseconds = [600, *[90] * (len(rest) - 1), 3000]
     with writing(folder):
         images[-1].save(folder / "toy.png", optimize=True)

@@ -4,7 +4,6 @@ Usage: python -m extras.estimate teacher [options of train_teacher.py], or dmd2 
 """
 
 import sys
-from bisect import bisect_left
 
 import torch
 
@@ -49,10 +48,10 @@ def main(argv=None):
         print(f"(at {SHARE_OF_PEAK:.0%} of {args.peak_tflops:g} TFLOP/s, a share that is assumed, not measured)")
     if args.memory_gb:
         limit = (1 - HEADROOM) * args.memory_gb * GIB - sum(fixed.values())
-        parts = [parts for parts in range(1, args.batch_size + 1) if args.batch_size % parts == 0]
-        least = bisect_left(parts, True, key=lambda number: activations(args.batch_size // number) <= limit)
-        answers = ["it fits", *(f"use --grad_accum {number}" for number in parts[1:]), "too little even for one image"]
-        print(f"--memory_gb {args.memory_gb:g}: {answers[least]}; {HEADROOM:.0%} is reserved for what is not counted")
+        parts = (parts for parts in range(1, args.batch_size + 1) if args.batch_size % parts == 0)
+        least = next((number for number in parts if activations(args.batch_size // number) <= limit), None)
+        answer = {1: "it fits", None: "too little even for one image"}.get(least, f"use --grad_accum {least}")
+        print(f"--memory_gb {args.memory_gb:g}: {answer}; {HEADROOM:.0%} is reserved for what is not counted")
 
 
 def of_teacher(args):
@@ -69,8 +68,12 @@ def of_teacher(args):
 
 
 def of_dmd2(args):
-    """The same for train_dmd2.py."""
-    teacher = load_teacher(args.teacher_checkpoint)
+    """The same for train_dmd2.py. The name of a network stands for a teacher of that kind, with default arguments."""
+    if (path := args.teacher_checkpoint) in checkpoint.NETWORKS and path != "DiffusersUNet":  # which has no defaults
+        with torch.device("meta"):
+            teacher = checkpoint.network_class(path)().to(memory_format=torch.channels_last)
+    else:
+        teacher = checkpoint.network(checkpoint.load_teacher(path), path, "meta")
     model = train_dmd2.build_model(args, teacher, "meta")
     heads = nbytes(model.guidance_model.cls_pred_branch) if args.gan_classifier else 0
     generator, trained = model.feedforward_model, [model.feedforward_model, model.fake_unets]
@@ -81,20 +84,8 @@ def of_dmd2(args):
         "gradients": max(nbytes(generator), nbytes(teacher) + heads),  # of the networks that are trained in a turn
         "data": data_set(args, teacher.config["img_resolution"], teacher.config["img_channels"])[0],
     }
-
-    def activations(images):
-        steps, bf16 = range(len(model.student_sigmas)), args.precision == "bf16"
-        return max(peak for step in steps for _, peak in turn_costs(model, images, step, bf16))
-
-    return fixed, activations, iteration_flops(args, model) * args.batch_size
-
-
-def load_teacher(path):
-    """The teacher at `path`, or a new network with default arguments if `path` is the name of one, on `meta`."""
-    if path not in checkpoint.NETWORKS or path == "DiffusersUNet":  # its arguments have no defaults
-        return checkpoint.network(checkpoint.load_teacher(path), path, "meta")
-    with torch.device("meta"):
-        return checkpoint.network_class(path)().to(memory_format=torch.channels_last)
+    flops, bf16 = iteration_flops(args, model) * args.batch_size, args.precision == "bf16"
+    return fixed, lambda images: max(peak for _, peak in turn_costs(model, images, bf16=bf16)), flops
 
 
 def data_set(args, side, channels):

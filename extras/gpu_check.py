@@ -4,14 +4,12 @@ Usage: python -m extras.gpu_check [options]. It writes one page of Markdown, to 
 and images are random. A part that fails is reported, and the others go on.
 """
 
-import copy
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
+import timeit
 from argparse import Namespace
 from functools import partial
 from importlib.util import find_spec
@@ -19,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.collect_env import get_pretty_env_info
 
 import checkpoint
 import train_teacher
@@ -68,23 +67,21 @@ def main(argv=None):
     if not torch.cuda.is_available() and not args.given & names:
         vars(args).update({name: value for name, value in read_yaml(DIGITS).items() if name in names})
     complete(args)
-    device, page = choose_device(args), []
+    device = choose_device(args)
 
     def tell(name, part, *arguments):
         try:
-            lines = part(*arguments)
-        except Exception:
-            lines = f"| {name} | FAILED: {traceback.format_exc().strip().splitlines()[-1]:.300} |"
-        write(lines)
+            write(part(*arguments))
+        except Exception as error:
+            write(f"| {name} | FAILED: {error!r:.300} |")
 
     def write(lines):
         print(lines)
-        page.append(lines + "\n")
-        with writing(args.output):
-            Path(args.output).write_text("".join(page))
+        print(lines, file=page, flush=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        tell("machine", machine, device)
+    with tempfile.TemporaryDirectory() as folder, writing(args.output), open(args.output, "w") as page:
+        commit = checkpoint.versions()["commit"]
+        tell("machine", lambda: f"# Minimal DMD2, checked\n\n```\ncommit {commit}\n{get_pretty_env_info()}\n```")
         write(STEPS)
         expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
         for name, setting in SETTINGS.items():
@@ -102,16 +99,6 @@ def complete(args):
     args.img_channels, args.label_dim = args.img_channels or 3, 10 if args.label_dim is None else args.label_dim
 
 
-def machine(device):
-    lines = ["# Minimal DMD2, checked\n", f"- {', '.join(f'{what} {v}' for what, v in checkpoint.versions().items())}"]
-    lines.append(f"- {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; device {device}")
-    if device.type == "cuda":
-        card, cudnn = torch.cuda.get_device_properties(device), torch.backends.cudnn.version()
-        lines.append(f"- {torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB")
-        lines.append(f"- CUDA {torch.version.cuda}, cuDNN {cudnn}")
-    return "\n".join(lines)
-
-
 def make_tasks(args, device):
     """The steps of training on one batch, by name: (the optimizer, a function that returns the loss).
 
@@ -119,24 +106,22 @@ def make_tasks(args, device):
     """
     torch.manual_seed(args.seed)
     shape = args.img_channels, args.img_resolution, args.img_resolution
-    teacher, fake_unet = (train_teacher.build_network(args, shape[0], args.label_dim).eval() for _ in range(2))
+    teacher, fake_unet = (train_teacher.build_network(args, shape[0], args.label_dim) for _ in range(2))
     for parameter in (*teacher.parameters(), *fake_unet.parameters()):
         parameter.data += 0.02 * torch.randn(parameter.shape)  # also where they start as zeros
-    guidance = GuidanceModel(copy.deepcopy(teacher), fake_unet=fake_unet, gan_classifier=True)
-    model = UnifiedModel(guidance).eval()
+    guidance = GuidanceModel(teacher, fake_unet=fake_unet, gan_classifier=True)
+    model = UnifiedModel(guidance).to(device, memory_format=args.layout).eval()
+    generator = model.feedforward_model
     drawn = *torch.randn(2, args.batch_size, *shape), torch.randn(args.batch_size).exp()
     images, noise, sigma = (part.to(device) for part in drawn)
     guidance.add_noise = lambda images, *_: (images + sigma[:, None, None, None] * noise, sigma)  # draws nothing
     labels = (torch.arange(args.batch_size) % max(1, args.label_dim)).to(device)
-    for network in (teacher, model):
-        network.to(device, memory_format=args.layout)
-    generator = model.feedforward_model
-    compile_networks(args, teacher, generator, guidance.real_unet, fake_unet)
-    if args.compile and not teacher._compiled_call_impl:
+    compile_networks(args, generator, teacher, fake_unet)
+    if args.compile and not generator._compiled_call_impl:
         raise RuntimeError("torch.compile is not available")
 
     def teacher_step():
-        denoised = teacher(*guidance.add_noise(images), labels)
+        denoised = generator(*guidance.add_noise(images), labels)
         return denoising_loss(denoised, images, sigma, args.sigma_data, args.prediction)
 
     def generator_turn():
@@ -145,60 +130,53 @@ def make_tasks(args, device):
     def guidance_turn():
         return sum(model.guidance_turn(images, labels, images.flip(0), labels)[0].values())
 
-    tasks = {"teacher step": (teacher, teacher_step), "generator turn": (generator, generator_turn)}
+    tasks = {"teacher step": (generator, teacher_step), "generator turn": (generator, generator_turn)}
     tasks["guidance turn"] = fake_unet, guidance_turn
     return {name: (build_optimizer(args.optimizer, net, 1.0), loss_of) for name, (net, loss_of) in tasks.items()}
 
 
 def step(args, device, optimizer, loss_of):
-    """A step too small to change the weights. Returns its loss and its gradient's norm."""
+    """A step at learning rate 0, which leaves the weights. Returns its loss and its gradient's norm."""
     with autocast(args, device):
         loss = loss_of()
     loss.backward()
-    return loss.item(), optimizer_step(optimizer, 1e-12, 1e9).item()
+    return loss.item(), optimizer_step(optimizer, 0.0, 1e9).item()
 
 
 def steps(args, setting, expected):
     """A row of the table for each step of training."""
     device = choose_device(args)
-    tasks, bf16 = make_tasks(args, device), args.precision == "bf16"
-    side = 8192 if device.type == "cuda" else 1024
+    tasks, bf16, cuda = make_tasks(args, device), args.precision == "bf16", device.type == "cuda"
+    side = 8192 if cuda else 1024
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    peak_rate = 2 * side**3 / timed(lambda: matrix @ matrix, args.rounds, device)[0]
+    peak_rate = 2 * side**3 / seconds_of(lambda: (matrix @ matrix)[0, 0].item(), args.rounds)
     rows = []
     for (name, task), (flops, memory) in zip(tasks.items(), count_costs(args, bf16), strict=True):
         results = step(args, device, *task)
         off = " | ".join(f"{abs(got / right - 1):.1e}" for got, right in zip(results, expected[name], strict=True))
-        seconds, used = timed(partial(step, args, device, *task), args.rounds, device)
+        before = torch.cuda.memory_allocated()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_of(partial(step, args, device, *task), args.rounds)
+        used = f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.3g}" if cuda else ""
         speed = f"{args.batch_size / seconds:.4g} | {flops / seconds / 1e12:.3g} | {flops / seconds / peak_rate:.0%}"
         rows.append(f"| {setting}: {name} | {off} | {speed} | {used} | {memory / 2**30:.3g} |")
     return "\n".join(rows)
 
 
+def seconds_of(task, rounds):
+    """The median of a call of `task`, which waits for its result. The first one warms up."""
+    return median(timeit.repeat(task, number=1, repeat=rounds + 1)[1:])
+
+
 def count_costs(args, bf16):
     """(FLOPs, bytes of activations and gradients) of each step, as `extras.estimate` counts them."""
     with torch.device("meta"):
-        net = train_teacher.build_network(args, args.img_channels, args.label_dim).eval()
-        model = UnifiedModel(GuidanceModel(copy.deepcopy(net), gan_classifier=True)).eval()
-    whole = [teacher_costs(net, args.batch_size, bf16), *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
+        net = train_teacher.build_network(args, args.img_channels, args.label_dim)
+        model = UnifiedModel(GuidanceModel(net, gan_classifier=True)).eval()
+    of_teacher = teacher_costs(model.feedforward_model, args.batch_size, bf16)
+    whole = [of_teacher, *turn_costs(model, args.batch_size, bf16=bf16)[1:]]
     return [(flops, memory + nbytes(net)) for flops, memory in whole]  # with its gradients
-
-
-def timed(task, rounds, device):
-    """(the median seconds of a call, the most GiB that it takes on CUDA, as text)."""
-    cuda, times, before = device.type == "cuda", [], 0
-    for _ in range(rounds + 1):
-        if cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        start = time.perf_counter()
-        task()
-        if cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    used = f"{(torch.cuda.max_memory_allocated(device) - before) / 2**30:.3g}" if cuda else ""
-    return median(times[1:]), used  # the first warms up
 
 
 def commands(folder, device, kind):
@@ -224,10 +202,8 @@ def commands(folder, device, kind):
 
 
 def run(name, command):
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    start, words = time.perf_counter(), [sys.executable, *shlex.split(command)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
     told = f": {(done.stderr.strip().splitlines() or [''])[-1]:.300}" if done.returncode else ""
     return f"| {name} | {done.returncode}{told} | {time.perf_counter() - start:.0f} |"
 

@@ -59,13 +59,6 @@ def keep_freed_memory():
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most that earlier versions accept
 
 
-def moved(tensor, device):
-    """`tensor` on `device`; from the CPU to CUDA through pinned memory, so that the CPU does not wait for the GPU."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 def autocast(args, device):
     """The context in which networks run: bfloat16 with `--precision bf16`.
 

@@ -3,17 +3,15 @@
 import json
 import os
 import signal
-from argparse import Namespace
 
 import pytest
 from conftest import flags, metrics, refuses, start, wait_for
+from matplotlib.figure import Figure
 from PIL import Image
 
 import checkpoint
 import compare
-import train_dmd2
 from evaluation import plots
-from support.options import parse_args
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +43,6 @@ def test_equal_work_is_told_in_a_table_with_all_metrics(compared):
         minutes = [point["minutes"] for point in found[name][0]["points"]]
         assert minutes == sorted(minutes) and minutes[0] > 0
     assert Image.open(folder / "out" / "compare.png").width > 100
-
-
-def test_the_work_of_a_student_of_several_steps_is_the_mean_of_its_levels(compared):
-    """Three levels take 0, 1 and 2 passes more per batch of images, whatever the ratio."""
-    _, arguments = compared
-    args, teacher = Namespace(forward_passes=1e6), checkpoint.load_network(arguments[4], "meta")
-    for ratio in (1, 3):
-        options = parse_args(train_dmd2.OPTIONS, None, ["--config", str(arguments[2]), *map(str, arguments[3:5])])
-        options.dfake_gen_update_ratio = ratio
-        passes = []
-        for options.student_sigmas in (None, [80.0, 5.0, 1.0]):
-            model = train_dmd2.build_model(options, teacher, "meta")
-            passes.append(1e6 / compare.steps_of(args, options, model))
-        assert passes[1] == pytest.approx(passes[0] + 1, rel=1e-4)
 
 
 def test_only_what_is_missing_or_damaged_is_done_again(compared):
@@ -158,7 +142,7 @@ def test_the_plotted_median_is_over_the_same_step_of_each_seed(tmp_path, monkeyp
     """A seed that has lost a checkpoint leaves the others' points where they are."""
     values = dict.fromkeys(plots.RANKED, 1.0) | {"noise": dict.fromkeys(plots.RANKED, 0.1)}
     seeds = [[{"step": step, "minutes": step, **values} for step in steps] for steps in ((2, 4), (1, 2, 4), (1, 2, 4))]
-    monkeypatch.setattr(plots, "save", lambda figure, path: lines.extend(figure.axes[0].lines))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: lines.extend(figure.axes[0].lines))
     lines = []
     plots.plot_quality(tmp_path / "compare.png", {"one": seeds}, values)
     assert list(lines[1].get_xdata()) == [1, 2, 4] and len(lines[2].get_xdata()) == 8

@@ -30,6 +30,7 @@ def test_counted_arithmetic_and_memory_are_those_of_the_convolution():
 
 
 PASSES = {"": 4.4, "--dfake_gen_update_ratio 5": 4.8, "--student_sigmas 80 2.5": 4.9, "--objective sid": 4.6}
+PASSES |= {f"--student_sigmas 80 5 1 --dfake_gen_update_ratio {ratio}": 5 + 4 / ratio for ratio in (1, 3)}
 
 
 @pytest.mark.parametrize("options", PASSES)

@@ -16,7 +16,6 @@ from data import load_dataset
 from evaluation import features
 from evaluation.metrics import BETTER, best, frechet_distance, statistics, verdict, with_root
 from evaluation.plots import training_minutes
-from evaluation.results import read_results, write_results
 from support.options import parse_args
 from support.script import UserError
 
@@ -126,15 +125,15 @@ def test_minutes_of_training_add_up_line_by_line():
 
 def test_results_are_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    assert read_results(path) is None
-    write_results(path, {"rows": [1]})
+    assert evaluate.read_results(path) is None
+    evaluate.write_results(path, {"rows": [1]})
     monkeypatch.setattr(os, "fsync", lambda file: os.write(-1, b""))  # a full disk
     with pytest.raises(UserError, match=r"results\.json: .* is intact"):
-        write_results(path, {"rows": [2]})
-    assert read_results(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
+        evaluate.write_results(path, {"rows": [2]})
+    assert evaluate.read_results(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
     for damaged in (path.read_bytes()[:8], b"\xff"):
         path.write_bytes(damaged)
-        assert read_results(path) is None
+        assert evaluate.read_results(path) is None
 
 
 @pytest.mark.parametrize("features", ["pixels", "inception", "classifier"])
