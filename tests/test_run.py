@@ -130,12 +130,13 @@ def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
     stop(process)
 
 
-@pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered"])
+@pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered", "full disk"])
 def test_a_closed_standard_output_means_silence(tmp_path, how):
-    """As with `| head -1` and `>&-`: the training continues to its end."""
+    """As with `| head -1`, `>&-` and a log file on a full disk: the training continues to its end."""
     options = flags(*TEACHER[1:], step_number=12, output_dir=tmp_path, log_every=1)
     command = [sys.executable, ROOT / TEACHER[0], *options]
-    shell = ["sh", "-c", 'exec "$@"' + " >&-" * (how == "closed before"), "sh", *command]
+    redirection = {"closed before": " >&-", "full disk": " >/dev/full"}.get(how, "")
+    shell = ["sh", "-c", 'exec "$@"' + redirection, "sh", *command]
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if how == "unbuffered" else ""}
     process = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     process.stdout.readline()
