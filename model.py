@@ -51,14 +51,11 @@ def preconditioning(sigma, sigma_data=0.5, prediction="edm"):
     if prediction == "flow":  # x_t = (1 - t) x0 + t n with t = sigma / (1 + sigma); F = v = n - x0: x0 = x_t - t v
         return 1 / (1 + sigma), -sigma / (1 + sigma), 1 / (1 + sigma), c_noise
     # DDPM's networks see a x0 + s n, with a^2 + s^2 = 1 and sigma = s / a. They predict n, a n - s x0, or x0.
-    a = (1 + sigma**2).rsqrt()
-    if prediction == "epsilon":
-        return torch.ones_like(sigma), -sigma, a, c_noise
-    if prediction == "v_prediction":
-        return a**2, -sigma * a, a, c_noise
-    if prediction == "sample":
-        return torch.zeros_like(sigma), torch.ones_like(sigma), a, c_noise
-    raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
+    a, one = (1 + sigma**2).rsqrt(), torch.ones_like(sigma)
+    factors = {"epsilon": (one, -sigma), "v_prediction": (a**2, -sigma * a), "sample": (0 * one, one)}
+    if prediction not in factors:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
+    return *factors[prediction], a, c_noise
 
 
 def denoising_loss(denoised, images, sigma, sigma_data=0.5, prediction="edm"):
@@ -86,10 +83,9 @@ class Denoiser(nn.Module):
     constructor's `locals()` to `super().__init__`, fills `feature_channels` (a dict from each resolution of its encoder
     to the number of channels there), and defines
 
-    run_encoder(x, c_noise, class_labels, features) -> (maps, hidden). x: scaled images `[B, C, H, W]`;
-        c_noise: ln(sigma) / 4, `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes.
-        maps: from each resolution in `features` to the encoder's last feature map there; hidden: a tuple of whatever
-        the decoder needs
+    run_encoder(x, c_noise, class_labels) -> (maps, hidden). x: scaled images `[B, C, H, W]`; c_noise: ln(sigma) / 4,
+        `[B, 1]`; class_labels: one-hot float `[B, label_dim]`, or None without classes. maps: a dict from each
+        resolution to the encoder's last feature map there; hidden: a tuple of whatever the decoder needs
     run_decoder(*hidden) -> F_x, `[B, C, H, W]`
 
     `net.config` holds the constructor's arguments, for a checkpoint: `SimpleUNet(**net.config)` is the same network.
@@ -106,43 +102,38 @@ class Denoiser(nn.Module):
         preconditioning(torch.ones(1), self.sigma_data, self.prediction)  # raises an error for an unknown one
         self.feature_channels = {}
 
-    def forward(self, x, sigma, class_labels=None, features=None):
+    def forward(self, x, sigma, class_labels=None, features=None, decode=True):
         """The denoised image D(x; sigma), `[B, C, H, W]`.
 
         x: noisy images `[B, C, H, W]`; sigma: `[B]` or a scalar; class_labels: int64 `[B]`, or one-hot `[B,
         label_dim]`; ignored if `label_dim` is 0. features: resolutions, such as [8, 4]. With them it returns (denoised
-        image, list of the encoder's last feature map `[B, channels, r, r]` at each). Raises ValueError for a resolution
-        that the encoder does not have.
+        image, list of the encoder's last feature map `[B, channels, r, r]` at each), and without `decode` the list
+        alone. Raises ValueError for a resolution that the encoder does not have.
         """
-        c_skip, c_out, inputs = self.precondition(x, sigma, class_labels, features or [])
-        maps, hidden = self.run_encoder(*inputs)
+        if unknown := set(features or []) - self.feature_channels.keys():
+            raise ValueError(f"no feature map at {min(unknown)}; the encoder has {list(self.feature_channels)}")
+        if self.label_dim and class_labels is None:
+            raise ValueError(f"class_labels are missing: the network has {self.label_dim} classes")
+        if self.label_dim and class_labels.dim() == 1:
+            class_labels = F.one_hot(class_labels, self.label_dim)
+        class_labels = class_labels.float() if self.label_dim else None
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
+        c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
+        maps, hidden = self.run_encoder(c_in * x, c_noise.flatten(1), class_labels)
+        maps = [maps[resolution] for resolution in features or []]
+        if not decode:
+            return maps
         F_x = self.run_decoder(*hidden)
         denoised = c_skip * x + c_out * F_x  # EDM eq. 7
-        return denoised if features is None else (denoised, [maps[resolution] for resolution in features])
+        return denoised if features is None else (denoised, maps)
 
     def encode(self, x, sigma, class_labels=None, features=()):
         """Only the feature maps that `forward` returns, without the cost of the decoder."""
-        maps, _ = self.run_encoder(*self.precondition(x, sigma, class_labels, features)[2])
-        return [maps[resolution] for resolution in features]
+        return self(x, sigma, class_labels, features, decode=False)
 
     def factors(self, sigma):
         """(c_skip, c_out, c_in, c_noise) at `sigma`. A network with a time of its own overrides the last."""
         return preconditioning(sigma, self.sigma_data, self.prediction)
-
-    def precondition(self, x, sigma, class_labels, features):
-        """(c_skip, c_out, the arguments of `run_encoder`) from the arguments of `forward`."""
-        if unknown := set(features) - self.feature_channels.keys():
-            raise ValueError(f"no feature map at {min(unknown)}; the encoder has {list(self.feature_channels)}")
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(x.shape[0])
-        c_skip, c_out, c_in, c_noise = self.factors(sigma[:, None, None, None])
-        if not self.label_dim:
-            class_labels = None
-        elif class_labels is None:
-            raise ValueError(f"class_labels are missing: the network has {self.label_dim} classes")
-        elif class_labels.dim() == 1:
-            class_labels = F.one_hot(class_labels, self.label_dim)
-        class_labels = None if class_labels is None else class_labels.float()
-        return c_skip, c_out, (c_in * x, c_noise.flatten(1), class_labels, features)
 
 
 def keep_precision(x):
@@ -289,7 +280,7 @@ class SimpleUNet(Denoiser):
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, img_channels, 3, padding=1))
 
-    def run_encoder(self, x, c_noise, class_labels, features):
+    def run_encoder(self, x, c_noise, class_labels):
         angle = c_noise * self.freqs
         emb = self.embed_noise(torch.cat([angle.cos(), angle.sin()], dim=1))
         if self.embed_class:
@@ -297,16 +288,14 @@ class SimpleUNet(Denoiser):
         emb = F.silu(self.embed_out(F.silu(emb)))
 
         h = self.conv_in(x)  # convolutions take the memory layout of the weights
-        skips, maps = [], {}
+        skips = []
         for level, blocks in enumerate(self.encoder):
             if level:
                 h = F.avg_pool2d(h, 2)
             for block in blocks:
                 h = block(h, emb)
                 skips.append(h)
-            if h.shape[-1] in features:
-                maps[h.shape[-1]] = h
-        return maps, (h, skips, emb)
+        return {skip.shape[-1]: skip for skip in skips}, (h, skips, emb)
 
     def run_decoder(self, h, skips, emb):
         for block in self.middle:

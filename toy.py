@@ -97,7 +97,7 @@ class PointDenoiser(Denoiser):
         hidden = [layer for _ in range(2) for layer in (nn.Linear(width, width), nn.SiLU())]
         self.decoder = nn.Sequential(*hidden, nn.Linear(width, 2))
 
-    def run_encoder(self, x, c_noise, class_labels, features):
+    def run_encoder(self, x, c_noise, class_labels):
         angle = c_noise * self.freqs
         h = self.encoder(torch.cat([x.flatten(1), angle.cos(), angle.sin()], dim=1))
         return {1: h[:, :, None, None]}, (h,)

@@ -15,7 +15,7 @@ from sampling import grid_noise, heun_sampler, random_stream, student_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.images import to_float
 from support.logger import LOGGING, WANDB
-from support.optimizers import OPTIMIZATION, adamw, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
+from support.optimizers import OPTIMIZATION, adamw, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, noise_level, number, parse_args, path, positive, share
 from support.script import UserError, as_user_error, run_script
 from unified_model import UnifiedModel
@@ -199,7 +199,7 @@ def main(argv=None):
                         loss_dict, seen, images = model.generator_turn(z, y, student_step)
                     loss = loss_dict["loss_dm"] + args.gen_cls_loss_weight * loss_dict.get("gen_cls_loss", 0.0)
                     (loss / args.grad_accum).backward()
-                    add_means(metrics, loss_dict, args.grad_accum)
+                    logger.add(loss_dict)
                     fake_images.append(images)
                 lr = args.generator_lr * lr_scale
                 metrics["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
@@ -219,7 +219,7 @@ def main(argv=None):
                     loss_dict, logits = model.guidance_turn(images, y, real, y, student_step)
                 loss = loss_dict["loss_fake_mean"] + args.cls_loss_weight * loss_dict.get("guidance_cls_loss", 0.0)
                 (loss / args.grad_accum).backward()
-                add_means(metrics, loss_dict | logits, args.grad_accum)
+                logger.add(loss_dict | logits)
             max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
             metrics["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
             if heads:

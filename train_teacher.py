@@ -10,7 +10,7 @@ from run import RUN, Run
 from sampling import grid_noise, heun_sampler
 from support.device import MACHINE, autocast, choose_device, compile_networks
 from support.logger import LOGGING, WANDB
-from support.optimizers import OPTIMIZATION, add_means, build_optimizer, lr_factor, optimizer_step, update_ema
+from support.optimizers import OPTIMIZATION, build_optimizer, lr_factor, optimizer_step, update_ema
 from support.options import Option, choice, count, flag, number, parse_args, path, positive, share
 from support.script import UserError, as_user_error, run_script
 
@@ -111,15 +111,14 @@ def main(argv=None):
             noisy = images + sigmas[:, None, None, None] * torch.randn_like(images)
             parts = [batch.chunk(args.grad_accum) for batch in (noisy, images, sigmas, labels)]
             lr = args.lr * lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
-            metrics = {}
             for x, x0, sigma, y in zip(*parts, strict=True):
                 with autocast(args, device):
                     denoised = net(x, sigma, y)
                 loss = denoising_loss(denoised, x0, sigma, args.sigma_data, args.prediction)
                 (loss / args.grad_accum).backward()
-                add_means(metrics, {"loss": loss}, args.grad_accum)
+                logger.add({"loss": loss})
 
-            metrics |= {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm), "lr": lr}
+            metrics = {"grad_norm": optimizer_step(optimizer, lr, args.clip_grad_norm), "lr": lr}
             run.step += 1
             update_ema(ema, net, args.ema_decay, run.step)
 

@@ -90,7 +90,7 @@ class DiffusersUNet(Denoiser):
 
     # UNet2DModel.forward in two halves, so that the encoder's features need no decoder.
 
-    def run_encoder(self, x, c_noise, class_labels, features):
+    def run_encoder(self, x, c_noise, class_labels):
         unet = self.unet
         emb = unet.time_embedding(unet.time_proj(c_noise.flatten()))
         if class_labels is not None:

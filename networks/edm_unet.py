@@ -134,7 +134,7 @@ class UNet(Denoiser):
         self.norm_out = group_norm(width, adm)
         self.conv_out = nn.Conv2d(width, img_channels, 3, padding=1)
 
-    def run_encoder(self, x, c_noise, class_labels, features):
+    def run_encoder(self, x, c_noise, class_labels):
         emb = self.embed(c_noise, class_labels)
         skips = [self.conv_in(x)]  # convolutions take the memory layout of the weights
         for block in self.encoder.values():

@@ -2,8 +2,6 @@
 
 import ctypes
 import platform
-import re
-import sys
 
 import torch
 
@@ -11,16 +9,10 @@ from support import processes
 from support.options import Option, choice, flag, number
 from support.script import UserError
 
-
-def device_name(value):
-    if value not in ("auto", "cpu", "cuda") and not re.fullmatch(r"cuda:\d{1,2}", value):
-        raise UserError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
-    return value
-
-
+DEVICES = ["auto", "cpu", "cuda", *(f"cuda:{index}" for index in range(16))]
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
-    Option("device", "auto", device_name, "auto (CUDA if there is one), cpu, cuda or cuda:N"),
+    Option("device", "auto", choice(*DEVICES), "auto: CUDA if there is one"),
     Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "tf32 is fp32 except on CUDA; bf16 is autocast"),
     Option("compile", False, flag, "compile the networks with torch.compile: slower to start, then faster"),
 ]
@@ -40,20 +32,19 @@ def choose_device(args):
         raise UserError(f"--device {name}: each process needs a GPU of its own; use --device cuda or auto")
     device = torch.device(f"cuda:{processes.local_rank()}" if name == "cuda" else name)
     if device.type == "cuda" and device.index >= gpus:
-        more = " and at most one process per device" * (processes.world_size() > 1)
-        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices; use --device cpu or auto{more}")
-    if device.type == "cpu":
-        keep_freed_memory()
+        raise UserError(f"--device {args.device}: this machine has {gpus} CUDA devices, one per process; try cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.benchmark = True  # shapes never change
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     return device
 
 
 def keep_freed_memory():
     """Makes glibc keep freed tensors' memory for new ones: the kernel would clear each page anew, at every step."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc":
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3  # as in malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most that earlier versions accept
@@ -81,4 +72,3 @@ def compile_networks(args, *networks):
     for network in networks:
         # One compilation per batch size: with dynamic sizes, Inductor skips its optimisation of convolutions' layouts.
         network.compile(dynamic=False)
-        network.encode = torch.compile(network.encode, dynamic=False)

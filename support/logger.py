@@ -72,6 +72,7 @@ class Logger:
             settings=wandb.Settings(api_key=args.wandb_key, x_disable_meta=args.wandb_key is not None),
         )
         self.wandb_run_id = self.wandb_run.id
+        self.wandb_image = wandb.Image
 
     def send(self, act):
         """Calls `act()` if W&B is on. A failure, whatever W&B raises, turns it off but never stops the training."""
@@ -83,11 +84,15 @@ class Logger:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.message(f"Weights & Biases is now off, training continues: {reason}")
 
-    def log(self, step, metrics):
-        """Adds the step's `metrics` (scalar tensors or numbers) to the means, written every `log_every` steps."""
+    def add(self, metrics):
+        """Adds `metrics` (scalar tensors or numbers), of a step or of one part of its batch, to the means."""
         for name, value in metrics.items():
             total, number = self.sums.get(name, (0.0, 0))
             self.sums[name] = total + (value.detach() if torch.is_tensor(value) else value), number + 1
+
+    def log(self, step, metrics):
+        """Adds `metrics` too, and ends the step: every `log_every` steps the means are written."""
+        self.add(metrics)
         self.bar.update()
         if step % self.log_every and step != self.args.step_number:
             return
@@ -108,12 +113,11 @@ class Logger:
 
         # Losses not new since the last line (the generator's) are shown again, so that columns keep their places.
         self.losses |= {name: f"{value:.4g}" for name, value in means.items() if "loss" in name}
-        losses = dict(sorted(self.losses.items()))
-        self.bar.set_postfix({**losses, "img/s": f"{images_per_second:.0f}"})
+        told = [f"{name} {value}" for name, value in sorted(self.losses.items())] + [f"{images_per_second:.0f} img/s"]
+        self.bar.set_postfix_str("  ".join(told))
         if self.bar.disable:  # no terminal: plain lines for a log file
             left = (self.args.step_number - step) * self.args.batch_size / images_per_second
-            parts = [f"step {step}/{self.args.step_number}", *(f"{name} {value}" for name, value in losses.items())]
-            print(*parts, f"{images_per_second:.0f} img/s", f"{left:.0f} s left", sep="  ", flush=True)
+            print(f"step {step}/{self.args.step_number}", *told, f"{left:.0f} s left", sep="  ", flush=True)
         self.send(lambda: self.wandb_run.log(row, step=step))
 
     def wants_samples(self, step):
@@ -123,10 +127,8 @@ class Logger:
         """Writes blocks of `what`, samples or images, to `samples/`, side by side, and sends them to W&B if enabled."""
         file = self.output_dir / "samples" / (f"step_{step:07d}.png" if what == "samples" else "images.png")
         save_grid(file, *[block[:80] for block in blocks], columns=8)
-        if self.wandb_is_on and getattr(self.args, f"wandb_log_{what}"):
-            import wandb
-
-            self.send(lambda: self.wandb_run.log({what: wandb.Image(str(file))}, step=step))
+        if getattr(self.args, f"wandb_log_{what}"):
+            self.send(lambda: self.wandb_run.log({what: self.wandb_image(str(file))}, step=step))
 
     def artifact(self, file):
         """Sends the checkpoint `file` to W&B if that is enabled."""

@@ -53,11 +53,10 @@ class Muon(torch.optim.AdamW):
     def __init__(self, network, lr):
         parameters = list(network.parameters())
         super().__init__(parameters, lr, weight_decay=0.01, fused=parameters[0].device.type != "meta")
-        matrices = [(name.split("."), p) for name, p in network.named_parameters() if p.dim() > 1]
-        self.hidden = [p for block in BLOCKS for names, p in matrices if block in names]
+        self.hidden = [p for name, p in network.named_parameters() if p.dim() > 1 and {*BLOCKS} & {*name.split(".")}]
         if not self.hidden:
-            known = ", ".join(BLOCKS)
-            raise UserError(f"--optimizer muon: none of the blocks of {type(network).__name__} is called {known}")
+            kind = type(network).__name__
+            raise UserError(f"--optimizer muon: none of the blocks of {kind} is called {', '.join(BLOCKS)}")
 
     @torch.no_grad()
     def step(self):
@@ -112,12 +111,6 @@ def optimizer_step(optimizer, lr, max_norm):
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def add_means(means, values, num_parts):
-    """Adds 1 / `num_parts` of each 0-dimensional tensor in `values` to the dict `means`, over the parts of a batch."""
-    for name, value in values.items():
-        means[name] = means.get(name, 0.0) + value.detach() / num_parts
 
 
 @torch.no_grad()

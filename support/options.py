@@ -61,9 +61,7 @@ def path(value):
 
 
 def flag(value):
-    if value.lower() not in ("true", "false"):
-        raise UserError(f"must be true or false, not {value!r}")
-    return value.lower() == "true"
+    return choice("true", "false")(value.lower()) == "true"
 
 
 count, positive = number(1, whole=True), number(above=0)
@@ -110,14 +108,11 @@ def parse_args(tables, description, argv=None):
         raise UserError(f"unknown argument {word}{hint or did_you_mean(word, [f'--{name}' for name in options])}")
 
     file = given.pop("config", None)
-    from_file = read_yaml(file) if file else {}
-    for key in from_file:
-        if key not in options:
-            raise UserError(f"{file}: unknown key {key}{did_you_mean(key, options)}")
-
-    raw = from_file | given
+    raw = (read_yaml(file) if file else {}) | given
     values = argparse.Namespace(given={*raw}, **{name: option.default for name, option in options.items()})
     for name, value in raw.items():
+        if name not in options:
+            raise UserError(f"{file}: unknown key {name}{did_you_mean(name, options)}")
         setattr(values, name, convert(options[name], value, f"--{name}" if name in given else f"{file}: {name}"))
     return values
 
@@ -137,35 +132,24 @@ def convert(option, raw, source):
         raise UserError(f"{source} {error}") from None
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which the plain loader keeps the last."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value} is given twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(file):
-    """The options in a YAML file; keys of its `wandb` block get the prefix of their flags."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = yaml.load(stream, UniqueKeyLoader)
-    except OSError as error:
-        raise UserError(f"--config {file}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: needs lines of the form `key: value`")
-    if isinstance(block := content.get("wandb"), dict):
-        flat = {"wandb" if key == "enabled" else f"wandb_{key}": value for key, value in block.items()}
-        if twice := content.keys() & flat.keys() - {"wandb"}:
-            raise UserError(f"{file}: {min(twice)} is given twice")
-        content |= {"wandb": False} | flat
+    """The options in a YAML file; keys of its `wandb` block get the prefix of their flags. None is given twice."""
+    content, pairs = {}, []
+    missing, broken = as_user_error(f"--config {file}", OSError), as_user_error(f"{file}: not YAML", Exception)
+    with missing, open(file, encoding="utf-8") as stream, broken:
+        loader = yaml.SafeLoader(stream)
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{file}: needs lines of the form `key: value`")
+        for key, node in root.value:
+            if key.value == "wandb" and isinstance(node, yaml.MappingNode):
+                pairs += [("wandb" if k.value == "enabled" else f"wandb_{k.value}", v) for k, v in node.value]
+            else:
+                pairs.append((key.value, node))
+        for name, node in pairs:
+            if name in content:
+                raise UserError(f"{file}, line {node.start_mark.line + 1}: key {name} is given twice")
+            content[name] = loader.construct_object(node, deep=True)
     return content
 
 

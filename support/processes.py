@@ -65,10 +65,9 @@ def all_mean(tensors):
 
 def all_max(value):
     """The largest of the processes' integers `value`, so that all act alike; sent from the CPU, without waiting."""
-    if world_size() == 1:
-        return value
     largest = torch.tensor(value)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 

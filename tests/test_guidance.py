@@ -302,13 +302,13 @@ def test_one_encoder_pass_serves_both_guidance_losses():
 @pytest.mark.parametrize("options", [{}, {"objective": "sid"}, {"f_divergence": "kl"}])
 def test_each_network_call_has_the_labels_of_its_images(monkeypatch, options):
     model, seen = UnifiedModel(GuidanceModel(tiny_unet(), gan_classifier=True, **options)), []
-    precondition = Denoiser.precondition
+    forward = Denoiser.forward
 
-    def told(net, x, sigma, labels, features):
+    def told(net, x, sigma, labels, *more, **named):
         seen.append(labels.tolist())
-        return precondition(net, x, sigma, labels, features)
+        return forward(net, x, sigma, labels, *more, **named)
 
-    monkeypatch.setattr(Denoiser, "precondition", told)
+    monkeypatch.setattr(Denoiser, "forward", told)
     images, ours, theirs = torch.randn(4, 1, 8, 8), torch.tensor([3, 1, 0, 2]), torch.tensor([7, 9, 8, 6])
     model.generator_turn(images, ours)
     assert len(seen) >= 4 and all(labels == ours.tolist() for labels in seen)

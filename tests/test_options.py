@@ -84,7 +84,7 @@ WRONG = [  # script, arguments, part of the one-line message
     (T, "--seed=-1", "--seed must be at least 0"),
     (T, "--dropout 1", "--dropout must be at least 0 and at most 0.99"),
     (T, "--dataset cifar", "must be one of cifar10, mnist, fashion_mnist, mnist5k, folder, not 'cifar' (did you mean"),
-    (T, "--device cuda:x", "--device must be auto, cpu, cuda or cuda:N"),
+    (T, "--device cuda:x", "--device must be one of auto, cpu, cuda, cuda:0, cuda:1"),
     (T, "--img_resolution 20", "img_resolution 20 cannot be halved 3 times"),
     (T, "--img_resolution 48 --attn_resolutions 16 12", "_resolutions 16: the network's resolutions are 48, 24, 12, 6"),
     (T, "--img_channels 2", "--img_channels must be 1 or 3"),
@@ -96,7 +96,7 @@ WRONG = [  # script, arguments, part of the one-line message
     (D, "--f_divergence jl --gan_classifier", "--f_divergence must be one of rkl, kl, js"),
     (D, "--conditioning_sigma 1e9", "--conditioning_sigma must be above 0 and at most 1000000"),
     (D, "--lr 1e-4", "unknown argument --lr"),
-    (T, "--device cuda:99999999999999999999", "--device must be auto, cpu, cuda or cuda:N"),
+    (T, "--device cuda:99999999999999999999", "--device must be one of auto, cpu, cuda, cuda:0, cuda:1"),
     (T, "--batch_size 10 --grad_accum 3", "--batch_size 10 must be divisible by --grad_accum 3"),
     (T, "--overwrite --resume_from_checkpoint latest", "give one of them"),
     (E, "--features classifier --fid_reference x.npz", "--fid_reference needs --features inception"),
@@ -105,8 +105,8 @@ WRONG = [  # script, arguments, part of the one-line message
 ]
 WRONG_YAML = [  # content, part of the one-line message
     ("- lr\n- 3\n", "needs lines of the form `key: value`"),
-    ("lr: 1\nlr: 2\n", "key lr is given twice"),
-    ("lr:\t1\n\tbatch_size: 2", "line 1: not YAML"),
+    ("lr: 1\nlr: 2\n", "line 2: key lr is given twice"),
+    ("lr:\t1\n\tbatch_size: 2", '"bad.yaml", line 1'),
     ("wandb_run_name: 2024-13-45", "not YAML: month must be in 1..12"),
     ("lr: !!int x", "not YAML"),
     (b"\xff\xfe\x00\x01", "not YAML"),
@@ -118,7 +118,7 @@ WRONG_YAML = [  # content, part of the one-line message
     ("lr: null", "lr needs a single value, not None"),
     ("lr: [1, 2]", "lr needs a single value"),
     ("channel_mult: {2: 1}", "channel_mult needs a list"),
-    ("hflip: maybe", "hflip must be true or false"),
+    ("hflip: maybe", "hflip must be one of true, false"),
     ("batch_size: true", "batch_size needs a number, not 'True'"),
     ("1: 2", "unknown key 1"),
 ]
