@@ -26,8 +26,9 @@ NETWORKS = {
 }
 # Of both, if there is an average, ema_state_dict is what is used.
 WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}
+# The types of entries; what ends in _state_dict is a dict.
 FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
-FIELDS |= dict.fromkeys(("ema_state_dict", *WEIGHTS.values()), dict)
+FOREIGN = "not written by train_teacher.py or train_dmd2.py"
 MAX_SIZE = 100_000  # of any number in `model_config`, as a hostile file may ask for anything; narrower limits of some:
 LIMITS = {"label_dim": (0, MAX_SIZE), "img_resolution": (1, 1024), "img_channels": (1, 1024), "num_blocks": (1, 100)}
 
@@ -79,28 +80,25 @@ def load(path):
 
     Raises UserError if the file is missing, damaged, or not a checkpoint of this project.
     """
-    try:
-        state = read(path)
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:  # a damaged file can make torch's reader raise anything
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise
-        raise UserError(f"checkpoint {path}: damaged, or not written by train_teacher.py or train_dmd2.py") from None
-    with as_user_error(f"checkpoint {path}"):
+    with as_user_error(f"checkpoint {path}", (OSError, ValueError)):
+        try:
+            state = read(path)
+        except Exception as error:  # a damaged file can make torch's reader raise anything
+            if isinstance(error, (OSError, MemoryError)) or "allocate memory" in str(error):
+                raise
+            raise ValueError(f"damaged, or {FOREIGN}") from None
         check_state(state)
     return state
 
 
 def check_state(state):
     """Raises ValueError if `state` is not what `run.Run` or import_teacher.py saves: keys, types, lengths, sizes."""
-    foreign = "not written by train_teacher.py or train_dmd2.py"
-    require(isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys(), foreign)
-    for name, expected in FIELDS.items():
-        value = state.get(name, expected())
+    require(isinstance(state, dict) and {"step", "model_config", "config"} <= state.keys(), FOREIGN)
+    for name, value in state.items():
+        expected = dict if isinstance(name, str) and name.endswith("_state_dict") else FIELDS.get(name, object)
         require(isinstance(value, expected) and not isinstance(value, bool), f"its {name} is no {expected.__name__}")
     config = state["model_config"]
-    require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), foreign)
+    require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), FOREIGN)
     current = {"network", "prediction"} & config.keys() and (kind(state) == "teacher" or "student_sigmas" in state)
     require(current, "of an early version, whose layout is no longer read")
 
@@ -117,13 +115,13 @@ def check_state(state):
     descend = finite and sigmas == sorted(set(sigmas), reverse=True) != []
     require(descend, "its student_sigmas are not finite noise levels that descend")
 
+    above = f"its model_config has a number above {MAX_SIZE}"
     try:
-        json.loads(json.dumps(config), parse_int=check_size)
+        json.loads(json.dumps(config), parse_int=lambda text: require(abs(int(text)) <= MAX_SIZE, above))
     except (TypeError, RecursionError):
         raise ValueError("its model_config is no plain data") from None
     for average in (state, *averages(state).values()):
-        found = weights(average)
-        tensors = list(found.values()) if isinstance(found, dict) else []
+        tensors = list(weights(average).values())
         are_tensors = bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
         require(are_tensors, "its weights are no tensors")
         whole = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in tensors)
@@ -133,10 +131,6 @@ def check_state(state):
 def require(condition, otherwise):
     if not condition:
         raise ValueError(otherwise)
-
-
-def check_size(text):
-    require(len(text) < 9 and int(text) <= MAX_SIZE, f"its model_config has a number above {MAX_SIZE}")
 
 
 def kind(state):
@@ -177,11 +171,9 @@ def network(state, path, device="cpu"):
             raise ValueError("weights of other shapes or names")
         net = build(**config)
         net.load_state_dict(tensors)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"checkpoint {path}: does not hold a {' or '.join(NETWORKS)} ({reason:.200})") from None
+        raise UserError(f"checkpoint {path}: its network cannot be built: {reason:.200}") from None
     # Tensor cores are faster with channels last. A CPU runs SongUNet no faster with it, and rounds more coarsely.
     tensor_cores = torch.device(device).type == "cuda"
     layout = torch.channels_last if tensor_cores or isinstance(net, SimpleUNet) else torch.contiguous_format

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from support import processes
 from support.logger import WANDB, Logger
 from support.optimizers import load_optimizer
 from support.options import Option, convert, count, flag, path, public
-from support.script import UserError, make_folder, writing
+from support.script import UserError, writing
 
 RUN = [
     Option("batch_size", 128, count, "images per step, over all processes"),
@@ -47,24 +47,29 @@ class Run:
 
     def __init__(self, args, tables, kind):
         processes.join()
-        self.kind, self.step, self.resumed, self.wandb_run_id, self.lock = kind, 0, None, None, None
-        if args.resume_from_checkpoint == "auto":
-            found = any(Path(args.output_dir).glob(f"{kind}_*.pt"))
-            print(f"--resume_from_checkpoint auto: {'the newest' if found else 'a new run'} in {args.output_dir}")
-            args.resume_from_checkpoint = "latest" if found else None
+        self.kind, self.step, self.resumed = kind, 0, None
+        if args.resume_from_checkpoint == "auto" and not any(Path(args.output_dir).glob(f"{kind}_*.pt")):
+            print(f"--resume_from_checkpoint auto: a new run in {args.output_dir}")
+            args.resume_from_checkpoint = None
         if args.resume_from_checkpoint:
             if args.overwrite:
                 raise UserError("--overwrite starts a run, --resume_from_checkpoint continues one: give one of them")
             self.resumed_from, self.resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir, kind)
             if checkpoint.kind(self.resumed) != kind or "random_state" not in self.resumed:
                 raise UserError(f"checkpoint {self.resumed_from}: not of a training by train_{kind}.py")
-            self.step, self.wandb_run_id = self.resumed["step"], self.resumed.get("wandb_run_id")
+            self.step = self.resumed["step"]
             self.take_options(args, tables)
         if args.batch_size % (args.grad_accum * (size := processes.world_size())):
             by = f"--grad_accum {args.grad_accum}" + f" times torchrun's {size} processes" * (size > 1)
             raise UserError(f"--batch_size {args.batch_size} must be divisible by {by}")
         self.args, self.folder = args, Path(args.output_dir)
-        self.check_folder()  # told before data are read, and again once the folder is locked
+        self.continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
+        # A branch is a new run at W&B, which drops what is sent for steps that it already has.
+        self.wandb_run_id = self.resumed.get("wandb_run_id") if self.continues else None
+        holds = sorted([*self.folder.glob("dmd2_*.pt"), *self.folder.glob("teacher_*.pt")])
+        if holds and not self.continues and not self.args.overwrite:
+            mend = "give --resume_from_checkpoint latest, --overwrite or another folder"
+            raise UserError(f"--output_dir {self.folder} holds another run ({holds[-1].name}): {mend}")
 
     def take_options(self, args, tables):
         """Gives `args` the options of the run that is resumed, but for those that were given and `NOT_RESUMED`."""
@@ -78,14 +83,17 @@ class Run:
             where = f"trained on data in {args.data_dir}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
 
+    @contextmanager
     def start(self, device, batches, facts, **parts):
-        """Locks the folder. If the run resumes, restores step, data position, random numbers and `parts`.
+        """A context that holds the folder and the signals, and is the logger. If the run resumes, restores its state.
 
+        At its end, unless there was an error, it saves the final checkpoint, or, after a stop, one to resume from.
         facts: further entries of its checkpoints: the network's `model_config`, `class_names`, ...
         parts: networks and optimizers; a checkpoint holds each under its name here followed by `_state_dict`. None for
         one that this run does not use. Raises UserError for another run's folder or another network's checkpoint.
         """
-        self.device, self.batches, self.parts = device, batches, parts
+        self.batches, self.parts = batches, parts
+        self.random = {device.type: torch.get_device_module(device), "cpu": torch.random}  # on a CPU only the second
         self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
         if self.resumed:
             self.restore()
@@ -95,34 +103,41 @@ class Run:
         if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
             raise UserError("the processes resume from different checkpoints: all machines need one --output_dir")
         # A finished run stays as it is, whatever options it is called with again.
-        final = self.folder / f"{self.kind}_final.pt"
-        self.finished = self.done and bool(self.resumed) and Path(self.resumed_from).resolve() == final.resolve()
-        mistake = None
-        if processes.is_main() and not self.finished:
+        final, done = f"{self.kind}_final.pt", self.step >= self.args.step_number
+        finished = done and self.continues and Path(self.resumed_from).name == final
+        self.writes = processes.is_main() and not finished
+        with ExitStack() as at_exit:  # after it, in a notebook, the next call may use the folder and the signals
             try:
-                self.take_folder()
-            except UserError as error:
-                mistake = error
-        if processes.all_max(int(mistake is not None)):
-            if self.lock:  # in a notebook the next call may use the folder
-                self.lock.close()
-            raise mistake or UserError(f"--output_dir {self.folder}: refused, as the first process tells")
-        self.logger = Logger(self.args, self.step, self.wandb_run_id)
-        if self.resumed:
-            more = "; nothing left to train: to continue, give a larger --step_number" if self.done else ""
-            self.logger.message(f"going on from {self.resumed_from} at step {self.step}{more}")
-        if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
-            more = f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps"
-            self.logger.message(f"{more}: the learning rate never reaches its full value")
-        self.resumed = None  # it is large, mainly its moments
-        self.stop = Stop()
+                if self.writes:
+                    self.take_folder(at_exit)
+            except UserError:
+                processes.all_max(1)
+                raise
+            if processes.all_max(0):
+                raise UserError(f"--output_dir {self.folder}: refused, as the first process tells")
+            self.logger = Logger(self.args, self.step, self.wandb_run_id)
+            if self.resumed:
+                more = "; nothing left to train: to continue, give a larger --step_number" if done else ""
+                self.logger.message(f"going on from {self.resumed_from} at step {self.step}{more}")
+            if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
+                more = f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps"
+                self.logger.message(f"{more}: the learning rate never reaches its full value")
+            self.resumed = None  # it is large, mainly its moments
+            self.stop = Stop(at_exit)
+            at_exit.push(lambda error, *_: self.logger.close(exit_code=int(error is not None)))
+            yield self.logger
+            name = f"{self.kind}_checkpoint_step_{self.step}.pt" if self.stop.exit_status else final
+            self.save(name)
+            if self.stop.exit_status:
+                self.logger.message(f"stopped; resume with --resume_from_checkpoint {self.folder / name}")
+        processes.leave()
 
     def restore(self):
         state, source = self.resumed, f"checkpoint {self.resumed_from}"
         for fact, ours in self.facts.items():  # network, classes, the generator's noise levels
             if fact not in ("config", "versions") and ours != state.get(fact):
                 raise UserError(f"{source}: its {fact} differs from this run's, {ours}")
-        key, kind = "", self.device.type
+        key = ""
         try:
             for name, part in self.parts.items():
                 key = f"{name}_state_dict"
@@ -132,55 +147,39 @@ class Run:
                     average = name.startswith("ema")  # a new one starts from the weights
                     part.load_state_dict((state.get(key) or checkpoint.weights(state)) if average else state[key])
             key = "random_state"
-            torch.set_rng_state(state[key]["cpu"])
-            if kind != "cpu" and state[key].get(kind) is not None:
-                torch.get_device_module(self.device).set_rng_state(state[key][kind])  # of `choose_device`'s device
+            for name in self.random.keys() & state[key]:  # it may come from another device
+                self.random[name].set_rng_state(state[key][name])
             self.batches.images_seen = state["images_seen"]
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             raise UserError(f"{source}: its {key} does not fit; resume it with the options of its run") from None
 
-    def check_folder(self):
-        """Whether the folder is that of the run that is resumed. Raises UserError if it holds another run."""
-        holds = sorted([*self.folder.glob("dmd2_*.pt"), *self.folder.glob("teacher_*.pt")])
-        continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
-        if holds and not continues and not self.args.overwrite:
-            raise UserError(
-                f"--output_dir {self.folder} holds another run ({holds[-1].name}); resume it with "
-                "--resume_from_checkpoint latest, start a new one with --overwrite, or give another folder"
-            )
-        return continues
-
-    def take_folder(self):
+    def take_folder(self, at_exit):
         """Locks the folder, cleans up after a kill, and renames checkpoints of later steps.
 
-        The lock holds until `__exit__` or the process's end. Raises UserError if another process has it, or if the
-        folder holds another run.
+        The lock holds until the ExitStack `at_exit` or the process ends. Raises UserError if another process has it.
         """
-        make_folder("--output_dir", self.folder / "samples")
-        with writing(self.folder):
-            (self.folder / ".lock").touch()
-            self.lock = (self.folder / ".lock").open()  # to read: a file open for writing keeps a disk busy
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            another = "another process trains there; choose another folder"
-            raise UserError(f"--output_dir {self.folder}: {another}") from None
-        except OSError as error:  # some network file systems
-            print(f"--output_dir {self.folder}: cannot be locked ({error.strerror}); no other run may use it")
-
-        branches_off = not self.check_folder()
         config, metrics = self.folder / "config.yaml", self.folder / "metrics.jsonl"
-        with writing(self.folder):
+        with writing(f"--output_dir {self.folder}"):
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            (self.folder / ".lock").touch()
+            lock = at_exit.enter_context((self.folder / ".lock").open())  # to read: writing keeps a disk busy
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--output_dir {self.folder}: another process trains there; choose another") from None
+            except OSError as error:  # some network file systems
+                print(f"--output_dir {self.folder}: cannot be locked ({error.strerror}); no other run may use it")
+
             for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
                 file.unlink()
             for step, file in checkpoint.by_step(self.folder, self.kind):
                 if self.args.overwrite:
                     file.unlink()
-                elif step > self.step:  # from another continuation, which `latest` must not find
+                elif step > self.step:  # of another run, which `latest` must not find
                     set_aside(file)
-                    branches_off = True
+                    self.wandb_run_id = None  # so this is a branch
             if config.exists() and not metrics.exists():  # the user's own
                 set_aside(config)
             rows = [json.dumps(row) + "\n" for row in read_metrics(metrics) if row["step"] <= self.step]
@@ -188,23 +187,16 @@ class Run:
             # config.yaml is to repeat the run from its start
             afresh = public(self.args) | {"resume_from_checkpoint": None, "overwrite": False}
             config.write_text(yaml.safe_dump(afresh, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        if branches_off:  # W&B drops what is sent for steps that it already has
-            self.wandb_run_id = None
-
-    @property
-    def done(self):
-        return self.step >= self.args.step_number
 
     def goes_on(self):
         """Whether to train another step. Raises UserError after `--max_bad_steps` skipped ones in a row."""
-        if self.step % self.args.log_every == 0 or self.done:  # not at every step: it waits for the device
+        done = self.step >= self.args.step_number
+        if self.step % self.args.log_every == 0 or done:  # not at every step: it waits for the device
             worst = max(int(getattr(part, "bad_steps", (0, 0))[1]) for part in self.parts.values())
             if worst >= self.args.max_bad_steps:
-                raise UserError(
-                    f"step {self.step}: {worst} steps in a row had gradients that are not finite and were skipped; "
-                    "lower the learning rate, and resume from the last checkpoint if there is one"
-                )
-        return not self.done and not self.stop.is_due()
+                mend = "lower the learning rate, and resume from the last checkpoint"
+                raise UserError(f"step {self.step}: {worst} steps in a row had gradients that are not finite: {mend}")
+        return not done and not self.stop.is_due()
 
     def save_if_due(self):
         if self.step % self.args.save_every == 0:
@@ -212,13 +204,11 @@ class Run:
 
     def save(self, name):
         """Writes a checkpoint, and deletes all but the newest `--keep_last`."""
-        if not processes.is_main():
+        if not self.writes:
             return
         file = self.folder / name
         state = {f"{key}_state_dict": part.state_dict() for key, part in self.parts.items() if part is not None}
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            random_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        random_state = {name: module.get_rng_state() for name, module in self.random.items()}
         state |= {"step": self.step, "images_seen": self.batches.images_seen, "random_state": random_state}
         checkpoint.save(file, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {file}")
@@ -226,40 +216,17 @@ class Run:
         for _, old in checkpoint.numbered(self.folder, self.kind)[: -self.args.keep_last]:
             old.unlink(missing_ok=True)
 
-    def finish(self):
-        """Saves the final checkpoint, or, after a stop, one to resume from. Returns the script's exit status."""
-        if self.finished:
-            return 0
-        name = f"{self.kind}_final.pt" if self.done else f"{self.kind}_checkpoint_step_{self.step}.pt"
-        self.save(name)
-        if not self.done:
-            resume = f"resume with --resume_from_checkpoint {self.folder / name}"
-            self.logger.message(f"stopped after step {self.step}; {resume}")
-        return 0 if self.done else self.stop.exit_status
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        """Lets the next run in this process, as in a notebook, use the folder and the signals."""
-        self.logger.close(exit_code=int(error is not None))
-        self.stop.end()
-        if self.lock:
-            self.lock.close()
-        if error is None:
-            processes.leave()
-
 
 def find_checkpoint(name, folder, kind):
-    """(file, state) of the checkpoint `name`. `latest` is the newest of `kind` in `folder` that is not damaged."""
-    if name != "latest":
+    """(file, state) of the checkpoint `name`: latest or auto is the newest whole one of `kind` in `folder`."""
+    if name not in ("latest", "auto"):
         return name, checkpoint.load(name)
     for _, file in reversed(checkpoint.by_step(folder, kind)):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
             print(f"{error}; resuming from the one before")
-    raise UserError(f"--resume_from_checkpoint latest: no checkpoints in {folder}")
+    raise UserError(f"--resume_from_checkpoint {name}: no checkpoints in {folder}")
 
 
 def read_metrics(file):
@@ -284,21 +251,16 @@ class Stop:
 
     A second one ends the process at once, except for SIGHUP, and except within a second of the first: torchrun and a
     scheduler may both forward the same signal. If SIGHUP is ignored, as under nohup, it stays ignored. Under torchrun
-    `is_due` asks all processes, so that they stop after the same step.
+    `is_due` asks all processes, so that they stop after the same step. at_exit: an ExitStack, which gives the signals
+    back to whoever handled them before, such as a notebook.
     """
 
-    def __init__(self):
+    def __init__(self, at_exit):
         self.signal = self.exit_status = 0
-        self.previous = {}  # handlers
         with suppress(ValueError):  # in a thread, which may not handle signals
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self.previous[number] = signal.signal(number, self.receive)
-
-    def end(self):
-        """Gives the signals back to whoever handled them before, such as a notebook."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+                    at_exit.callback(signal.signal, number, signal.signal(number, self.receive))
 
     def receive(self, number, frame):
         if not self.signal:

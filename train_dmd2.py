@@ -156,7 +156,7 @@ def main(argv=None):
     optimizer_gan = adamw(heads.parameters(), gan_lr, betas=(0.5, 0.99)) if heads else None  # a discriminator's betas
     compile_networks(args, teacher, generator, *model.fake_unets)
 
-    run.start(  # networks and optimizers are saved and restored, each as NAME_state_dict
+    with run.start(  # networks and optimizers are saved and restored, each as NAME_state_dict
         device,
         batches,
         {"model_config": generator.config, "class_names": class_names, "student_sigmas": sigmas},
@@ -168,18 +168,16 @@ def main(argv=None):
         optimizer_guidance=optimizer_guidance,
         optimizer_gan=optimizer_gan,
         **{f"ema_{decay}": average for decay, average in averages.items() if average is not ema},
-    )
-    del teacher_state  # mainly to free its optimizer's moments
-    logger = run.logger
-    size = sum(p.numel() for p in generator.parameters()) / 1e6
-    data = describe(dataset._replace(class_names=class_names)) if has_images else "no real images"
-    logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
-    grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
-    teacher_grid = None  # drawn when it is first needed
-    seen = None  # noised and denoised images of the latest generator turn
+    ) as logger:
+        del teacher_state  # mainly to free its optimizer's moments
+        size = sum(p.numel() for p in generator.parameters()) / 1e6
+        data = describe(dataset._replace(class_names=class_names)) if has_images else "no real images"
+        logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
+        grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
+        teacher_grid = None  # drawn when it is first needed
+        seen = None  # noised and denoised images of the latest generator turn
 
-    # ---- loop -------------------------------------------------------------------------------------------------------
-    with run:
+        # ---- loop ---------------------------------------------------------------------------------------------------
         while run.goes_on():
             # Generated images get the labels of real ones: the same class proportions.
             real_images, labels = next(batches)
@@ -232,12 +230,11 @@ def main(argv=None):
                     if teacher_grid is None:
                         logger.message(f"drawing {len(grid[0])} images of the teacher, 35 network evaluations each")
                         teacher_grid = heun_sampler(teacher, *grid)
-                    student_grid = student_sampler(ema or generator, *grid, sigmas)
-                logger.grid(run.step, "samples", teacher_grid, student_grid)
+                    logger.grid(run.step, "samples", teacher_grid, student_sampler(ema or generator, *grid, sigmas))
                 if seen:
                     logger.grid(run.step, "images", *seen.values())  # noisy, pred_real, pred_fake
             run.save_if_due()
-        return run.finish()
+    return run.stop.exit_status
 
 
 if __name__ == "__main__":

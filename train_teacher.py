@@ -21,7 +21,7 @@ NETWORK = [
     Option("model_channels", 128, number(8, whole=True), "base width of the network, a multiple of 8"),
     Option("channel_mult", [1, 2, 2, 2], count, "width at each resolution, in units of model_channels", "+"),
     Option("num_blocks", 2, count, "residual blocks at each resolution"),
-    Option("attn_resolutions", [16], count, "resolutions with self-attention", "*"),
+    Option("attn_resolutions", None, count, "resolutions with self-attention; default: 16, where it occurs", "*"),
     Option("dropout", 0.1, number(0, 0.99), "dropout probability"),
     Option("sigma_data", 0.5, positive, "standard deviation of the data (EDM)"),
     Option("prediction", "edm", choice("edm", "flow"), "what the network predicts; flow: flow matching's velocity"),
@@ -49,8 +49,7 @@ def check_label_dim(args, dataset):
     if args.label_dim not in (None, len(ours)):
         raise UserError(f"--label_dim {args.label_dim}: the data set has {len(ours) or 'no'} classes (0: no labels)")
     if len(ours) == 1:
-        needs = "needs at least two, one subfolder per class, or --label_dim 0"
-        raise UserError(f"{args.data_dir}: only one class ({ours[0]}); {needs}")
+        raise UserError(f"{args.data_dir}: only one class ({ours[0]}); give two subfolders or more, or --label_dim 0")
     return ours
 
 
@@ -59,12 +58,12 @@ def build_network(args, img_channels, label_dim):
     if args.img_channels == 2:
         raise UserError("--img_channels must be 1 or 3, not 2")
     sides = [args.img_resolution >> level for level in range(len(args.channel_mult))]
-    if "attn_resolutions" in args.given and (missing := set(args.attn_resolutions) - set(sides)):
+    attends = [side for side in sides if side == 16] if args.attn_resolutions is None else args.attn_resolutions
+    if missing := set(attends) - set(sides):
         known = ", ".join(map(str, sides))
         raise UserError(f"--attn_resolutions {max(missing)}: the network's resolutions are {known}")
     chosen = {option.name: getattr(args, option.name) for option in NETWORK}  # they have the constructor's names
-    chosen |= {"img_channels": img_channels, "label_dim": label_dim}
-    chosen["attn_resolutions"] = [side for side in args.attn_resolutions if side in sides]
+    chosen |= {"img_channels": img_channels, "label_dim": label_dim, "attn_resolutions": attends}
     with as_user_error("the network's options"):
         return SimpleUNet(**chosen)
 
@@ -87,23 +86,20 @@ def main(argv=None):
     batches = Batches(dataset, args.batch_size, args.seed, args.hflip)
 
     net = build_network(args, dataset.images.shape[1], len(class_names)).to(device, memory_format=torch.channels_last)
-    args.attn_resolutions = net.config["attn_resolutions"]  # those that occur, for config.yaml to repeat the run
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = build_optimizer(args.optimizer, net, args.lr)
     compile_networks(args, net)
 
-    # Networks and optimizers are saved and restored, each as NAME_state_dict.
     facts = {"model_config": net.config, "class_names": class_names}
-    run.start(device, batches, facts, model=net, ema=ema, optimizer=optimizer)
-    logger = run.logger
-    size = sum(p.numel() for p in net.parameters()) / 1e6
-    attention = ", ".join(map(str, net.config["attn_resolutions"])) or "no resolution"
-    data = describe(dataset._replace(class_names=class_names))
-    logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {data}, {device}")
-    grid = [part.to(device) for part in grid_noise(net.label_dim, dataset.images.shape[1:], args.seed)]
+    # Networks and optimizers are saved and restored, each as NAME_state_dict.
+    with run.start(device, batches, facts, model=net, ema=ema, optimizer=optimizer) as logger:
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        attention = ", ".join(map(str, net.config["attn_resolutions"])) or "no resolution"
+        data = describe(dataset._replace(class_names=class_names))
+        logger.message(f"{size:.1f} M parameters, self-attention at {attention}, {data}, {device}")
+        grid = [part.to(device) for part in grid_noise(net.label_dim, dataset.images.shape[1:], args.seed)]
 
-    # ---- loop -------------------------------------------------------------------------------------------------------
-    with run:
+        # ---- loop ---------------------------------------------------------------------------------------------------
         while run.goes_on():
             images, labels = next(batches)
             # EDM table 1: ln(sigma) ~ N(P_mean, P_std^2). In flow matching ln(sigma) is the logit of t.
@@ -126,11 +122,10 @@ def main(argv=None):
             if logger.wants_samples(run.step):
                 logger.message(f"drawing {len(grid[0])} images, 35 network evaluations each")
                 with autocast(args, device):
-                    sample_grid = heun_sampler(ema, *grid)
-                logger.grid(run.step, "samples", sample_grid)
+                    logger.grid(run.step, "samples", heun_sampler(ema, *grid))
                 logger.grid(run.step, "images", x0, x, denoised.detach())
             run.save_if_due()
-        return run.finish()
+    return run.stop.exit_status
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "dropout", torch.zeros(1)), "its model_config is no plain data"),
     (nested("model_config", "prediction", "eps"), "prediction must be one of edm, flow"),
     (nested("model_config", "num_blocks", 2), "weights of other shapes or names"),
-    (nested("model_config", "network", "NoUNet"), "does not hold a SimpleUNet or"),
+    (nested("model_config", "network", "NoUNet"), "its network cannot be built: 'NoUNet'"),
     (nested("model_config", "depth", 3), "unexpected keyword argument 'depth'"),
     (lambda state: state["model_config"].pop("img_channels"), "its img_channels is no whole number"),
     (lambda state: state["model_config"].pop("prediction"), "of an early version"),
@@ -99,7 +99,7 @@ STUDENTS = [
     (lambda state: state.update(student_sigmas=[3.0, 80.0]), "not finite noise levels that descend"),
     (nested("feedforward_model_state_dict", "conv_in.bias", torch.zeros(1).expand(8)), "larger than its content"),
     (nested("feedforward_model_state_dict", "conv_in.bias", [0.0]), "its weights are no tensors"),
-    (lambda state: state.update({"ema_0.9_state_dict": [0.0]}), "its weights are no tensors"),
+    (lambda state: state.update({"ema_0.9_state_dict": [0.0]}), "its ema_0.9_state_dict is no dict"),
     (lambda state: state.update({"ema_0.9_state_dict": {"a": torch.zeros(1).expand(8)}}), "larger than its content"),
 ]
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -349,8 +349,8 @@ def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
     """torchrun and a scheduler may both forward it. What the other processes say counts too."""
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    stop = run.Stop()
-    try:
+    with ExitStack() as at_exit:
+        stop = run.Stop(at_exit)
         assert not stop.is_due()
         monkeypatch.setattr(processes, "all_max", lambda reason: 143)
         assert stop.is_due() and stop.exit_status == 143
@@ -360,8 +360,6 @@ def test_a_doubly_forwarded_signal_counts_once(monkeypatch):
         stop.since -= 2
         stop.receive(signal.SIGTERM, None)
         assert ended == [143]
-    finally:
-        stop.end()
 
 
 def test_one_folder_holds_one_run(runs, tmp_path):
@@ -457,7 +455,7 @@ def test_auto_resumes_or_starts_afresh_and_says_which(tmp_path):
     out, _ = stop(process, signal.SIGUSR1)
     assert "auto: a new run in" in out
     done = steps_in(tmp_path)
-    assert "auto: the newest in" in succeed(TEACHER[0], *options, step_number=done + 1)
+    assert f"going on from {tmp_path}/teacher_" in succeed(TEACHER[0], *options, step_number=done + 1)
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, done + 2))
 
 
