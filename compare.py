@@ -16,7 +16,7 @@ import train_dmd2
 from evaluation.costs import forward_flops, iteration_flops
 from evaluation.metrics import BETTER
 from evaluation.plots import plot_quality
-from support.device import MACHINE
+from support.device import MACHINE, choose_device
 from support.options import Option, count, number, parse_args, path, positive, public
 from support.script import UserError, run_script, writing
 
@@ -46,6 +46,7 @@ def main(argv=None):
     args = parse_args(OPTIONS, __doc__, argv)
     if (args.forward_passes is None) == (args.step_number is None):
         raise UserError("give --forward_passes, for equal work, or --step_number")
+    choose_device(args)  # a wrong one is told at once
     folder = Path(args.output_dir)
     state = checkpoint.load_teacher(args.teacher_checkpoint)
     net = checkpoint.network(state, args.teacher_checkpoint, "meta")
