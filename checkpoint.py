@@ -99,9 +99,7 @@ def check_state(state):
         require(isinstance(value, expected) and not isinstance(value, bool), f"its {name} is no {expected.__name__}")
     config = state["model_config"]
     require(all(isinstance(name, str) for name in (*state, *config, *state["config"])), FOREIGN)
-    current = {"network", "prediction"} & config.keys() and (kind(state) == "teacher" or "student_sigmas" in state)
-    require(current, "of an early version, whose layout is no longer read")
-
+    require(kind(state) == "teacher" or "student_sigmas" in state, "of an early version, without student_sigmas")
     require(min(state["step"], state.get("images_seen", 0)) >= 0, "its step or images_seen is below 0")
     sizes = {"num_blocks": 1} | config  # a DiffusersUNet checks its own
     for name, (least, most) in LIMITS.items():

@@ -18,7 +18,7 @@ from evaluation.metrics import BETTER
 from evaluation.plots import plot_quality
 from support.device import MACHINE, choose_device
 from support.options import Option, count, number, parse_args, path, positive, public
-from support.script import UserError, run_script, writing
+from support.script import UserError, make_folder, run_script, writing
 
 OPTIONS = {
     "what to compare": [
@@ -58,12 +58,13 @@ def main(argv=None):
         options[name] = parse_args(train_dmd2.OPTIONS, None, words)
         vars(options[name]).update(machine(args))
         model = train_dmd2.build_model(options[name], net, "meta")
-        work = (args.forward_passes or 0) * forward_flops(net)  # per image, as is that of an iteration
+        work = args.forward_passes and args.forward_passes * forward_flops(net)  # per image, like iteration_flops
         steps[name] = args.step_number or max(1, round(work / iteration_flops(options[name], model)))
     # All are measured against the same real images. With `--dataset none` a configuration has none.
     with_images = next((vars(of_run) for of_run in options.values() if of_run.dataset != "none"), state["config"])
     args.dataset, args.data_dir = with_images.get("dataset"), with_images.get("data_dir")
     del state  # mainly to free its optimizer's moments
+    make_folder("--output_dir", folder)
     check_settings(args, folder, options)
 
     # ---- train and evaluate: seed by seed, so that a comparison that is stopped has results of each configuration ----

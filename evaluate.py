@@ -158,7 +158,8 @@ def load_models(args, device):
             name += f", guided by {args.guidance_scale:g}"
         facts = {fact: state.get(fact) for fact in ("config", "model_config", "class_names")}
         further = checkpoint.averages(state) if file is place else {}
-        for suffix, one in {"": state, **{f", average {decay}": one for decay, one in further.items()}}.items():
+        states = {"": state} | {f", average {decay}": average for decay, average in further.items()}
+        for suffix, one in states.items():
             net = checkpoint.network(one, file, device)
             sampler, evaluations = choose_sampler(args, one, net, device)
             row = {"name": name + suffix, "checkpoint": str(file), "step": state["step"], "evaluations": evaluations}

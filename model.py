@@ -69,7 +69,7 @@ def denoising_loss(denoised, images, sigma, sigma_data=0.5, prediction="edm"):
 
 
 def resolutions(img_resolution, channel_mult):
-    """The side of the images at each level of a UNet, half of the one before. Raises ValueError if one is odd."""
+    """The side of the images at each level of a UNet, half of the one before. Raises ValueError if it cannot be."""
     halvings = len(channel_mult) - 1
     if img_resolution % 2**halvings:
         raise ValueError(f"img_resolution {img_resolution} cannot be halved {halvings} times, as channel_mult requires")

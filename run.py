@@ -40,15 +40,14 @@ NOT_RESUMED = {"resume_from_checkpoint", "overwrite", "device", "compile"} | {o.
 class Run:
     """One training run, with a folder of its own; `main` of train_teacher.py shows how it is used, in order.
 
-    args, tables: the script's options, from `parse_args`. In `run.args` those that were not given have the values of
-    the run that is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. `step`: finished steps. Under
-    torchrun only rank 0 writes.
+    args, tables: the script's options, from `parse_args`. In `run.args` those not given have the values of the run that
+    is resumed. kind: teacher or dmd2, the prefix of its checkpoints' names. `step`: finished steps. Only rank 0 writes.
     """
 
     def __init__(self, args, tables, kind):
         processes.join()
         self.kind, self.step, self.resumed = kind, 0, None
-        if args.resume_from_checkpoint == "auto" and not any(Path(args.output_dir).glob(f"{kind}_*.pt")):
+        if args.resume_from_checkpoint == "auto" and not checkpoint.by_step(args.output_dir, kind):
             print(f"--resume_from_checkpoint auto: a new run in {args.output_dir}")
             args.resume_from_checkpoint = None
         if args.resume_from_checkpoint:
@@ -66,10 +65,10 @@ class Run:
         self.continues = bool(self.resumed) and Path(self.resumed_from).parent.resolve() == self.folder.resolve()
         # A branch is a new run at W&B, which drops what is sent for steps that it already has.
         self.wandb_run_id = self.resumed.get("wandb_run_id") if self.continues else None
-        holds = sorted([*self.folder.glob("dmd2_*.pt"), *self.folder.glob("teacher_*.pt")])
-        if holds and not self.continues and not self.args.overwrite:
+        self.holds = sorted([*self.folder.glob("*_checkpoint_step_*.pt"), *self.folder.glob("*_final.pt")])
+        if self.holds and not self.continues and not self.args.overwrite:
             mend = "give --resume_from_checkpoint latest, --overwrite or another folder"
-            raise UserError(f"--output_dir {self.folder} holds another run ({holds[-1].name}): {mend}")
+            raise UserError(f"--output_dir {self.folder} holds another run ({self.holds[-1].name}): {mend}")
 
     def take_options(self, args, tables):
         """Gives `args` the options of the run that is resumed, but for those that were given and `NOT_RESUMED`."""
@@ -79,7 +78,7 @@ class Run:
             if option.name in stored and option.name not in args.given and option.name not in NOT_RESUMED:
                 source = f"checkpoint {self.resumed_from}: {option.name}"
                 setattr(args, option.name, convert(option, stored[option.name], source))
-        if args.data_dir != data_dir and not os.path.exists(args.data_dir):
+        if args.data_dir != data_dir and args.dataset != "mnist5k" and not os.path.exists(args.data_dir):
             where = f"trained on data in {args.data_dir}, which is not here: give --data_dir"
             raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
 
@@ -93,12 +92,13 @@ class Run:
         one that this run does not use. Raises UserError for another run's folder or another network's checkpoint.
         """
         self.batches, self.parts = batches, parts
-        self.random = {device.type: torch.get_device_module(device), "cpu": torch.random}  # on a CPU only the second
+        self.random = {"cpu": torch.random}
+        if device.type != "cpu":
+            self.random[device.type] = torch.get_device_module(device)
         self.facts = {**facts, "config": public(self.args), "versions": checkpoint.versions()}
         if self.resumed:
             self.restore()
-        if processes.rank():
-            # The processes have the same weights, but draw different noise.
+        if processes.rank():  # the processes have the same weights, but draw different noise
             torch.manual_seed(self.args.seed + 1000003 * self.step + processes.rank())
         if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
             raise UserError("the processes resume from different checkpoints: all machines need one --output_dir")
@@ -111,14 +111,14 @@ class Run:
                 if self.writes:
                     self.take_folder(at_exit)
             except UserError:
-                processes.all_max(1)
+                processes.all_max(1)  # meets that of the others below, so that all end
                 raise
             if processes.all_max(0):
                 raise UserError(f"--output_dir {self.folder}: refused, as the first process tells")
             self.logger = Logger(self.args, self.step, self.wandb_run_id)
             if self.resumed:
-                more = "; nothing left to train: to continue, give a larger --step_number" if done else ""
-                self.logger.message(f"going on from {self.resumed_from} at step {self.step}{more}")
+                told = "nothing left to train; give a larger --step_number to continue" if done else "going on"
+                self.logger.message(f"{told} from {self.resumed_from} at step {self.step}")
             if (warmup := self.args.lr_warmup_steps) > self.args.step_number:
                 more = f"--lr_warmup_steps {warmup} is more than the run's {self.args.step_number} steps"
                 self.logger.message(f"{more}: the learning rate never reaches its full value")
@@ -126,7 +126,7 @@ class Run:
             self.stop = Stop(at_exit)
             at_exit.push(lambda error, *_: self.logger.close(exit_code=int(error is not None)))
             yield self.logger
-            name = f"{self.kind}_checkpoint_step_{self.step}.pt" if self.stop.exit_status else final
+            name = final if self.step >= self.args.step_number else f"{self.kind}_checkpoint_step_{self.step}.pt"
             self.save(name)
             if self.stop.exit_status:
                 self.logger.message(f"stopped; resume with --resume_from_checkpoint {self.folder / name}")
@@ -147,7 +147,7 @@ class Run:
                     average = name.startswith("ema")  # a new one starts from the weights
                     part.load_state_dict((state.get(key) or checkpoint.weights(state)) if average else state[key])
             key = "random_state"
-            for name in self.random.keys() & state[key]:  # it may come from another device
+            for name in {"cpu"} | self.random.keys() & state[key]:  # it may come from another device
                 self.random[name].set_rng_state(state[key][name])
             self.batches.images_seen = state["images_seen"]
         except torch.OutOfMemoryError:
@@ -177,10 +177,12 @@ class Run:
             for step, file in checkpoint.by_step(self.folder, self.kind):
                 if self.args.overwrite:
                     file.unlink()
-                elif step > self.step:  # of another run, which `latest` must not find
+                elif not self.continues:
+                    raise UserError(f"--output_dir {self.folder}: another run has begun there; choose another")
+                elif step > self.step:  # of another continuation, which `latest` must not find
                     set_aside(file)
                     self.wandb_run_id = None  # so this is a branch
-            if config.exists() and not metrics.exists():  # the user's own
+            if config.exists() and not self.holds:  # the user's own
                 set_aside(config)
             rows = [json.dumps(row) + "\n" for row in read_metrics(metrics) if row["step"] <= self.step]
             checkpoint.write(metrics, lambda file: file.write("".join(rows).encode()))

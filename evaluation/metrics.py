@@ -67,7 +67,7 @@ def radii(points, *ks):
     return torch.cat([block.topk(max(ks) + 1, largest=False).values[:, ks].T for block in distances(points, points)], 1)
 
 
-def neighbour_metrics(real, fake, ks=(3, 5)):
+def neighbour_metrics(real, fake, real_radii, ks=(3, 5)):
     """A dict of four metrics. The ball of an image reaches to its k-th nearest other of its kind, real or fake.
 
     precision: share of the fake images that are in some real ball (Kynkaanniemi et al. 2019, arXiv 1904.06991);
@@ -75,9 +75,9 @@ def neighbour_metrics(real, fake, ks=(3, 5)):
     density: mean number of real balls that a fake image is in, divided by k (Naeem et al. 2020, arXiv 2002.09797): 1
     for the real distribution, more if fake images crowd;
     coverage: share of the real balls that contain a fake image; both with the second of `ks`.
-    A ball contains its surface (Naeem's code leaves it out).
+    real_radii: `radii(real, *ks)`. A ball contains its surface (Naeem's code leaves it out).
     """
-    precise, dense, real_radii = [], [], radii(real, *ks)
+    precise, dense = [], []
     recalled, closest = torch.zeros_like(real_radii[0], dtype=bool), torch.full_like(real_radii[0], torch.inf)
     for block, fake_radii in zip(distances(fake, real), radii(fake, ks[0])[0].split(BLOCK), strict=True):
         precise.append((block <= real_radii[0]).any(1))
@@ -105,6 +105,7 @@ def reference(training, held_out):
         "features": with_root(*statistics(training["features"])),
         "small": with_root(*statistics(training["small"])),
         "neighbours": training["neighbours"][:NEIGHBOURS],  # of which as many as generated images are used
+        "radii": {},  # of these, by their number
         "training": training["small"],  # all that a generator could have copied
         # One in a hundred held-out real images is closer than this to the nearest training image.
         "copied_below": nearest(held_out["small"], training["small"]).quantile(0.01),
@@ -119,10 +120,12 @@ def measure(seen, labels, reference):
     `logits` (the classifier's) and `images` (uint8); all `[N, ...]`. reference: from the function of that name.
     """
     real, fake = reference["neighbours"][: len(labels)], seen["neighbours"][:NEIGHBOURS]
+    if len(real) not in reference["radii"]:
+        reference["radii"][len(real)] = radii(real, 3, 5)
     values = {
         "frechet_distance": frechet_distance(seen["features"], reference["features"]),
         "pixel_frechet_distance": frechet_distance(seen["small"], reference["small"]),
-        **neighbour_metrics(real, fake),
+        **neighbour_metrics(real, fake, reference["radii"][len(real)]),
     }
     if "logits" in seen:
         values["own_label"] = (seen["logits"].argmax(1) == labels).double().mean().item()
@@ -169,7 +172,7 @@ def verdict(student, teacher, real):
 def best(rows):
     """The index of the row of the least mean rank in the metrics `RANKED`; of equal ones, of Frechet distance."""
 
-    def rank(row):
+    def rank(row):  # how often another row is better
         return sum(BETTER[name](other[name], row[name]) != row[name] for other in rows for name in RANKED)
 
     return min(range(len(rows)), key=lambda index: (rank(rows[index]), rows[index]["frechet_distance"]))

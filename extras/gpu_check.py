@@ -1,4 +1,4 @@
-"""Check training and sampling on this device against the CPU, and measure speed and memory, in about ten minutes.
+"""Check training on this device against the CPU, measure its speed and memory, and run the scripts: ten minutes.
 
 Usage: python -m extras.gpu_check [options]. It writes one page of Markdown, to read or to paste into an issue. Weights
 and images are random. A part that fails is reported, and the others go on.
@@ -80,8 +80,8 @@ def main(argv=None):
         print(lines, file=page, flush=True)
 
     with tempfile.TemporaryDirectory() as folder, writing(args.output), open(args.output, "w") as page:
-        commit = checkpoint.versions()["commit"]
-        tell("machine", lambda: f"# Minimal DMD2, checked\n\n```\ncommit {commit}\n{get_pretty_env_info()}\n```")
+        facts = f"commit {checkpoint.versions()['commit']}, device {device}, {torch.get_num_threads()} threads"
+        tell("machine", lambda: f"# Minimal DMD2, checked: {facts}\n\n```\n{get_pretty_env_info()}\n```")
         write(STEPS)
         expected = {name: step(args, torch.device("cpu"), *task) for name, task in make_tasks(args, "cpu").items()}
         for name, setting in SETTINGS.items():

@@ -56,6 +56,8 @@ def build_network(config, scheduler):
         raise UserError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
     name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
     if name == FLOW:
+        if scheduler.get("prediction_type", "flow") not in ("flow", "flow_prediction", "v_prediction"):
+            raise UserError(f"{FLOW} with prediction_type {prediction!r:.60}: not a velocity")
         if scheduler.get("use_dynamic_shifting") or scheduler.get("invert_sigmas"):
             raise UserError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")
         prediction, schedule = "flow", {key: scheduler[key] for key in ("num_train_timesteps", "shift")}

@@ -1,12 +1,13 @@
 """Imports networks of EDM (Karras et al. 2022): NVIDIA's pickles, and files with the weights of such a network."""
 
 import io
+import math
 import os
 import re
-from functools import cache
 
 import torch
 
+from importers.safe_pickle import Record
 from importers.state_dict import ADVICE, Imported, find_network, load_torch, match, read_file, read_safetensors
 from networks.edm_unet import DhariwalUNet, SongUNet
 from support.script import UserError
@@ -26,7 +27,7 @@ def load_edm(path):
     known, notes, licence, data = {}, [], None, None
     content = read_safetensors(path) if str(path).endswith(".safetensors") else read_file(path)
     if not isinstance(content, dict):
-        content = {getattr(content, "made_by", type(content).__name__): content}
+        content = {content.made_by if isinstance(content, Record) else type(content).__name__: content}
     if "model_config" in content:
         raise UserError("already a checkpoint of this project: give it to --teacher_checkpoint as it is")
     if getattr(content.get("ema"), "made_by", None) == PERSISTENT:
@@ -58,6 +59,8 @@ def read_network(record):
     source = precond.get("module_src")
     licence = "CC BY-NC-SA 4.0" if isinstance(source, str) and LICENCE in source else None
     known = {"sigma_data": float(sigma_data), "dropout": float(dropout)}
+    if not (0 < known["sigma_data"] < math.inf and 0 <= known["dropout"] < 1):
+        raise UserError(f"sigma_data must be above 0, and dropout in [0, 1), not {known}")
     return make_tensors(named_records(unet["state"], "", seen=set())), known, licence
 
 
@@ -78,12 +81,15 @@ def named_records(module, prefix, seen):
 
 def make_tensors(records):
     """The tensors of the pairs `records`, by name. The pickle holds each storage as a file of torch.save."""
-    tensors, load = {}, cache(lambda data: load_torch(io.BytesIO(data)))  # many tensors may name one storage
+    tensors, opened = {}, {}
     for name, record in records:
         if record.made_by == "torch._utils._rebuild_parameter":
             record = record.args[0]
         storage, offset, shape, stride = record.args[:4]
-        tensors[name] = torch._utils._rebuild_tensor(load(storage.args[0]), offset, shape, stride)
+        data = storage.args[0]
+        if id(data) not in opened:  # many tensors may name one storage; to hash a deep tuple would crash Python
+            opened[id(data)] = load_torch(io.BytesIO(data))
+        tensors[name] = torch._utils._rebuild_tensor(opened[id(data)], offset, shape, stride)
     return tensors
 
 

@@ -40,8 +40,8 @@ class Record:
 class Reader(pickle._Unpickler):
     """`Reader(file).load()` is what the pickle at this place in the binary `file` describes.
 
-    That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object; sets come as lists.
-    Raises UserError if it names more of Python's standard library than dicts, any exception for a damaged pickle.
+    That are dicts, lists, tuples, text, numbers, bytes, and a `Record` for each other object; sets (of protocol 4) come
+    as lists. Raises UserError if it names more of Python's standard library, any exception for a damaged pickle.
     """
 
     def find_class(self, module, name):

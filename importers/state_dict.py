@@ -76,7 +76,7 @@ def named_tensors(part, where, seen):
     seen.add(id(part))
     for name, value in part.items():
         if isinstance(value, torch.Tensor):
-            yield f"{where}{name}", value
+            yield f"{where}{name!s:.200}", value
         elif isinstance(value, dict) and id(value) not in seen and len(where) < 200:
             yield from named_tensors(value, f"{where}{name!s:.40}.", seen)
 

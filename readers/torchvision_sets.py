@@ -3,7 +3,7 @@
 import torch
 from torchvision import datasets
 
-from support.processes import barrier, local_rank
+from support.processes import all_max, local_rank
 from support.script import UserError
 
 CLASSES = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
@@ -17,7 +17,7 @@ def load(name, data_dir, shape):
     # The first process of each machine downloads; the others then find the files. Machines that share a folder would
     # download at once: there the files should lie before the start.
     if local_rank():
-        barrier()
+        all_max(0)  # waits for it
     try:
         dataset = CLASSES[name](data_dir, train=True, download=True)
     except Exception as error:  # no network, or a damaged file
@@ -25,7 +25,7 @@ def load(name, data_dir, shape):
         advice = "copy torchvision's files there, or take --dataset mnist5k, or folder for images of your own"
         raise UserError(f"{problem}; {advice}") from None  # then this process exits, and torchrun ends the others
     if not local_rank():
-        barrier()
+        all_max(0)
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images[:, None]
     class_names = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes

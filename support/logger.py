@@ -20,15 +20,15 @@ LOGGING = [
 ]
 WANDB = [
     Option("wandb", False, flag, "log to Weights & Biases"),
-    Option("wandb_project", os.environ.get("WANDB_PROJECT", "minimal-dmd"), text, "project"),
+    Option("wandb_project", None, text, "project; default: WANDB_PROJECT, or minimal-dmd"),
     Option("wandb_run_name", None, text, "name of the run"),
-    Option("wandb_mode", os.environ.get("WANDB_MODE", "online"), choice("online", "offline", "disabled"), "mode"),
-    Option("wandb_dir", os.environ.get("WANDB_DIR", "./log/wandb"), path, "of W&B's files, with copies of checkpoints"),
+    Option("wandb_mode", None, choice("online", "offline", "disabled"), "default: WANDB_MODE, or online"),
+    Option("wandb_dir", None, path, "of W&B's files, with copies of checkpoints; default: WANDB_DIR, or ./log/wandb"),
     Option("wandb_key", None, text, "API key; never stored (alternatives: `wandb login`, WANDB_API_KEY)"),
-    Option("wandb_log_every", 50, count, "steps between scalars, or log_every, if it is less"),
+    Option("wandb_log_every", 50, count, "steps between scalars: the lesser of this and log_every"),
     Option("wandb_log_images", False, flag, "send noised and denoised images from the losses"),
     Option("wandb_log_samples", False, flag, "send sample grids"),
-    Option("wandb_sample_every", 1000, count, "steps between grids and images, or sample_every, if it is less"),
+    Option("wandb_sample_every", 1000, count, "steps between images: the lesser of this and sample_every"),
     Option("wandb_log_checkpoints", False, flag, "send checkpoints as artifacts"),
 ]
 
@@ -36,10 +36,11 @@ WANDB = [
 class Logger:
     """Metrics of one run. `log` synchronises with the device only every `log_every` steps, when it writes means.
 
-    Under torchrun only rank 0 writes and prints; the others send it their metrics.
-
-    args: the script's options; start_step: the step that a resumed run starts from; wandb_run_id: its run at W&B.
+    Under torchrun only rank 0 writes and prints; the others send it their metrics. args: the script's options;
+    start_step: the step that a resumed run starts from; wandb_run_id: its run at W&B.
     """
+
+    message = staticmethod(tqdm.write)  # a line above the bar
 
     def __init__(self, args, start_step=0, wandb_run_id=None):
         self.args, self.output_dir = args, Path(args.output_dir)
@@ -47,7 +48,8 @@ class Logger:
         self.bar = tqdm(total=args.step_number, initial=start_step, unit="step", disable=silent, dynamic_ncols=True)
         self.sums, self.losses = {}, {}
         self.log_every = min(args.log_every, args.wandb_log_every) if args.wandb else args.log_every
-        self.sample_every = min(args.sample_every, args.wandb_sample_every) if args.wandb else args.sample_every
+        sends = args.wandb and (args.wandb_log_samples or args.wandb_log_images)
+        self.sample_every = min(args.sample_every, args.wandb_sample_every) if sends else args.sample_every
         self.last_step, self.last_time = start_step, time.perf_counter()
         self.wandb_run_id, self.wandb_is_on = wandb_run_id, args.wandb and processes.is_main()
         self.send(self.start_wandb)
@@ -56,15 +58,16 @@ class Logger:
         """Starts the W&B run, that of `wandb_run_id` if there is one."""
         import wandb  # only if enabled: it takes a second, and need not be installed
 
-        args, folder = self.args, os.path.abspath(self.args.wandb_dir)
+        args = self.args
+        folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or "./log/wandb")
         os.makedirs(folder, exist_ok=True)
         os.environ.setdefault("WANDB_DATA_DIR", folder)  # by default W&B copies what it sends to the home folder
         os.environ.setdefault("WANDB_CACHE_DIR", f"{folder}/cache")
         self.wandb_run = wandb.init(
-            project=args.wandb_project,
+            project=args.wandb_project or os.environ.get("WANDB_PROJECT") or "minimal-dmd",
             name=args.wandb_run_name,
             mode=args.wandb_mode,
-            dir=args.wandb_dir,
+            dir=folder,
             config=public(args),
             id=self.wandb_run_id,
             resume="allow",
@@ -135,9 +138,6 @@ class Logger:
         if self.args.wandb_log_checkpoints:
             options = dict(name=f"{self.wandb_run_id}-checkpoint", type="model", aliases=[file.stem])
             self.send(lambda: self.wandb_run.log_artifact(str(file), **options))
-
-    def message(self, text):
-        tqdm.write(text)
 
     def close(self, exit_code=0):
         self.bar.close()

@@ -96,8 +96,8 @@ def optimizer_step(optimizer, lr, max_norm):
     """One step at learning rate `lr` with gradients clipped to a total norm. Returns the norm before clipping.
 
     Parameters without a gradient stay as they are. Under torchrun the gradients are averaged first. If the norm is not
-    finite, neither weights nor moments change; `optimizer.bad_steps` is how many such steps in a row there are now, and
-    were at most, counted on the device.
+    finite, a fused optimizer changes neither weights nor moments; `optimizer.bad_steps` is how many such steps in a row
+    there are now, and were at most, counted on the device.
     """
     group = optimizer.param_groups[0]
     group["lr"] = lr

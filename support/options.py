@@ -135,8 +135,8 @@ def convert(option, raw, source):
 def read_yaml(file):
     """The options in a YAML file; keys of its `wandb` block get the prefix of their flags. None is given twice."""
     content, pairs = {}, []
-    missing, broken = as_user_error(f"--config {file}", OSError), as_user_error(f"{file}: not YAML", Exception)
-    with missing, open(file, encoding="utf-8") as stream, broken:
+    not_read, not_yaml = as_user_error(f"--config {file}", OSError), as_user_error(f"{file}: not YAML", Exception)
+    with not_read, open(file, encoding="utf-8") as stream, not_yaml:
         loader = yaml.SafeLoader(stream)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):

@@ -28,7 +28,7 @@ def join():
 def leave():
     """Waits for the other processes, then ends their group: when the first process ends, torchrun ends the others."""
     if dist.is_initialized():
-        barrier()
+        all_max(0)
         dist.destroy_process_group()
 
 
@@ -64,12 +64,8 @@ def all_mean(tensors):
 
 
 def all_max(value):
-    """The largest of the processes' integers `value`, so that all act alike; sent from the CPU, without waiting."""
+    """The largest of the processes' integers `value`. Each waits for all, but not for its device."""
     largest = torch.tensor(value)
     if world_size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
-
-
-def barrier():
-    all_max(0)

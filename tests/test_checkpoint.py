@@ -91,7 +91,6 @@ CHANGES = [  # change, part of the message
     (nested("model_config", "network", "NoUNet"), "its network cannot be built: 'NoUNet'"),
     (nested("model_config", "depth", 3), "unexpected keyword argument 'depth'"),
     (lambda state: state["model_config"].pop("img_channels"), "its img_channels is no whole number"),
-    (lambda state: state["model_config"].pop("prediction"), "of an early version"),
 ]
 STUDENTS = [
     (lambda state: state.pop("student_sigmas"), "of an early version"),

@@ -95,7 +95,7 @@ def test_cifar10_through_torchvision(monkeypatch, local_rank, order):
     cifar10 = Namespace(data=pixels, targets=[3, 0] * 10, classes=["airplane", "automobile", "bird", "cat"])
     monkeypatch.setitem(torchvision_sets.CLASSES, "cifar10", lambda *_, **__: done.append("download") or cifar10)
     monkeypatch.setattr(torchvision_sets, "local_rank", lambda: local_rank)
-    monkeypatch.setattr(torchvision_sets, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(torchvision_sets, "all_max", lambda value: done.append("barrier"))
     dataset = load_dataset("cifar10", "unused", 32)
     assert done == order
     assert dataset.class_names[3] == "cat" and dataset.labels.tolist() == [3, 0] * 10

@@ -224,7 +224,10 @@ WRONG = {  # part of the one-line message -> change of the folder
     "sample_size [8, 16], in_channels 3": unet(sample_size=[8, 16]),
     "KeyError: 'sample_size'": unet(sample_size="gone"),
     "'FlowMatch', has no beta_schedule": scheduler(beta_schedule="gone", _class_name="FlowMatch"),
-    "use_dynamic_shifting or invert_sigmas is not supported": scheduler(_class_name=FLOW, use_dynamic_shifting=True),
+    "with prediction_type 'epsilon': not a velocity": scheduler(_class_name=FLOW, prediction_type="epsilon"),
+    "use_dynamic_shifting or invert_sigmas is not supported": scheduler(
+        _class_name=FLOW, prediction_type="v_prediction", use_dynamic_shifting=True
+    ),
     "step by step from above 0 to below infinity": scheduler(rescale_betas_zero_snr=True),
     "KeyError: 'shift'": scheduler(prediction_type="flow"),
     "noise levels do not rise": scheduler(trained_betas=[-0.5] * 1000),

@@ -5,10 +5,12 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import refuses, succeed
-from edm_files import assert_import_refused, edm_tensors, imported, precond, write_edm, write_pickle
+from edm_files import Persistent, assert_import_refused, edm_tensors, imported, precond, write_edm, write_pickle
 
 import checkpoint
 import import_teacher
+from importers.edm import make_tensors
+from importers.safe_pickle import Record
 
 TENSORS = edm_tensors(label_dim=10)
 OTHER = {name: tensor + 1 for name, tensor in TENSORS.items()}
@@ -147,10 +149,20 @@ def test_safetensors(tmp_path):
         assert_import_refused(tmp_path / "a.safetensors", tmp_path, "damaged, or not a network")
 
 
-def shared():
+def shared(copied=lambda module: module):
     network = precond(TENSORS)
     modules = network.meta["state"]["_modules"]["model"].meta["state"]["_modules"]
-    modules["again"] = modules["map_label"]
+    modules["again"] = copied(modules["map_label"])
+    return network
+
+
+def with_same_parts(module):
+    return Persistent("Layer", **module.meta["state"])
+
+
+def without_scale():
+    network = precond(TENSORS)
+    network.meta["state"]["sigma_data"] = float("nan")
     return network
 
 
@@ -159,6 +171,8 @@ PICKLES = {  # other pickles, part of the one-line message
     "other network": (lambda: precond({}, unet="DiT"), "the network is a 'DiT'; only SongUNet"),
     "number": (lambda: 7, "no tensor map_layer0.weight in it, but ema, dataset_kwargs"),
     "shared": (shared, "the module 'again.' occurs twice"),
+    "shared parts": (lambda: shared(with_same_parts), "the module 'again.' occurs twice"),
+    "scale": (without_scale, "sigma_data must be above 0"),
     "expanded": (lambda: precond({**TENSORS, "w": torch.ones(1).expand(1 << 40)}), "they are expanded"),
 }
 
@@ -167,6 +181,15 @@ PICKLES = {  # other pickles, part of the one-line message
 def test_other_networks_are_refused(tmp_path, what):
     build, message = PICKLES[what]
     assert_import_refused(write_pickle(tmp_path / "a.pkl", {"ema": build()}), tmp_path, message)
+
+
+def test_a_deep_tuple_for_a_storage_is_an_error():
+    """To hash it would end Python."""
+    deep = ()
+    for _ in range(1_000_000):
+        deep = (deep,)
+    with pytest.raises(TypeError):
+        make_tensors([("w", Record("tensor", (Record("storage", (deep,)), 0, (1,), (1,))))])
 
 
 def test_missing_files(tmp_path):

@@ -22,7 +22,7 @@ def frechet(a, b):
 
 
 def neighbours(real, fake, ks):
-    return metrics.neighbour_metrics(real, fake, ks)
+    return metrics.neighbour_metrics(real, fake, metrics.radii(real, *ks), ks)
 
 
 # ---- closed forms ---------------------------------------------------------------------------------------------------

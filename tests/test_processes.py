@@ -197,10 +197,10 @@ from support.script import UserError, run_script
 
 def main():
     processes.join()
-    processes.barrier()
+    processes.all_max(0)
     if processes.rank() == {rank}:
         {failure}
-    processes.barrier()  # where the other waits for it
+    processes.all_max(0)  # where the other waits for it
 
 run_script(main)
 """
