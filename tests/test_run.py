@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -24,7 +25,9 @@ import checkpoint
 import run
 import train_teacher
 from support import processes
+from support.options import parse_args
 from support.script import UserError
+from train_teacher import OPTIONS
 
 TEACHER = ["train_teacher.py", *TINY, *TINY_NET]
 LONG = dict(step_number=100_000)
@@ -130,14 +133,13 @@ def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
     stop(process)
 
 
-@pytest.mark.parametrize("how", ["closed later", "closed before", "unbuffered", "full disk"])
-def test_a_closed_standard_output_means_silence(tmp_path, how):
+@pytest.mark.parametrize("how, to", [("later", ""), ("before", " >&-"), ("unbuffered", ""), ("full", " >/dev/full")])
+def test_a_closed_standard_output_means_silence(tmp_path, how, to):
     """As with `| head -1`, `>&-` and a log file on a full disk: the training continues to its end."""
-    options = flags(*TEACHER[1:], step_number=12, output_dir=tmp_path, log_every=1)
-    command = [sys.executable, ROOT / TEACHER[0], *options]
-    redirection = {"closed before": " >&-", "full disk": " >/dev/full"}.get(how, "")
-    shell = ["sh", "-c", 'exec "$@"' + redirection, "sh", *command]
+    options = dict(output_dir=tmp_path, step_number=9, log_every=1)
+    command = [sys.executable, ROOT / TEACHER[0], *flags(*TEACHER[1:], **options)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1" if how == "unbuffered" else ""}
+    shell = ["sh", "-c", 'exec "$@"' + to, "sh", *command]
     process = subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     process.stdout.readline()
     process.stdout.close()
@@ -373,6 +375,15 @@ def test_one_folder_holds_one_run(runs, tmp_path):
         assert_refused(run_script(*script, output_dir=tmp_path), "holds another run")
     train(tmp_path, overwrite=True, log_every=1)
     assert [file.name for file in tmp_path.glob("*.pt")] == ["teacher_final.pt"] and steps_in(tmp_path) == 4
+
+
+def test_a_run_that_ends_meanwhile_is_not_overrun(runs, tmp_path):
+    """It takes and leaves the folder after another has looked into it, and before that locks it."""
+    later = run.Run(parse_args(OPTIONS, "", flags(output_dir=tmp_path)), OPTIONS, "teacher")
+    shutil.copy(runs / "teacher" / "teacher_final.pt", tmp_path)
+    with ExitStack() as at_exit, pytest.raises(UserError, match="another run has begun there"):
+        later.take_folder(at_exit)
+    assert (tmp_path / "teacher_final.pt").exists()
 
 
 @pytest.mark.parametrize("how", ["not logged in", "server down", "not installed"])
