@@ -507,9 +507,9 @@ def test_a_folder_that_cannot_be_flushed_does_not_end_a_run(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("given", [[], ["--wandb_mode", "offline"]])
 def test_wandbs_environment_beats_our_defaults(tmp_path, given):
-    """And a flag beats it: WANDB_MODE=disabled keeps everything on this machine, unless a mode was asked for."""
+    """And a flag beats it. Without a flag the mode is None, for which W&B reads WANDB_MODE itself."""
     init = "Settings = dict\n\ndef init(project, mode, dir, **_):\n    raise OSError(f'{project} {mode} {dir}')\n"
     (tmp_path / "wandb.py").write_text(init)
     env = {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled", "WANDB_PROJECT": "theirs"}
     told = succeed(*TEACHER, *given, output_dir=tmp_path / "out", wandb=True, wandb_dir=tmp_path / "w", env=env)
-    assert f"training continues: theirs {given[1] if given else 'disabled'} {tmp_path}/w\n" in told
+    assert f"training continues: theirs {given[1] if given else None} {tmp_path}/w\n" in told
