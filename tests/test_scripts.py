@@ -194,11 +194,10 @@ def test_what_does_not_fit_is_refused(runs, tmp_path, monkeypatch):
         refuses("--device cuda: this machine has 0 CUDA devices", *train, device="cuda")
     resume = ["train_teacher.py", "--output_dir", out, "--resume_from_checkpoint"]
     refuses("--batch_size 16 must be divisible by --grad_accum 3", *resume, teacher, grad_accum=3)
-    state, bad, theirs = load(student), tmp_path / "bad.pt", tmp_path / "theirs"
-    del state["guidance_cls_state_dict"]
-    checkpoint.save(bad, state)
-    refuses("its guidance_cls_state_dict does not fit; resume it with the options", *dmd2, resume_from_checkpoint=bad)
-    state = load(teacher)
+    state, bad, theirs = load(teacher), tmp_path / "bad.pt", tmp_path / "theirs"
+    for key in ("guidance_cls_state_dict", "guidance_fake_unet_state_dict"):
+        checkpoint.save(bad, {name: value for name, value in load(student).items() if name != key})
+        refuses(f"its {key} does not fit; resume it with the options", *dmd2, resume_from_checkpoint=bad)
     for change, told in (
         ({"lr": "fast"}, f"checkpoint {bad}: lr needs a number, not 'fast'"),
         ({"lr": 1e-4, "dataset": "cifar10", "data_dir": str(theirs)}, "which is not here: give --data_dir"),
