@@ -110,10 +110,10 @@ def check_state(state):
     require(all(isinstance(name, str) for name in names), "its class_names are no texts")
     sigmas = state.get("student_sigmas", [1.0])
     finite = all(type(sigma) in (int, float) and 0 < sigma < math.inf for sigma in sigmas)
-    descend = finite and sigmas == sorted(set(sigmas), reverse=True) != []
+    descend = finite and bool(sigmas) and sigmas == sorted(set(sigmas), reverse=True)
     require(descend, "its student_sigmas are not finite noise levels that descend")
 
-    above = f"its model_config has a number above {MAX_SIZE}"
+    above = f"its model_config has a number above {MAX_SIZE}"  # json calls parse_int with every integer in it
     try:
         json.loads(json.dumps(config), parse_int=lambda text: require(abs(int(text)) <= MAX_SIZE, above))
     except (TypeError, RecursionError):
@@ -200,16 +200,16 @@ def check_same_images(source, config, other, whose):
             raise UserError(f"{source}: its {name} is {config[name]}, {whose} {other[name]}")
 
 
-def numbered(folder, kind):
+def step_checkpoints(folder, kind):
     """The step checkpoints of `kind` (teacher or dmd2) in `folder` as pairs (step, file), in order."""
     pattern = re.compile(rf"{kind}_checkpoint_step_(\d+)\.pt")
     matches = [(pattern.fullmatch(file.name), file) for file in Path(folder).glob("*.pt")]
     return sorted((int(match[1]), file) for match, file in matches if match)
 
 
-def by_step(folder, kind):
-    """The same with the final one, which is loaded; if it is damaged, it counts as the last."""
-    found, final = numbered(folder, kind), Path(folder) / f"{kind}_final.pt"
+def all_checkpoints(folder, kind):
+    """`step_checkpoints` and the final one, at the step that it holds, or last if it is damaged."""
+    found, final = step_checkpoints(folder, kind), Path(folder) / f"{kind}_final.pt"
     if final.exists():
         try:
             found.append((load(final)["step"], final))

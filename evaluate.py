@@ -147,7 +147,7 @@ def main(argv=None):
 def load_models(args, device):
     """A namespace per network. Raises UserError if they make images of different shapes or classes."""
     place, teacher, models = Path(args.checkpoint), args.teacher_checkpoint, []
-    found = checkpoint.by_step(place, "dmd2") or checkpoint.by_step(place, "teacher")
+    found = checkpoint.all_checkpoints(place, "dmd2") or checkpoint.all_checkpoints(place, "teacher")
     files = list(dict(found).values()) if place.is_dir() else [place]
     if not files:
         raise UserError(f"--checkpoint {place}: no checkpoints in this folder")

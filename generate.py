@@ -1,7 +1,7 @@
 """Generate images of each class from a generator (one network evaluation per image) or a teacher (Heun's method).
 
-Nothing is deleted. A folder that holds images of the same --format is refused: old images among new ones would spoil an
-FID. Only grids replace those of the same name.
+Nothing is deleted. A folder that holds images of the same --format, or for grids of flat, is refused: they would spoil
+an FID. Only grids replace those of the same name.
 """
 
 import re

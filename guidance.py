@@ -115,8 +115,8 @@ class GuidanceModel(nn.Module):
         are None, `sigma` from `sigmas[min_step : max_step + 1]`. Returns two dicts: `loss_dm`,
         whose gradient reaches only the generator, and the noised and denoised images, detached.
         """
-        sid = self.objective == "sid"  # its gradient also flows through both denoisers
-        with self.frozen() if sid else torch.no_grad():
+        sid = self.objective == "sid"
+        with self.frozen() if sid else torch.no_grad():  # SiD's gradient flows through both denoisers to the images
             noisy, sigma = self.add_noise(images, sigma, noise, self.min_step, self.max_step + 1)
             pred_real, pred_fake = self.real_unet(noisy, sigma, labels), self.fake_unet(noisy, sigma, labels)
             scale = None if self.f_divergence == "rkl" else self.compute_f_divergence_weight(noisy, sigma, labels)

@@ -30,7 +30,7 @@ RUN = [
     Option("save_every", 5000, count, "steps between checkpoints"),
     Option("keep_last", 3, count, "number of newest step checkpoints to keep; the final one is always kept"),
     Option("resume_from_checkpoint", None, path, "a file; latest: output_dir's newest; auto: that, or else a new run"),
-    Option("overwrite", False, flag, "start anew in an output_dir that holds a run: its checkpoints are deleted"),
+    Option("overwrite", False, flag, "start anew in a folder that holds a run; deletes its checkpoints of this kind"),
 ]
 # A resumed run does not take these from its checkpoint: they belong to the machine, to one call of the script, or to
 # whoever calls it. A checkpoint may come from a stranger, who must not switch W&B on.
@@ -47,7 +47,7 @@ class Run:
     def __init__(self, args, tables, kind):
         processes.join()
         self.kind, self.step, self.resumed = kind, 0, None
-        if args.resume_from_checkpoint == "auto" and not checkpoint.by_step(args.output_dir, kind):
+        if args.resume_from_checkpoint == "auto" and not checkpoint.all_checkpoints(args.output_dir, kind):
             print(f"--resume_from_checkpoint auto: a new run in {args.output_dir}")
             args.resume_from_checkpoint = None
         if args.resume_from_checkpoint:
@@ -80,7 +80,7 @@ class Run:
                 setattr(args, option.name, convert(option, stored[option.name], source))
         if args.data_dir != data_dir and args.dataset != "mnist5k" and not os.path.exists(args.data_dir):
             where = f"trained on data in {args.data_dir}, which is not here: give --data_dir"
-            raise UserError(f"checkpoint {self.resumed_from}: {where}")  # a file does not choose where data are put
+            raise UserError(f"checkpoint {self.resumed_from}: {where}")  # else a file could choose where data are put
 
     @contextmanager
     def start(self, device, batches, facts, **parts):
@@ -111,9 +111,9 @@ class Run:
                 if self.writes:
                     self.take_folder(at_exit)
             except UserError:
-                processes.all_max(1)  # meets that of the others below, so that all end
+                processes.all_max(1)  # answers the others, who wait below, so that all end
                 raise
-            if processes.all_max(0):
+            if processes.all_max(0):  # 1 if the first process failed above
                 raise UserError(f"--output_dir {self.folder}: refused, as the first process tells")
             self.logger = Logger(self.args, self.step, self.wandb_run_id)
             if self.resumed:
@@ -144,10 +144,10 @@ class Run:
                 if isinstance(part, torch.optim.Optimizer):
                     load_optimizer(part, state[key])
                 elif part is not None:
-                    average = name.startswith("ema")  # a new one starts from the weights
-                    part.load_state_dict((state.get(key) or checkpoint.weights(state)) if average else state[key])
+                    new_average = name.startswith("ema") and key not in state  # it starts from the weights
+                    part.load_state_dict(checkpoint.weights(state) if new_average else state[key])
             key = "random_state"
-            for name in {"cpu"} | self.random.keys() & state[key]:  # it may come from another device
+            for name in self.random.keys() & {"cpu", *state[key]}:  # it may come from another device
                 self.random[name].set_rng_state(state[key][name])
             self.batches.images_seen = state["images_seen"]
         except torch.OutOfMemoryError:
@@ -158,7 +158,7 @@ class Run:
     def take_folder(self, at_exit):
         """Locks the folder, cleans up after a kill, and renames checkpoints of later steps.
 
-        The lock holds until the ExitStack `at_exit` or the process ends. Raises UserError if another process has it.
+        The lock holds until the ExitStack `at_exit` or the process ends. Raises UserError if another run has it.
         """
         config, metrics = self.folder / "config.yaml", self.folder / "metrics.jsonl"
         with writing(f"--output_dir {self.folder}"):
@@ -174,7 +174,7 @@ class Run:
 
             for file in self.folder.glob(f"{self.kind}_*.pt.tmp"):  # of a kill
                 file.unlink()
-            for step, file in checkpoint.by_step(self.folder, self.kind):
+            for step, file in checkpoint.all_checkpoints(self.folder, self.kind):
                 if self.args.overwrite:
                     file.unlink()
                 elif not self.continues:
@@ -215,7 +215,7 @@ class Run:
         checkpoint.save(file, state | self.facts | {"wandb_run_id": self.logger.wandb_run_id})
         self.logger.message(f"saved {file}")
         self.logger.artifact(file)
-        for _, old in checkpoint.numbered(self.folder, self.kind)[: -self.args.keep_last]:
+        for _, old in checkpoint.step_checkpoints(self.folder, self.kind)[: -self.args.keep_last]:
             old.unlink(missing_ok=True)
 
 
@@ -223,7 +223,7 @@ def find_checkpoint(name, folder, kind):
     """(file, state) of the checkpoint `name`: latest or auto is the newest whole one of `kind` in `folder`."""
     if name not in ("latest", "auto"):
         return name, checkpoint.load(name)
-    for _, file in reversed(checkpoint.by_step(folder, kind)):
+    for _, file in reversed(checkpoint.all_checkpoints(folder, kind)):
         try:
             return file, checkpoint.load(file)
         except UserError as error:
@@ -262,7 +262,8 @@ class Stop:
         with suppress(ValueError):  # in a thread, which may not handle signals
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    at_exit.callback(signal.signal, number, signal.signal(number, self.receive))
+                    previous = signal.signal(number, self.receive)
+                    at_exit.callback(signal.signal, number, previous)
 
     def receive(self, number, frame):
         if not self.signal:

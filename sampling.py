@@ -33,11 +33,9 @@ def student_sampler(net, noise, labels, sigmas):
     """
     if len(sigmas) == 1:
         return few_step_sampler(net, noise, labels, sigmas)
-    streams = [random_stream(*pair) for pair in noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()]
-    fresh_noise = [torch.empty(noise.shape) for _ in sigmas[1:]]
-    for e in fresh_noise:
-        for image, stream in zip(e, streams, strict=True):
-            image.normal_(generator=stream)
+    bits = noise.flatten(1)[:, :2].float().cpu().view(torch.int32).tolist()  # of the first two numbers of each image
+    streams = [random_stream(*pair) for pair in bits]
+    fresh_noise = [torch.stack([torch.randn(noise.shape[1:], generator=each) for each in streams]) for _ in sigmas[1:]]
     return few_step_sampler(net, noise, labels, sigmas, fresh_noise=fresh_noise)
 
 
@@ -110,7 +108,7 @@ def class_noise(classes, num_samples, shape, seed):
     classes = list(classes) or [0]
     size = num_samples * math.prod(shape)
     # torch draws normal numbers in blocks of 16. Only whole blocks do not depend on how many numbers follow.
-    draws = [torch.randn(-(-size // 16) * 16, generator=random_stream(seed, label))[:size] for label in classes]
+    draws = [torch.randn(math.ceil(size / 16) * 16, generator=random_stream(seed, label))[:size] for label in classes]
     noise = torch.cat(draws).reshape(-1, *shape)
     return noise, torch.tensor(classes).repeat_interleave(num_samples)
 

@@ -84,7 +84,7 @@ def build_model(args, teacher, device):
         checkpoint.check_same_images(source, state["model_config"], teacher.config, "the teacher's")
         generator = checkpoint.network(state, file, device)
     sigmas = args.student_sigmas or [args.conditioning_sigma]
-    student = generator or teacher
+    student = generator or teacher  # as which it starts
     if outside := [sigma for sigma in sigmas if not student.sigma_min <= sigma <= student.sigma_max]:
         option = "student_sigmas" if args.student_sigmas else "conditioning_sigma"
         known = f"the network knows noise from {student.sigma_min:.2g} to {student.sigma_max:.4g}"
@@ -96,8 +96,8 @@ def build_model(args, teacher, device):
     return model.to(device).eval()  # turns dropout off, in all its networks alike
 
 
-def tell_without_effect(args):
-    """Prints a line if options were given that do nothing beside the others."""
+def warn_without_effect(args):
+    """Prints a line if options were changed that do nothing beside the others."""
     idle = {
         "rho": args.schedule == "flow",
         "shift": args.schedule == "karras",
@@ -111,7 +111,7 @@ def tell_without_effect(args):
         print(f"without effect beside the other options: {', '.join(names)}")
 
 
-def tell_if_misread(args, teacher, dataset):
+def warn_if_misread(args, teacher, dataset):
     """Prints a line if the teacher denoises real images worse than a trivial guess does."""
     some = subset(dataset, torch.linspace(0, len(dataset.labels) - 1, 16).long())
     images = to_float(some.images.to(some.labels.device))
@@ -126,7 +126,7 @@ def main(argv=None):
     # ---- setup ------------------------------------------------------------------------------------------------------
     run = Run(parse_args(OPTIONS, __doc__, argv), OPTIONS, "dmd2")
     args = run.args  # completed by the options of the run that is resumed, if any
-    tell_without_effect(args)
+    warn_without_effect(args)
     device = choose_device(args)
     torch.manual_seed(args.seed)
     teacher_state = checkpoint.load_teacher(args.teacher_checkpoint)
@@ -142,18 +142,18 @@ def main(argv=None):
         dataset = without_images(args.data_dir, class_names, (channels, side, side), args.batch_size, device)
     class_names = check_classes(f"--teacher_checkpoint {args.teacher_checkpoint}", dataset, teacher_state, args.dataset)
     if has_images and not run.step:  # before the teacher is compiled, as each batch size takes a compilation of its own
-        tell_if_misread(args, teacher, dataset)
+        warn_if_misread(args, teacher, dataset)
     # The GAN's real images are mirrored if the teacher's were, or its heads would learn that mirrored means generated.
     batches = Batches(dataset, args.batch_size, args.seed, hflip=bool(teacher_state["config"].get("hflip")))
 
     averages = {decay: copy.deepcopy(generator).requires_grad_(False) for decay in args.ema_decay if decay}
     ema = next(iter(averages.values()), None)
-    heads = guidance.cls_pred_branch if args.gan_classifier else None
-    fake_unet = model.fake_unets if len(sigmas) > 1 else guidance.fake_unet
+    discriminator = guidance.cls_pred_branch if args.gan_classifier else None
+    fake_unet = model.fake_unets if len(sigmas) > 1 else guidance.fake_unet  # one alone is saved without an index
     optimizer_generator = build_optimizer(args.optimizer, generator, args.generator_lr)
     optimizer_guidance = build_optimizer(args.optimizer, fake_unet, args.guidance_lr)
     gan_lr = args.gan_lr or args.guidance_lr
-    optimizer_gan = adamw(heads.parameters(), gan_lr, betas=(0.5, 0.99)) if heads else None  # a discriminator's betas
+    optimizer_gan = adamw(discriminator.parameters(), gan_lr, betas=(0.5, 0.99)) if discriminator else None
     compile_networks(args, teacher, generator, *model.fake_unets)
 
     with run.start(  # networks and optimizers are saved and restored, each as NAME_state_dict
@@ -163,7 +163,7 @@ def main(argv=None):
         feedforward_model=generator,
         ema=ema,
         guidance_fake_unet=fake_unet,
-        guidance_cls=heads,
+        guidance_cls=discriminator,
         optimizer_generator=optimizer_generator,
         optimizer_guidance=optimizer_guidance,
         optimizer_gan=optimizer_gan,
@@ -175,7 +175,7 @@ def main(argv=None):
         logger.message(f"{size:.1f} M parameters, {2 + len(sigmas)} networks, {data}, {device}")
         grid = [part.to(device) for part in grid_noise(generator.label_dim, dataset.images.shape[1:], args.seed)]
         teacher_grid = None  # drawn when it is first needed
-        seen = None  # noised and denoised images of the latest generator turn
+        log_dict = None  # noised images, and both predictions, of the latest generator turn
 
         # ---- loop ---------------------------------------------------------------------------------------------------
         while run.goes_on():
@@ -187,19 +187,19 @@ def main(argv=None):
             lr_scale = lr_factor(run.step, args.lr_warmup_steps, args.lr_decay, args.step_number)
             update_generator = run.step % args.dfake_gen_update_ratio == 0
             generator_updates = math.ceil(run.step / args.dfake_gen_update_ratio)  # so far
-            student_step = generator_updates % len(sigmas)  # a student of several steps trains one, until its update
+            student_step = generator_updates % len(sigmas)  # its fake_unet trains until the generator is updated there
             fake_images, metrics = [], {}
 
             # Generator turn, on every dfake_gen_update_ratio-th step: distribution matching (DMD2 eq. 1), GAN loss.
             if update_generator:
                 for z, y, _ in micro_batches:
                     with autocast(args, device):
-                        loss_dict, seen, images = model.generator_turn(z, y, student_step)
+                        loss_dict, log_dict, images = model.generator_turn(z, y, student_step)
                     loss = loss_dict["loss_dm"] + args.gen_cls_loss_weight * loss_dict.get("gen_cls_loss", 0.0)
                     (loss / args.grad_accum).backward()
                     logger.add(loss_dict)
                     fake_images.append(images)
-                lr = args.generator_lr * lr_scale
+                lr = args.generator_lr * lr_scale  # optimizer_step sets it, clips, steps, and clears the gradients
                 metrics["generator_grad_norm"] = optimizer_step(optimizer_generator, lr, args.clip_grad_norm)
                 for decay, average in averages.items():
                     # ramp=2: early on, the average covers the last half of the updates, since the weights fluctuate.
@@ -220,7 +220,7 @@ def main(argv=None):
                 logger.add(loss_dict | logits)
             max_norm = args.clip_grad_norm if args.clip_guidance else math.inf
             metrics["guidance_grad_norm"] = optimizer_step(optimizer_guidance, args.guidance_lr * lr_scale, max_norm)
-            if heads:
+            if discriminator:
                 metrics["gan_grad_norm"] = optimizer_step(optimizer_gan, gan_lr * lr_scale, max_norm)
 
             run.step += 1
@@ -231,8 +231,8 @@ def main(argv=None):
                         logger.message(f"drawing {len(grid[0])} images of the teacher, 35 network evaluations each")
                         teacher_grid = heun_sampler(teacher, *grid)
                     logger.grid(run.step, "samples", teacher_grid, student_sampler(ema or generator, *grid, sigmas))
-                if seen:
-                    logger.grid(run.step, "images", *seen.values())  # noisy, pred_real, pred_fake
+                if log_dict:
+                    logger.grid(run.step, "images", *log_dict.values())
             run.save_if_due()
     return run.stop.exit_status
 

@@ -62,7 +62,7 @@ class UnifiedModel(nn.Module):
         Returns (dict of losses, dict of noised and denoised images, the images, detached). The guidance turn of the
         same iteration trains on these images, so that nothing is generated twice.
         """
-        self.guidance_model.fake_unet = self.fake_unets[student_step]  # for all its methods
+        self.guidance_model.fake_unet = self.fake_unets[student_step]  # this step's, for the methods below
         images = self.generate_at(noise, labels, student_step)
         loss_dict, log_dict = self.guidance_model.compute_distribution_matching_loss(images, labels)
         if self.guidance_model.gan_classifier:

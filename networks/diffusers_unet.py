@@ -46,7 +46,7 @@ class DiffusersUNet(Denoiser):
     schedule:        the arguments of `noise_levels`; with flow `num_train_timesteps` and `shift`, of `euler_sampler`
 
     The key `network` in `net.config` names this class in a checkpoint; it is not an argument.
-    Raises UserError if diffusers is not installed, or for a UNet2DModel or a schedule of an unsupported kind.
+    Raises UserError if diffusers is not installed, or for an unsupported UNet2DModel or noise levels.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim, unet, prediction, schedule):

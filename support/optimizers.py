@@ -36,7 +36,8 @@ def orthogonal(matrix):
     X = X / X.norm().clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.T
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.addmm(X, B, X, beta=3.4445)
     return X if wide is matrix else X.T
 
 
@@ -93,7 +94,7 @@ def lr_factor(step, warmup_steps, decay, step_number):
 
 
 def optimizer_step(optimizer, lr, max_norm):
-    """One step at learning rate `lr` with gradients clipped to a total norm. Returns the norm before clipping.
+    """One step at learning rate `lr`, with gradients clipped to a total norm, then cleared. Returns the norm before.
 
     Parameters without a gradient stay as they are. Under torchrun the gradients are averaged first. If the norm is not
     finite, a fused optimizer changes neither weights nor moments; `optimizer.bad_steps` is how many such steps in a row

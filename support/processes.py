@@ -64,7 +64,7 @@ def all_mean(tensors):
 
 
 def all_max(value):
-    """The largest of the processes' integers `value`. Each waits for all, but not for its device."""
+    """The largest of the processes' integers `value`. Each process waits for the others, but not for its GPU."""
     largest = torch.tensor(value)
     if world_size() > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
