@@ -24,8 +24,7 @@ NETWORKS = {
     "DhariwalUNet": "networks.edm_unet",
     "DiffusersUNet": "networks.diffusers_unet",
 }
-# Of both, if there is an average, ema_state_dict is what is used.
-WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}
+WEIGHTS = {"teacher": "model_state_dict", "dmd2": "feedforward_model_state_dict"}  # used without ema_state_dict
 # The types of entries; what ends in _state_dict is a dict.
 FIELDS = dict(step=int, images_seen=int, class_names=list, student_sigmas=list, model_config=dict, config=dict)
 FOREIGN = "not written by train_teacher.py or train_dmd2.py"

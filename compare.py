@@ -113,10 +113,8 @@ def points_of(args, options, seed, steps, folder, real):
         run(train_dmd2, public(options) | of_run)
     own_real, *points = measure(args, folder, folder)
     if not isclose(own_real["frechet_distance"], real["frechet_distance"], rel_tol=1e-3):
-        raise UserError(
-            f"{folder / 'evaluation.json'} and that of the teacher differ for real images: they come from two "
-            "classifiers, or from other options; delete the older one to measure it again"
-        )
+        differ = f"{folder / 'evaluation.json'} and that of the teacher differ for real images"
+        raise UserError(f"{differ}: two classifiers, or other options; delete the older one to measure it again")
     return [point for point in points if point["step"] % every == 0 or point["step"] == steps]
 
 

@@ -68,9 +68,8 @@ def without_images(data_dir, class_names, shape, batch_size, device):
         counts = given
     labels = torch.arange(len(counts)).repeat_interleave(torch.from_numpy(counts))
     labels = labels.repeat(-(-batch_size // len(labels)))
-    return Dataset(
-        torch.zeros(1, dtype=torch.uint8, device=device).expand(len(labels), *shape), labels.to(device), class_names
-    )
+    blank = torch.zeros(1, dtype=torch.uint8, device=device).expand(len(labels), *shape)
+    return Dataset(blank, labels.to(device), class_names)
 
 
 def describe(dataset):

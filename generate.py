@@ -79,9 +79,8 @@ def main(argv=None):
 def choose_sampler(args, state, net, device):
     """Returns (a function from noise and labels to images, its network evaluations per image) for a loaded checkpoint.
 
-    A generator is called once at each noise level that it was trained at. A teacher is sampled with `--steps` steps of
-    `--sampler`, guided by `--guide_checkpoint` if there is one. `--compile` compiles the networks. Raises UserError if
-    the guide does not fit.
+    A generator is called once at each of its noise levels, a teacher sampled with `--steps` steps of `--sampler` and
+    guided by `--guide_checkpoint`, if any. `--compile` compiles both. Raises UserError if the guide does not fit.
     """
     source = f"--guide_checkpoint {args.guide_checkpoint}"
     if "guidance_scale" in args.given and not args.guide_checkpoint:

@@ -47,7 +47,8 @@ class Run:
     def __init__(self, args, tables, kind):
         processes.join()
         self.kind, self.step, self.resumed = kind, 0, None
-        if args.resume_from_checkpoint == "auto" and not checkpoint.all_checkpoints(args.output_dir, kind):
+        names = f"{kind}_checkpoint_step_*.pt", f"{kind}_final.pt"
+        if args.resume_from_checkpoint == "auto" and not any(chain(*map(Path(args.output_dir).glob, names))):
             print(f"--resume_from_checkpoint auto: a new run in {args.output_dir}")
             args.resume_from_checkpoint = None
         if args.resume_from_checkpoint:
@@ -102,9 +103,8 @@ class Run:
             torch.manual_seed(self.args.seed + 1000003 * self.step + processes.rank())
         if processes.all_max(self.step) != self.step:  # also waits here until all have loaded the checkpoint
             raise UserError("the processes resume from different checkpoints: all machines need one --output_dir")
-        # A finished run stays as it is, whatever options it is called with again.
         final, done = f"{self.kind}_final.pt", self.step >= self.args.step_number
-        finished = done and self.continues and Path(self.resumed_from).name == final
+        finished = done and self.continues and Path(self.resumed_from).name == final  # it then stays as it is
         self.writes = processes.is_main() and not finished
         with ExitStack() as at_exit:  # after it, in a notebook, the next call may use the folder and the signals
             try:

@@ -10,7 +10,7 @@ from importers.state_dict import Imported, listed, match, read_safetensors
 from networks.diffusers_unet import DiffusersUNet
 from support.script import UserError, as_user_error
 
-FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW, FLOW_DEFAULTS = "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 1.0}
 SCHEDULE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
 # What diffusers' EMAModel adds to config.json.
 OF_AVERAGE = {"decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"}
@@ -54,17 +54,20 @@ def build_network(config, scheduler):
     """The network of these contents of `config.json` and `scheduler_config.json`; an error if one is not supported."""
     if config.get("_class_name") != "UNet2DModel":
         raise UserError(f"the network is a {config.get('_class_name')!r:.60}; only UNet2DModel is supported")
-    name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    name = scheduler.get("_class_name")
+    prediction = scheduler.get("prediction_type", "flow" if name == FLOW else "epsilon")
     if name == FLOW:
-        if scheduler.get("prediction_type", "flow") not in ("flow", "flow_prediction", "v_prediction"):
+        if prediction not in ("flow", "flow_prediction", "v_prediction"):
             raise UserError(f"{FLOW} with prediction_type {prediction!r:.60}: not a velocity")
         if scheduler.get("use_dynamic_shifting") or scheduler.get("invert_sigmas"):
             raise UserError(f"{FLOW} with use_dynamic_shifting or invert_sigmas is not supported")
-        prediction, schedule = "flow", {key: scheduler[key] for key in ("num_train_timesteps", "shift")}
-    elif "beta_schedule" in scheduler:
-        schedule = {key: scheduler[key] for key in SCHEDULE if key in scheduler}
-    else:
+        prediction, schedule = "flow", {key: scheduler.get(key, value) for key, value in FLOW_DEFAULTS.items()}
+    elif "beta_schedule" not in scheduler:
         raise UserError(f"its scheduler, {name!r:.60}, has no beta_schedule: neither a DDPM-type model nor {FLOW}")
+    elif prediction == "flow":
+        raise UserError(f"prediction_type 'flow' needs {FLOW}, not {name!r:.60}")
+    else:
+        schedule = {key: scheduler[key] for key in SCHEDULE if key in scheduler}
     unet = {name: value for name, value in config.items() if not name.startswith("_") and name not in OF_AVERAGE}
     size, in_channels, out_channels = (unet.pop(name) for name in ("sample_size", "in_channels", "out_channels"))
     if not isinstance(size, int) or in_channels not in (1, 3) or out_channels != in_channels:

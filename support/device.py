@@ -9,10 +9,9 @@ from support import processes
 from support.options import Option, choice, flag, number
 from support.script import UserError
 
-DEVICES = ["auto", "cpu", "cuda", *(f"cuda:{index}" for index in range(16))]
 MACHINE = [
     Option("seed", 0, number(0, 2**31 - 1, whole=True), "seed of everything random"),
-    Option("device", "auto", choice(*DEVICES), "auto: CUDA if there is one"),
+    Option("device", "auto", choice("auto", "cpu", "cuda", *(f"cuda:{n}" for n in range(16))), "auto: CUDA, if any"),
     Option("precision", "tf32", choice("fp32", "tf32", "bf16"), "tf32 is fp32 except on CUDA; bf16 is autocast"),
     Option("compile", False, flag, "compile the networks with torch.compile: slower to start, then faster"),
 ]

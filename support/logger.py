@@ -51,7 +51,7 @@ class Logger:
         sends = args.wandb and (args.wandb_log_samples or args.wandb_log_images)
         self.sample_every = min(args.sample_every, args.wandb_sample_every) if sends else args.sample_every
         self.last_step, self.last_time = start_step, time.perf_counter()
-        self.wandb_run_id, self.wandb_is_on = wandb_run_id, args.wandb and processes.is_main()
+        self.wandb_run_id, self.wandb_is_on, self.own_variables = wandb_run_id, args.wandb and processes.is_main(), {}
         self.send(self.start_wandb)
 
     def start_wandb(self):
@@ -61,8 +61,10 @@ class Logger:
         args = self.args
         folder = os.path.abspath(args.wandb_dir or os.environ.get("WANDB_DIR") or "./log/wandb")
         os.makedirs(folder, exist_ok=True)
-        os.environ.setdefault("WANDB_DATA_DIR", folder)  # by default W&B copies what it sends to the home folder
-        os.environ.setdefault("WANDB_CACHE_DIR", f"{folder}/cache")
+        # By default W&B copies what it sends to the home folder.
+        folders = {"WANDB_DATA_DIR": folder, "WANDB_CACHE_DIR": f"{folder}/cache"}
+        self.own_variables = {name: path for name, path in folders.items() if name not in os.environ}
+        os.environ.update(self.own_variables)
         self.wandb_run = wandb.init(
             project=args.wandb_project or os.environ.get("WANDB_PROJECT") or "minimal-dmd",
             name=args.wandb_run_name,
@@ -142,3 +144,5 @@ class Logger:
     def close(self, exit_code=0):
         self.bar.close()
         self.send(lambda: self.wandb_run.finish(exit_code=exit_code))
+        for name in self.own_variables:  # in a notebook the next run may have another folder
+            os.environ.pop(name, None)

@@ -66,8 +66,7 @@ class Muon(torch.optim.AdamW):
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         for p in self.hidden:
             if p.grad is not None:
-                if not self.state[p]:
-                    # AdamW loads no state without a step.
+                if not self.state[p]:  # AdamW loads no state without a step
                     self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1))  # Nesterov's

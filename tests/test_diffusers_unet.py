@@ -229,7 +229,7 @@ WRONG = {  # part of the one-line message -> change of the folder
         _class_name=FLOW, prediction_type="v_prediction", use_dynamic_shifting=True
     ),
     "step by step from above 0 to below infinity": scheduler(rescale_betas_zero_snr=True),
-    "KeyError: 'shift'": scheduler(prediction_type="flow"),
+    "prediction_type 'flow' needs": scheduler(prediction_type="flow"),
     "noise levels do not rise": scheduler(trained_betas=[-0.5] * 1000),
     "layers_per_block 1000000000: sides of at most 1024": unet(layers_per_block=10**9),
     "8192 pixels, layers_per_block 1: sides of at most 1024": unet(sample_size=8192),

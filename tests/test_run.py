@@ -14,6 +14,7 @@ import sys
 import termios
 import time
 from contextlib import ExitStack, suppress
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -506,10 +507,11 @@ def test_a_folder_that_cannot_be_flushed_does_not_end_a_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("given", [[], ["--wandb_mode", "offline"]])
-def test_wandbs_environment_beats_our_defaults(tmp_path, given):
+def test_wandbs_environment_beats_our_defaults(tmp_path, monkeypatch, given):
     """And a flag beats it. Without a flag the mode is None, for which W&B reads WANDB_MODE itself."""
-    init = "Settings = dict\n\ndef init(project, mode, dir, **_):\n    raise OSError(f'{project} {mode} {dir}')\n"
-    (tmp_path / "wandb.py").write_text(init)
-    env = {"PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled", "WANDB_PROJECT": "theirs"}
-    told = succeed(*TEACHER, *given, output_dir=tmp_path / "out", wandb=True, wandb_dir=tmp_path / "w", env=env)
-    assert f"training continues: theirs {given[1] if given else None} {tmp_path}/w\n" in told
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Mock(**{"init.return_value.id": "a"}))
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    train(tmp_path / "out", *given, wandb=True, wandb_dir=tmp_path / "w")
+    seen = [wandb.init.call_args.kwargs[name] for name in ("project", "mode", "dir")]
+    assert seen == ["theirs", given[1] if given else None, str(tmp_path / "w")]
+    assert "WANDB_DATA_DIR" not in os.environ  # which is for this run alone
